@@ -1,0 +1,173 @@
+"""From logits to a distribution over tokens, and from a distribution to a token.
+
+Drafts and verifiers share these, because a lossless rule needs the very distribution that a token was drawn from.
+"""
+
+from abc import abstractmethod
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Scalar
+
+_BLOCK = 128
+
+
+class Categorical(eqx.Module):
+    """A distribution over the vocabulary at each of several positions: logits and the logarithm of their normalizer.
+
+    Probabilities of the whole vocabulary are formed only for the positions that are asked for.
+
+    **Arguments:**
+
+    - `logits`: after temperature and truncation; `-inf` where the probability is zero.
+    - `log_normalizer`: log-sum-exp of the logits.
+    """
+
+    logits: Float[Array, "*batch vocab"]
+    log_normalizer: Float[Array, "*batch"]
+
+    @staticmethod
+    def from_logits(logits: Float[Array, "*batch vocab"]) -> "Categorical":
+        return Categorical(logits, jax.nn.logsumexp(logits, axis=-1))
+
+    def __getitem__(self, index) -> "Categorical":
+        """The distributions at some positions (leading axes)."""
+        return Categorical(self.logits[index], self.log_normalizer[index])
+
+    def logprob(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """Log-probability of one token a position."""
+        return jnp.take_along_axis(self.logits, tokens[..., None], axis=-1)[..., 0] - self.log_normalizer
+
+    def probs(self) -> Float[Array, "*batch vocab"]:
+        """Probabilities of the whole vocabulary."""
+        return jnp.exp(self.logits - self.log_normalizer[..., None])
+
+    def sample(self, uniform: Float[Array, "*batch"]) -> Int[Array, "*batch"]:
+        """One token a position, by inversion of the cumulative distribution.
+
+        **Arguments:**
+
+        - `uniform`: one number in `[0, 1)` a position.
+        """
+        return sample_weights(self.probs(), uniform)
+
+
+def sample_weights(
+    weights: Float[Array, "*batch vocab"], uniform: Float[Array, "*batch"]
+) -> Int[Array, "*batch"]:
+    """Draws an index with probability proportional to its weight. A zero weight is never drawn.
+
+    One uniform number a draw instead of one Gumbel number a token: with a vocabulary of 49,152 the noise would cost more
+    than the product that made the logits. The cumulative sum runs over blocks first and then within one block.
+
+    **Arguments:**
+
+    - `weights`: non-negative, not all zero, not necessarily normalized.
+    - `uniform`: in `[0, 1)`.
+    """
+    vocab = weights.shape[-1]
+    padding = -vocab % _BLOCK
+    blocks = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, padding)])
+    blocks = blocks.reshape(*weights.shape[:-1], -1, _BLOCK)
+    block_ends = jnp.cumsum(blocks.sum(-1), axis=-1)
+    threshold = uniform * block_ends[..., -1]
+    block = _first_beyond(block_ends, threshold)
+    before = jnp.take_along_axis(block_ends, jnp.maximum(block - 1, 0)[..., None], axis=-1)[..., 0]
+    within = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    remainder = threshold - jnp.where(block > 0, before, 0.0)
+    return block * _BLOCK + _first_beyond(jnp.cumsum(within, axis=-1), remainder)
+
+
+def _first_beyond(ends: Float[Array, "*batch size"], threshold: Float[Array, "*batch"]) -> Int[Array, "*batch"]:
+    """Index of the first cumulative value above the threshold; where rounding leaves none, of the last increase."""
+    beyond = ends > threshold[..., None]
+    increases = jnp.diff(ends, axis=-1, prepend=0.0) > 0
+    last_increase = ends.shape[-1] - 1 - jnp.argmax(increases[..., ::-1], axis=-1)
+    return jnp.where(beyond.any(-1), jnp.argmax(beyond, axis=-1), last_increase)
+
+
+class AbstractSampling(eqx.Module):
+    """How the next token is chosen from the logits."""
+
+    @abstractmethod
+    def distribution(self, logits: Float[Array, "*batch vocab"]) -> Categorical:
+        """The distribution that tokens are drawn from: the law that verification keeps."""
+
+    @abstractmethod
+    def logprobs(
+        self, logits: Float[Array, "*batch vocab"], distribution: Categorical, tokens: Int[Array, "*batch"]
+    ) -> Float[Array, "*batch"]:
+        """The log-probabilities to report for emitted tokens."""
+
+
+class Sampling(AbstractSampling):
+    """Temperature, then top-k, then top-p (the order of transformers and vLLM).
+
+    Reported log-probabilities are those of the distribution sampled from.
+
+    **Arguments:**
+
+    - `temperature`: above 0; an array, so that changing it does not recompile. For 0 use `GreedySampling`.
+    - `top_k`: keep the `k` largest logits (and what ties with the last of them), or `None` for all.
+    - `top_p`: keep the smallest set of largest probabilities that sums to at least this, or `None` for all
+        (Holtzman et al. 2020, nucleus sampling).
+    """
+
+    temperature: Float[Array, ""]
+    top_k: int | None = eqx.field(static=True)
+    top_p: Float[Array, ""] | None
+
+    def __init__(
+        self, temperature: float | Scalar = 1.0, top_k: int | None = None, top_p: float | Scalar | None = None
+    ):
+        if isinstance(temperature, int | float) and not temperature > 0:
+            raise ValueError(f"temperature is {temperature}, but must be above 0; for greedy use GreedySampling()")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k is {top_k}, but must be at least 1, or None to keep the whole vocabulary")
+        if isinstance(top_p, int | float) and not 0 < top_p <= 1:
+            raise ValueError(f"top_p is {top_p}, but must be above 0 and at most 1, or None to keep everything")
+        self.temperature = jnp.asarray(temperature, jnp.float32)
+        self.top_k = top_k
+        self.top_p = None if top_p is None else jnp.asarray(top_p, jnp.float32)
+
+    def distribution(self, logits: Float[Array, "*batch vocab"]) -> Categorical:
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            smallest_kept = lax.top_k(logits, self.top_k)[0][..., -1:]
+            logits = jnp.where(logits >= smallest_kept, logits, -jnp.inf)
+        if self.top_p is not None:
+            descending = -jnp.sort(-logits, axis=-1)
+            probs = jax.nn.softmax(descending, axis=-1)
+            kept = jnp.cumsum(probs, axis=-1) - probs < self.top_p
+            smallest_kept = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
+            logits = jnp.where(logits >= smallest_kept, logits, -jnp.inf)
+        return Categorical.from_logits(logits)
+
+    def logprobs(self, logits, distribution, tokens):
+        del logits
+        return distribution.logprob(tokens)
+
+
+class GreedySampling(AbstractSampling):
+    """Always the most likely token (the first of equals): a distribution with all its mass on one token.
+
+    Reported log-probabilities are those of the untempered softmax, since the point mass's own are all zero.
+    """
+
+    def distribution(self, logits: Float[Array, "*batch vocab"]) -> Categorical:
+        best = jnp.argmax(logits, axis=-1)
+        point_mass = jnp.where(jax.nn.one_hot(best, logits.shape[-1], dtype=bool), 0.0, -jnp.inf)
+        return Categorical(point_mass, jnp.zeros(best.shape))
+
+    def logprobs(self, logits, distribution, tokens):
+        del distribution
+        return Categorical.from_logits(logits).logprob(tokens)
+
+
+def make_sampling(temperature: float, top_k: int | None = None, top_p: float | None = None) -> AbstractSampling:
+    """`GreedySampling` at temperature 0, `Sampling` above."""
+    if temperature == 0:
+        return GreedySampling()
+    return Sampling(temperature, top_k, top_p)

@@ -1,0 +1,130 @@
+"""What travels between the stations of the pipeline: prompts, rollouts and scored rollouts.
+
+All of them are PyTrees of host (numpy) or device arrays with explicit lengths; a token id never says whether a
+position counts, because padding ids and end-of-sequence ids coincide in many checkpoints.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any
+
+import equinox as eqx
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+class StopReason(IntEnum):
+    """Why a row stopped. `RUNNING` only occurs while decoding goes on."""
+
+    RUNNING = 0
+    EOS = 1
+    LENGTH = 2
+
+
+class Prompts(eqx.Module):
+    """Right-padded prompts, one a row.
+
+    **Arguments:**
+
+    - `tokens`: token ids, shape `[prompts, seq]`; what lies at or beyond a row's length is padding.
+    - `lengths`: number of tokens of each prompt, at least 1.
+    """
+
+    tokens: Int[Array | np.ndarray, "prompts seq"]
+    lengths: Int[Array | np.ndarray, " prompts"]
+
+    @staticmethod
+    def from_lists(rows: Sequence[Sequence[int]], multiple_of: int = 16) -> "Prompts":
+        """Pads to a multiple of `multiple_of`, so that few widths (and so few compilations) exist."""
+        if not rows:
+            raise ValueError("no prompts: give at least one list of token ids")
+        for index, row in enumerate(rows):
+            if len(row) == 0:
+                raise ValueError(f"prompt {index} is empty: every prompt needs at least one token")
+        longest = max(len(row) for row in rows)
+        width = -(-longest // multiple_of) * multiple_of
+        tokens = np.zeros((len(rows), width), np.int32)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row)] = row
+        return Prompts(tokens, np.array([len(row) for row in rows], np.int32))
+
+
+class DecodeStatistics(eqx.Module):
+    """Counts of one decoding, summed over rounds, for each row.
+
+    **Arguments:**
+
+    - `target_forwards`: target passes in which the row took part, the prompt's own pass not counted.
+    - `drafted`: drafted tokens that were submitted to verification, by position in the draft.
+    - `accepted`: drafted tokens that were accepted, by position in the draft.
+    - `emitted`: tokens emitted by those target passes (so without the prompt pass's first token).
+    """
+
+    target_forwards: Int[np.ndarray, " rows"]
+    drafted: Int[np.ndarray, "rows draft"]
+    accepted: Int[np.ndarray, "rows draft"]
+    emitted: Int[np.ndarray, " rows"]
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens emitted per target pass of a row, the corrected or bonus token included; 1 is plain decoding."""
+        return float(self.emitted.sum() / max(self.target_forwards.sum(), 1))
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted over drafted tokens."""
+        return float(self.accepted.sum() / max(self.drafted.sum(), 1))
+
+    @property
+    def acceptance_rate_by_position(self) -> list[float]:
+        """For each draft position: how often it was accepted, among all rounds in which it was drafted."""
+        drafted = self.drafted.sum(0)
+        return [float(a / max(d, 1)) for a, d in zip(self.accepted.sum(0), drafted, strict=True)]
+
+
+class Rollouts(eqx.Module):
+    """Completions of prompts, with what is needed to learn from them.
+
+    **Arguments:**
+
+    - `prompts`: one prompt a *group*.
+    - `group`: for each row, the index of its prompt.
+    - `tokens`: completion tokens, an end-of-sequence token included if one was emitted; right-padded.
+    - `lengths`: completion lengths.
+    - `logprobs`: the **target's** log-probability of each token under the distribution it was sampled from (after
+        temperature, top-k and top-p; at temperature 0, the untempered distribution).
+    - `stop_reasons`: `StopReason` values.
+    - `statistics`: of the decoder.
+    """
+
+    prompts: Prompts
+    group: Int[np.ndarray, " rows"]
+    tokens: Int[np.ndarray, "rows new"]
+    lengths: Int[np.ndarray, " rows"]
+    logprobs: Float[np.ndarray, "rows new"]
+    stop_reasons: Int[np.ndarray, " rows"]
+    statistics: DecodeStatistics
+
+    def completion(self, row: int) -> list[int]:
+        """The token ids of one completion, without padding."""
+        return self.tokens[row, : self.lengths[row]].tolist()
+
+
+class ScoredRollouts(eqx.Module):
+    """Rollouts with what the reward functions and the group made of them.
+
+    **Arguments:**
+
+    - `rollouts`: the completions.
+    - `rewards_per_function`: one column a reward function; NaN where a function did not apply.
+    - `rewards`: the weighted sum over the functions that applied.
+    - `advantages`: one a row.
+    """
+
+    rollouts: Rollouts
+    rewards_per_function: Float[np.ndarray, "rows functions"]
+    rewards: Float[np.ndarray, " rows"]
+    advantages: Float[np.ndarray, " rows"]
+
+
+Message = dict[str, Any]  # {"role": "user", "content": "..."} as in chat templates

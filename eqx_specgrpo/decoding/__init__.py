@@ -1,0 +1,25 @@
+from .._sampling import (
+    AbstractSampling as AbstractSampling,
+    Categorical as Categorical,
+    GreedySampling as GreedySampling,
+    Sampling as Sampling,
+    make_sampling as make_sampling,
+)
+from ._decode import (
+    DecodeProgress as DecodeProgress,
+    decode as decode,
+    teacher_forced_logprobs as teacher_forced_logprobs,
+)
+from ._length import (
+    AbstractLengthController as AbstractLengthController,
+    FixedLength as FixedLength,
+    SegmentObservation as SegmentObservation,
+)
+from ._round import decode_round as decode_round, round_keys as round_keys
+from ._state import DecodeState as DecodeState
+from ._verify import (
+    AbstractVerifier as AbstractVerifier,
+    GreedyMatch as GreedyMatch,
+    Rejection as Rejection,
+    Verdict as Verdict,
+)

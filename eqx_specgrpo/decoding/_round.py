@@ -1,0 +1,65 @@
+"""One round of speculative decoding: propose, check, verify, commit."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Int, Key
+
+from .._sampling import AbstractSampling
+from ..drafts import AbstractDraft, NoDraft
+from ..models import AbstractLanguageModel
+from ._state import DecodeState, commit
+from ._verify import AbstractVerifier
+
+# What a random number is for. A round's keys derive from the absolute position of its first new token, which no other
+# round of the row shares: no number is used twice, whatever the order of rows, the bucket or the draft length.
+_PROPOSE, _VERIFY = 0, 1
+
+
+def round_keys(
+    row_keys: Key[Array, " rows"], positions: Int[Array, " rows"], purpose: int
+) -> Key[Array, " rows"]:
+    """Keys of one round and purpose, one a row."""
+    return jax.vmap(lambda key, position: jr.fold_in(jr.fold_in(key, position), purpose))(row_keys, positions)
+
+
+def decode_round(
+    target: AbstractLanguageModel,
+    draft: AbstractDraft,
+    verifier: AbstractVerifier,
+    sampling: AbstractSampling,
+    eos_ids: Int[Array, " eos"],
+    state: DecodeState,
+    length: int,
+) -> DecodeState:
+    """Advances every active row by one to `length + 1` tokens with one pass of the target."""
+    next_position = state.prompt_lengths + state.num_new
+
+    # Propose: the draft guesses `length` tokens after the last committed one. Length 0 never touches the draft here.
+    proposer = draft if length > 0 else NoDraft()
+    with jax.named_scope("propose"):
+        keys = round_keys(state.keys, next_position, _PROPOSE)
+        draft_state = state.draft if length > 0 else ()
+        proposal, draft_state = proposer.propose(target, draft_state, state.last_token, sampling, keys, length)
+        draft_state = draft_state if length > 0 else state.draft
+
+    # Check: one pass of the target over the last committed token and the guesses.
+    with jax.named_scope("check"):
+        block = jnp.concatenate([state.last_token[:, None], proposal.tokens], axis=1)
+        positions = (next_position - 1)[:, None] + jnp.arange(length + 1)[None]
+        features, cache = target.hidden(block, positions, state.cache, layers=draft.layers)
+        logits = target.unembed(features.last)
+        distribution = sampling.distribution(logits)
+
+    # Verify: how many guesses stand, and the token that follows them.
+    with jax.named_scope("verify"):
+        verdict = jax.vmap(verifier.verify)(distribution, proposal, round_keys(state.keys, next_position, _VERIFY))
+        guesses = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
+        is_guess = jnp.arange(length + 1)[None] < verdict.num_accepted[:, None]
+        emitted = jnp.where(is_guess, guesses, verdict.next_token[:, None])
+        logprobs = sampling.logprobs(logits, distribution, emitted)
+
+    # Commit: the only place where anything of a row moves.
+    with jax.named_scope("commit"):
+        draft_state = draft.commit(target, draft_state, features, block, verdict.num_accepted)
+        return commit(state, emitted, logprobs, verdict.num_accepted + 1, eos_ids, cache, draft_state)

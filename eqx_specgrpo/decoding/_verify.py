@@ -1,0 +1,99 @@
+"""Lossless verification of one drafted chain. Numbers in, numbers out: only the decoder commits anything."""
+
+from abc import abstractmethod
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Int, Key
+
+from .._sampling import Categorical, sample_weights
+from ..drafts import Proposal
+
+
+class Verdict(eqx.Module):
+    """The outcome of one row's round: keep so many drafted tokens, then emit this one.
+
+    **Arguments:**
+
+    - `num_accepted`: between 0 and the draft's length.
+    - `next_token`: the correction of the first rejected token, or the bonus token if none was rejected.
+    """
+
+    num_accepted: Int[Array, ""]
+    next_token: Int[Array, ""]
+
+
+class AbstractVerifier(eqx.Module):
+    """A rule that keeps exactly the target's distribution, whatever the draft's.
+
+    A rule is its law: how likely at least `i` drafted tokens are kept, and what the token after them is drawn from. Both
+    are methods of their own, so that tests can enumerate the law of the output exactly; `verify` only draws from them.
+
+    All methods are for one row; the decoder uses `vmap`.
+    """
+
+    @abstractmethod
+    def survival(self, target: Categorical, proposal: Proposal) -> Float[Array, " draft"]:
+        """Probability, given the drafted tokens, that at least 1, 2, ... of them are kept. Never increasing.
+
+        **Arguments:**
+
+        - `target`: the target's distributions at the draft's positions and the one after, `draft + 1` in all.
+        - `proposal`: the drafted tokens and their distributions.
+        """
+
+    @abstractmethod
+    def next_weights(self, target: Categorical, proposal: Proposal, num_accepted: Int[Array, ""]) -> Float[Array, " vocab"]:
+        """What the next token is drawn from, given how many drafted tokens were kept; need not be normalized."""
+
+    def verify(self, target: Categorical, proposal: Proposal, key: Key[Array, ""]) -> Verdict:
+        """Draws how many tokens are kept, and the token after them.
+
+        **Arguments:**
+
+        - `target`: see `survival`.
+        - `proposal`: see `survival`.
+        - `key`: used for nothing else; two uniform numbers are drawn from it.
+        """
+        uniform_accept, uniform_next = jr.uniform(key, (2,))
+        num_accepted = jnp.sum(uniform_accept < self.survival(target, proposal), dtype=jnp.int32)
+        next_token = sample_weights(self.next_weights(target, proposal, num_accepted), uniform_next)
+        return Verdict(num_accepted, next_token)
+
+
+class Rejection(AbstractVerifier):
+    """Token-wise rejection sampling (Leviathan et al. 2023, algorithm 1; Chen et al. 2023).
+
+    A drafted token is kept with probability `min(1, target / draft)`; the first one that is not is replaced by a draw
+    from the positive part of `target - draft`.
+    """
+
+    def survival(self, target: Categorical, proposal: Proposal) -> Float[Array, " draft"]:
+        length = proposal.tokens.shape[0]
+        log_ratio = target[:length].logprob(proposal.tokens) - proposal.token_logprobs()
+        return jnp.exp(jnp.cumsum(jnp.minimum(log_ratio, 0.0)))
+
+    def next_weights(self, target: Categorical, proposal: Proposal, num_accepted: Int[Array, ""]) -> Float[Array, " vocab"]:
+        target_probs = target[num_accepted].probs()
+        residual = jnp.maximum(target_probs - proposal.probs_at(num_accepted, target_probs.shape[-1]), 0.0)
+        # Where the distributions agree to rounding nothing is left over, and a rejection has no probability either.
+        return jnp.where(residual.sum() > 0, residual, target_probs)
+
+
+class GreedyMatch(AbstractVerifier):
+    """Keeps drafted tokens as long as they are the target's most likely ones. For `GreedySampling` only.
+
+    The same tokens as `Rejection` gives for a point-mass target, without a division or a uniform number.
+    """
+
+    def survival(self, target: Categorical, proposal: Proposal) -> Float[Array, " draft"]:
+        length = proposal.tokens.shape[0]
+        matches = jnp.argmax(target.logits[:length], axis=-1) == proposal.tokens
+        return jnp.cumprod(matches).astype(jnp.float32)
+
+    def next_weights(self, target: Categorical, proposal: Proposal, num_accepted: Int[Array, ""]) -> Float[Array, " vocab"]:
+        del proposal
+        logits = target.logits[num_accepted]
+        return jax.nn.one_hot(jnp.argmax(logits), logits.shape[-1])

@@ -1,0 +1,145 @@
+"""One update of the draft, on features that the policy's own forward has produced."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from ..drafts import AbstractDraft
+from ..models import AbstractLanguageModel, Features
+from ._objectives import AbstractDraftLoss
+
+
+class DraftBatch(eqx.Module):
+    """Whole sequences with the target's features of them.
+
+    **Arguments:**
+
+    - `features`: from the policy's forward.
+    - `tokens`: the sequences.
+    - `prompt_lengths`, `completion_lengths`: the draft learns where completions are, which is where it is used.
+    """
+
+    features: Features
+    tokens: Int[Array, "rows seq"]
+    prompt_lengths: Int[Array, " rows"]
+    completion_lengths: Int[Array, " rows"]
+
+
+class DraftGradients(eqx.Module):
+    """Outcome of a pass over a batch.
+
+    **Arguments:**
+
+    - `gradients`: float32, shaped like the draft.
+    - `loss`: the weighted mean over draft positions.
+    - `acceptance`: expected acceptance of each draft position, `sum min(target, draft)`, over the completion positions.
+    """
+
+    gradients: PyTree
+    loss: Float[Array, ""]
+    acceptance: Float[Array, " draft"]
+
+
+def choose_rows(key: Key[Array, ""], rows: int, fraction: float) -> Int[np.ndarray, " chosen"]:
+    """Which rollouts the draft learns from: a random share, at least one, the same number in every step."""
+    chosen = max(1, min(rows, round(fraction * rows)))
+    return np.sort(np.asarray(jr.permutation(key, rows))[:chosen])
+
+
+@eqx.filter_jit
+def select_rows(
+    features: Features,
+    tokens: Int[Array, "rows seq"],
+    prompt_lengths: Int[Array, " rows"],
+    completion_lengths: Int[Array, " rows"],
+    rows: Int[Array, " chosen"],
+) -> DraftBatch:
+    """The batch of some rows."""
+    return jax.tree.map(lambda x: x[rows], DraftBatch(features, tokens, prompt_lengths, completion_lengths))
+
+
+@eqx.filter_jit
+def draft_gradients(
+    draft: AbstractDraft,
+    target: AbstractLanguageModel,
+    batch: DraftBatch,
+    loss: AbstractDraftLoss,
+    *,
+    temperature: Float[Array, ""],
+    alpha: Float[Array, " draft"],
+    position_decay: Float[Array, ""],
+    new: int,
+    chunk: int = 64,
+) -> DraftGradients:
+    """Loss and gradients of the draft, in chunks of positions: no array of all positions times the vocabulary exists.
+
+    A chunk's logits serve forward and backward at once, so that each is computed one time. Only the draft is
+    differentiated; target and features are constants.
+
+    **Arguments:**
+
+    - `draft`: in the dtype to compute in.
+    - `target`: the very weights that gave the features.
+    - `batch`: the sequences.
+    - `loss`: see `AbstractDraftLoss`.
+    - `temperature`: of sampling; applied to both sides.
+    - `alpha`: recent expected acceptance of each draft position, for losses that adapt to it.
+    - `position_decay`: weight of each draft position relative to the one before it (Medusa uses 0.8).
+    - `new`: the completion positions to look at; static.
+    - `chunk`: positions a chunk; static.
+    """
+    features, target = lax.stop_gradient((batch.features, target))
+    params, static = eqx.partition(draft, eqx.is_inexact_array)
+    rows, seq = batch.tokens.shape
+    num_draft = draft.max_length
+    positions = jnp.minimum(batch.prompt_lengths[:, None] - 1 + jnp.arange(new)[None], seq - 1)
+    offsets = jnp.arange(new)[None, :, None] + 1 + jnp.arange(num_draft)[None, None]
+    mask = offsets < batch.completion_lengths[:, None, None]
+    counts = mask.sum((0, 1))
+    decay = position_decay ** jnp.arange(num_draft)
+    weights = jnp.where(counts > 0, decay / jnp.sum(decay), 0.0) / jnp.maximum(counts, 1)
+
+    def completion_hidden(params: PyTree) -> Float[Array, "positions draft hidden"]:
+        hidden = eqx.combine(params, static).train_hidden(target, features, batch.tokens)
+        hidden = jnp.take_along_axis(hidden, positions[:, :, None, None], axis=1)
+        return hidden.reshape(rows * new, num_draft, hidden.shape[-1])
+
+    draft_hidden, pull_back = jax.vjp(completion_hidden, params)
+    target_hidden = jnp.take_along_axis(features.last, positions[:, :, None], axis=1).reshape(rows * new, -1)
+
+    # Offset k looks k + 1 positions ahead in the same row; what would be another row's is masked.
+    padding = -(rows * new) % chunk
+    draft_chunks = jnp.pad(draft_hidden, ((0, padding), (0, 0), (0, 0))).reshape(-1, chunk, *draft_hidden.shape[1:])
+    mask_chunks = jnp.pad(mask.reshape(-1, num_draft), ((0, padding), (0, 0))).reshape(-1, chunk, num_draft)
+    target_hidden = jnp.pad(target_hidden, ((0, padding + num_draft), (0, 0)))
+
+    def one_chunk(carry, inputs):
+        start, hidden, mask = inputs
+        ahead = lax.dynamic_slice_in_dim(target_hidden, start, chunk + num_draft)
+        ahead_logits = target.unembed(ahead) / temperature
+        target_logits = jnp.stack([ahead_logits[1 + k : 1 + k + chunk] for k in range(num_draft)], axis=1)
+
+        def chunk_loss(params, hidden):
+            draft_logits = eqx.combine(params, static).train_logits(target, hidden) / temperature
+            losses, acceptances = loss(target_logits, draft_logits, mask, alpha)
+            return jnp.sum(weights * losses), acceptances
+
+        (value, acceptances), (d_params, d_hidden) = jax.value_and_grad(chunk_loss, argnums=(0, 1), has_aux=True)(
+            params, hidden
+        )
+        total, acceptance_sums, gradients = carry
+        gradients = jax.tree.map(lambda total, new: total + new.astype(jnp.float32), gradients, d_params)
+        return (total + value, acceptance_sums + acceptances, gradients), d_hidden
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    starts = jnp.arange(draft_chunks.shape[0]) * chunk
+    (total, acceptance_sums, gradients), d_hidden = lax.scan(
+        one_chunk, (jnp.zeros(()), jnp.zeros(num_draft), zeros), (starts, draft_chunks, mask_chunks)
+    )
+    (through_hidden,) = pull_back(d_hidden.reshape(-1, *draft_hidden.shape[1:])[: rows * new])
+    gradients = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), gradients, through_hidden)
+    return DraftGradients(gradients, total, acceptance_sums / jnp.maximum(counts, 1))

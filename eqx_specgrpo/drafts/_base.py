@@ -1,0 +1,160 @@
+"""What a draft is to the decoder and to distillation."""
+
+from abc import abstractmethod
+from typing import Any, Generic, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from .._errors import UserError
+from .._sampling import AbstractSampling, Categorical
+from ..models import AbstractLanguageModel, Features
+
+State = TypeVar("State")
+
+
+class DraftError(UserError):
+    """A draft and a target that do not fit; the message names both sides."""
+
+
+class Proposal(eqx.Module):
+    """Drafted tokens, and the distribution that each was drawn from.
+
+    **Arguments:**
+
+    - `tokens`: the drafted chain.
+    - `distribution`: what each token was drawn from, given the ones before it; `None` means a point mass: the token
+        was chosen without chance (an n-gram match, an argmax).
+    """
+
+    tokens: Int[Array, "*rows draft"]
+    distribution: Categorical | None
+
+    def token_logprobs(self) -> Float[Array, "*rows draft"]:
+        """Log-probability that each token had of being drafted; 0 for point masses."""
+        if self.distribution is None:
+            return jnp.zeros(self.tokens.shape)
+        return self.distribution.logprob(self.tokens)
+
+    def probs_at(self, index: Int[Array, ""], vocab: int) -> Float[Array, " vocab"]:
+        """Draft probabilities over the vocabulary at one position of one row; zero at or beyond the draft's end.
+
+        For a single row: under `vmap`, not on a batch.
+        """
+        length = self.tokens.shape[0]
+        if length == 0:
+            return jnp.zeros(vocab)
+        safe = jnp.minimum(index, length - 1)
+        if self.distribution is None:
+            probs = jax.nn.one_hot(self.tokens[safe], vocab)
+        else:
+            probs = self.distribution[safe].probs()
+        return jnp.where(index < length, probs, 0.0)
+
+
+class AbstractDraft(eqx.Module, Generic[State]):
+    """Guesses the next few tokens of every row cheaply.
+
+    A draft is configuration and weights; what it remembers of the rows is a separate PyTree, made by `init` and handed
+    through `propose` and `commit`. Every array of that PyTree has the row as its leading axis, so that the decoder can
+    select rows. The target is an argument everywhere, never a field: its unembedding can't be trained or saved twice.
+
+    Where a row stands at the start of a round: its last committed token was emitted but not yet fed to the target; the
+    newest features are those of the position before it, the ones that predicted it.
+
+    Subclasses have:
+
+    - `max_length`: the most tokens that `propose` can be asked for.
+    - `layers`: the target's layers whose outputs are needed in `Features.layers`, besides `Features.last`.
+    """
+
+    max_length: eqx.AbstractVar[int]
+    layers: eqx.AbstractVar[tuple[int, ...]]
+
+    @abstractmethod
+    def check(self, target: AbstractLanguageModel) -> None:
+        """Raises `DraftError`, naming both sides, if the draft does not fit the target. Called before any tracing."""
+
+    @abstractmethod
+    def init(
+        self,
+        target: AbstractLanguageModel,
+        features: Features,
+        tokens: Int[Array, "rows seq"],
+        lengths: Int[Array, " rows"],
+        capacity: int,
+    ) -> State:
+        """The state after the target's pass over the prompts.
+
+        **Arguments:**
+
+        - `features`: of the prompts, `[rows, seq, hidden]`.
+        - `tokens`, `lengths`: the prompts, right-padded.
+        - `capacity`: the most positions a row will ever have, the draft's own included.
+        """
+
+    @abstractmethod
+    def propose(
+        self,
+        target: AbstractLanguageModel,
+        state: State,
+        last_token: Int[Array, " rows"],
+        sampling: AbstractSampling,
+        keys: Key[Array, " rows"],
+        length: int,
+    ) -> tuple[Proposal, State]:
+        """Drafts `length` tokens a row, `1 <= length <= max_length`.
+
+        **Arguments:**
+
+        - `last_token`: the last committed token.
+        - `sampling`: turns draft logits into the distribution to draw from. Any distribution is lossless, as long as
+            the tokens are drawn from the one that is returned; the target's own settings accept most.
+        - `keys`: one a row, fresh in every round.
+        """
+
+    @abstractmethod
+    def commit(
+        self,
+        target: AbstractLanguageModel,
+        state: State,
+        features: Features,
+        block: Int[Array, "rows block"],
+        num_accepted: Int[Array, " rows"],
+    ) -> State:
+        """Takes in the outcome of a round.
+
+        **Arguments:**
+
+        - `features`: of the target's pass over the block, `[rows, block, hidden]`; row `num_accepted` of them predicted
+            the round's last committed token. Also called after rounds without drafting, with a block of one.
+        - `block`: the last committed token of the round before, then the drafted tokens.
+        - `num_accepted`: how many drafted tokens were kept.
+        """
+
+    @abstractmethod
+    def train_hidden(
+        self, target: AbstractLanguageModel, features: Features, tokens: Int[Array, "rows seq"]
+    ) -> Float[Array, "rows seq draft draft_hidden"]:
+        """What `train_logits` unembeds, for every position and draft offset of whole sequences.
+
+        At position `i`, where the features predict token `i + 1`, offset `k` (from 0) stands for the draft's prediction
+        of token `i + 2 + k`, which the target predicts from its own features at position `i + 1 + k`.
+
+        **Arguments:**
+
+        - `features`: of the sequences, behind a stop-gradient.
+        - `tokens`: the sequences; the features at `i` were computed from token `i`.
+        """
+
+    @abstractmethod
+    def train_logits(
+        self, target: AbstractLanguageModel, hidden: Float[Array, "*batch draft_hidden"]
+    ) -> Float[Array, "*batch vocab"]:
+        """Logits from what `train_hidden` gave; separate, so that the loss can go through the vocabulary in chunks."""
+
+    @abstractmethod
+    def provenance(self) -> dict[str, Any]:
+        """JSON-able settings from which an equal module can be built before its weights are loaded."""

@@ -1,0 +1,86 @@
+"""Medusa heads (Cai et al. 2024, section 2.1)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from equinox import field
+from jaxtyping import Array, Float, Int
+
+from .._sampling import AbstractSampling
+from ..models import AbstractLanguageModel, Features, matmul
+from ._base import AbstractDraft, DraftError, Proposal
+
+MedusaState = Float[Array, "rows hidden"]
+
+
+class MedusaHeads(AbstractDraft[MedusaState]):
+    """Head `k` predicts the token `k + 1` places after the one that the target itself predicts, from the same features.
+
+    Each head is one residual block, `h + silu(W h + b)`, and all share the target's own unembedding in one product.
+    With `W` and `b` zero a fresh head gives exactly the base head's prediction. The heads do not see each other's
+    tokens, so the draft is the product of their distributions, exactly known.
+
+    Trained: `weight` and `bias`. Frozen, and not part of the module: the target's unembedding.
+
+    **Arguments:**
+
+    - `weight`: `[draft, hidden, hidden]`.
+    - `bias`: `[draft, hidden]`.
+    """
+
+    weight: Float[Array, "draft hidden hidden"]
+    bias: Float[Array, "draft hidden"]
+    layers: tuple[int, ...] = field(static=True, default=())
+
+    @staticmethod
+    def fresh(hidden_size: int, num_heads: int) -> "MedusaHeads":
+        """Heads that repeat the base head's prediction."""
+        return MedusaHeads(jnp.zeros((num_heads, hidden_size, hidden_size)), jnp.zeros((num_heads, hidden_size)))
+
+    @property
+    def max_length(self) -> int:
+        return self.weight.shape[0]
+
+    def check(self, target: AbstractLanguageModel) -> None:
+        hidden_size = self.weight.shape[-1]
+        if hidden_size != target.hidden_size:
+            raise DraftError(
+                f"these Medusa heads take hidden states of size {hidden_size}, but the target's have size "
+                f"{target.hidden_size}: use heads that were trained for this target, or fresh ones"
+            )
+
+    def init(self, target, features, tokens, lengths, capacity) -> MedusaState:
+        del target, tokens, capacity
+        return _pick(features.last, lengths - 1)
+
+    @jax.named_scope("MedusaHeads.propose")
+    def propose(self, target, state: MedusaState, last_token, sampling: AbstractSampling, keys, length: int):
+        del last_token
+        distribution = sampling.distribution(target.unembed(self._heads(state, length)))
+        uniforms = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
+        return Proposal(distribution.sample(uniforms), distribution), state
+
+    def commit(self, target, state: MedusaState, features, block, num_accepted) -> MedusaState:
+        del target, state, block
+        return _pick(features.last, num_accepted)
+
+    def train_hidden(self, target, features: Features, tokens):
+        del target, tokens
+        return self._heads(features.last, self.max_length)
+
+    def train_logits(self, target, hidden):
+        return target.unembed(hidden)
+
+    def provenance(self) -> dict[str, Any]:
+        return {"hidden_size": self.weight.shape[-1], "num_heads": self.weight.shape[0]}
+
+    def _heads(self, hidden: Float[Array, "*batch hidden"], length: int) -> Float[Array, "*batch draft hidden"]:
+        size = hidden.shape[-1]
+        flat = matmul(hidden, self.weight[:length].reshape(length * size, size))
+        per_head = flat.reshape(*hidden.shape[:-1], length, size)
+        return hidden[..., None, :] + jax.nn.silu(per_head + jnp.broadcast_to(self.bias[:length], per_head.shape))
+
+
+def _pick(hidden: Float[Array, "rows seq hidden"], index: Int[Array, " rows"]) -> Float[Array, "rows hidden"]:
+    return jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,42 @@
+from typing import Any
+
+import jax.numpy as jnp
+
+from ._base import AbstractDraft, Proposal
+
+
+class NoDraft(AbstractDraft[tuple[()]]):
+    """Plain decoding: nothing is guessed, every target pass yields one token. The reference for every other draft."""
+
+    @property
+    def max_length(self) -> int:
+        return 0
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return ()
+
+    def check(self, target) -> None:
+        del target
+
+    def init(self, target, features, tokens, lengths, capacity) -> tuple[()]:
+        del target, features, tokens, lengths, capacity
+        return ()
+
+    def propose(self, target, state, last_token, sampling, keys, length):
+        del target, sampling, keys, length
+        return Proposal(jnp.zeros((last_token.shape[0], 0), last_token.dtype), None), state
+
+    def commit(self, target, state, features, block, num_accepted) -> tuple[()]:
+        del target, features, block, num_accepted
+        return state
+
+    def train_hidden(self, target, features, tokens):
+        del target, tokens
+        return jnp.zeros((*features.last.shape[:-1], 0, features.last.shape[-1]))
+
+    def train_logits(self, target, hidden):
+        return target.unembed(hidden)
+
+    def provenance(self) -> dict[str, Any]:
+        return {}

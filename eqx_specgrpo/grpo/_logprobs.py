@@ -1,0 +1,91 @@
+"""Log-probabilities of tokens from hidden states, without the logits of all positions at once."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, ArrayLike, Float, Int
+
+
+def next_token_positions(prompt_lengths: Int[Array, " rows"], new: int) -> Int[Array, "rows new"]:
+    """Where the hidden states lie that predict the completion tokens.
+
+    The hidden state at position `i` predicts the token at `i + 1`. A row's sequence is its prompt followed by its
+    completion, without a gap; so completion token `j`, at position `prompt_length + j`, is predicted at
+    `prompt_length - 1 + j`, and the first one by the last token of the prompt.
+
+    **Arguments:**
+
+    - `prompt_lengths`: number of prompt tokens of each row, at least 1.
+    - `new`: number of completion positions, padding included.
+
+    **Returns:**
+
+    Indices along the sequence axis. Those of padding may exceed what has been computed: with a sequence axis of
+    at least `max(prompt_lengths) + new - 1` positions none does.
+    """
+    return prompt_lengths[:, None] - 1 + jnp.arange(new, dtype=prompt_lengths.dtype)[None, :]
+
+
+def chunked_logprobs(
+    hidden: Float[Array, "positions hidden"],
+    tokens: Int[Array, " positions"],
+    unembed: Callable[[Float[Array, "chunk hidden"]], Float[Array, "chunk vocab"]],
+    temperature: Float[ArrayLike, ""],
+    chunk: int,
+    *,
+    differentiable_entropy: bool = False,
+) -> tuple[Float[Array, " positions"], Float[Array, " positions"]]:
+    """Log-probability of a token, and the entropy, at each position, `chunk` positions at a time.
+
+    No `[positions, vocab]` array exists in the forward or the backward pass: the backward pass computes each chunk's
+    logits again.
+
+    **Arguments:**
+
+    - `hidden`: what `unembed` takes. Padding must hold finite numbers, as it does when it comes out of a model.
+    - `tokens`: the token whose log-probability is wanted, at each position.
+    - `unembed`: from hidden states to logits. What it closes over is differentiated as usual. It runs once a chunk
+        (twice with gradients): cast weights before, not in it.
+    - `temperature`: the logits are divided by it; may be traced. Positive: use 1 for a policy that decodes greedily.
+    - `chunk`: number of positions at a time; static. A last chunk that is not full is padded.
+    - `differentiable_entropy`: whether gradients flow through the entropy. They cost time even where nobody needs them,
+        so by default the entropy is only a metric.
+
+    **Returns:**
+
+    Log-probabilities and entropies (nats) of `softmax(logits / temperature)`, float32.
+
+    **Raises:**
+
+    `ValueError` if `chunk` is not positive.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}: it is a number of positions, and must be at least 1")
+    positions, size = hidden.shape
+    if positions == 0:
+        return jnp.zeros((0,), jnp.float32), jnp.zeros((0,), jnp.float32)
+    chunk = min(chunk, positions)
+    num_chunks = -(-positions // chunk)
+    padding = num_chunks * chunk - positions
+    temperature = jnp.asarray(temperature, jnp.float32)
+
+    @jax.checkpoint
+    def one_chunk(
+        hidden: Float[Array, "chunk hidden"], tokens: Int[Array, " chunk"]
+    ) -> tuple[Float[Array, " chunk"], Float[Array, " chunk"]]:
+        logits = unembed(hidden).astype(jnp.float32) / temperature
+        normalizers = jax.nn.logsumexp(logits, axis=-1)
+        logprobs = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - normalizers
+        if not differentiable_entropy:
+            logits, normalizers = lax.stop_gradient((logits, normalizers))
+        log_distribution = logits - normalizers[:, None]
+        # A token that a mask has ruled out contributes 0, not 0 times infinity.
+        finite = jnp.where(log_distribution == -jnp.inf, 0.0, log_distribution)
+        return logprobs, -jnp.sum(jnp.exp(log_distribution) * finite, axis=-1)
+
+    hidden_chunks = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(num_chunks, chunk, size)
+    token_chunks = jnp.pad(tokens, (0, padding)).reshape(num_chunks, chunk)
+    _, (logprobs, entropies) = lax.scan(lambda _, x: (None, one_chunk(*x)), None, (hidden_chunks, token_chunks))
+    return logprobs.reshape(-1)[:positions], entropies.reshape(-1)[:positions]

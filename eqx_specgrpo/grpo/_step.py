@@ -1,0 +1,192 @@
+"""One optimizer step of the policy, in pieces that the loop puts together."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Array, ArrayLike, Float, PyTree
+
+from ..models import AbstractLanguageModel, Features, cast_weights, sequence_features
+from ._batch import UpdateBatch
+from ._logprobs import chunked_logprobs, next_token_positions
+from ._losses import LossNormalizer, LossType, policy_loss
+from ._metrics import PolicyLossMetrics
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not a finite number. The weights have not been touched."""
+
+
+def _array(x: ArrayLike | None) -> Array | None:
+    return None if x is None else jnp.asarray(x, jnp.float32)
+
+
+class LossSettings(eqx.Module):
+    """How the loss is computed. Numbers are arrays, so that schedules do not recompile; names and sizes are static.
+
+    **Arguments:** see [`eqx_specgrpo.grpo.policy_loss`][] and [`eqx_specgrpo.grpo.chunked_logprobs`][]; besides,
+
+    - `layers`: the target's layers whose outputs the draft will want to learn from.
+    """
+
+    temperature: Float[Array, ""] = eqx.field(converter=_array, default=1.0)
+    epsilon: Float[Array, ""] = eqx.field(converter=_array, default=0.2)
+    epsilon_high: Float[Array, ""] | None = eqx.field(converter=_array, default=None)
+    delta: Float[Array, ""] | None = eqx.field(converter=_array, default=None)
+    beta: Float[Array, ""] = eqx.field(converter=_array, default=0.0)
+    loss_type: LossType = eqx.field(static=True, default="dapo")
+    chunk: int = eqx.field(static=True, default=512)
+    layers: tuple[int, ...] = eqx.field(static=True, default=())
+
+
+class PolicyGradients(eqx.Module):
+    """What one or several micro-batches contribute to a step; add them up.
+
+    **Arguments:**
+
+    - `gradients`: float32, shaped like the policy.
+    - `loss`: the share of the step's loss.
+    - `metrics`: sums.
+    - `entropy_sum`: of the sampling distribution over the counted tokens, nats.
+    """
+
+    gradients: PyTree
+    loss: Float[Array, ""]
+    metrics: PolicyLossMetrics
+    entropy_sum: Float[Array, ""]
+
+    @eqx.filter_jit(donate="all")
+    def __add__(self, other: "PolicyGradients") -> "PolicyGradients":
+        return PolicyGradients(
+            jax.tree.map(jnp.add, self.gradients, other.gradients),
+            self.loss + other.loss,
+            self.metrics + other.metrics,
+            self.entropy_sum + other.entropy_sum,
+        )
+
+
+def _completion_logprobs(
+    model: AbstractLanguageModel, batch: UpdateBatch, settings: LossSettings
+) -> tuple[Float[Array, "rows new"], Float[Array, "rows new"], Features]:
+    features = sequence_features(model, jnp.asarray(batch.tokens), layers=settings.layers)
+    rows, new = batch.completion_tokens.shape
+    index = next_token_positions(jnp.asarray(batch.prompt_lengths), new)
+    hidden = jnp.take_along_axis(features.last, index[:, :, None], axis=1)
+    logprobs, entropies = chunked_logprobs(
+        hidden.reshape(rows * new, -1),
+        jnp.asarray(batch.completion_tokens).reshape(-1),
+        model.unembed,
+        settings.temperature,
+        settings.chunk,
+    )
+    return logprobs.reshape(rows, new), entropies.reshape(rows, new), features
+
+
+@eqx.filter_jit
+def policy_logprobs(
+    model: AbstractLanguageModel, batch: UpdateBatch, settings: LossSettings
+) -> Float[Array, "rows new"]:
+    """Log-probabilities of the completions, without gradients: for a reference, or for a check."""
+    return _completion_logprobs(model, batch, settings)[0]
+
+
+@eqx.filter_jit
+def policy_gradients(
+    model: AbstractLanguageModel, batch: UpdateBatch, normalizer: LossNormalizer, settings: LossSettings
+) -> tuple[PolicyGradients, Features]:
+    """Loss and gradients of one micro-batch.
+
+    The features of the forward come out with them, whether a draft wants them or not: the program that updates the
+    policy is the same with a learning draft, a frozen one and none, and so are the bits of its result.
+
+    **Arguments:**
+
+    - `model`: the policy's copy in the dtype to compute in, see `models.cast_weights`.
+    - `batch`: the micro-batch.
+    - `normalizer`: counts of the whole step.
+    - `settings`: of the loss.
+
+    **Returns:**
+
+    The gradients in float32, and the features of the whole sequences (before the update).
+    """
+
+    def loss_of(model: AbstractLanguageModel):
+        logprobs, entropies, features = _completion_logprobs(model, batch, settings)
+        loss, metrics = policy_loss(
+            logprobs,
+            jnp.asarray(batch.old_logprobs),
+            jnp.asarray(batch.advantages),
+            jnp.asarray(batch.completion_mask),
+            normalizer=normalizer,
+            loss_type=settings.loss_type,
+            epsilon=settings.epsilon,
+            epsilon_high=settings.epsilon_high,
+            delta=settings.delta,
+            beta=settings.beta,
+            reference_logprobs=None if batch.reference_logprobs is None else jnp.asarray(batch.reference_logprobs),
+        )
+        entropy_sum = jnp.sum(jnp.where(batch.completion_mask, entropies, 0.0))
+        return loss, (metrics, entropy_sum, lax.stop_gradient(features))
+
+    (loss, (metrics, entropy_sum, features)), gradients = eqx.filter_value_and_grad(loss_of, has_aux=True)(model)
+    gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+    return PolicyGradients(gradients, loss, metrics, entropy_sum), features
+
+
+def adamw(
+    *, beta1: float, beta2: float, epsilon: float, weight_decay: float, max_grad_norm: float
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019) behind a clip of the global norm, for a learning rate of 1.
+
+    The rate itself is an argument of `apply_gradients`, so that a schedule is an array. Vectors (norms and biases) do
+    not decay.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(max_grad_norm),
+        optax.scale_by_adam(beta1, beta2, epsilon),
+        optax.add_decayed_weights(weight_decay, mask=lambda params: jax.tree.map(lambda x: x.ndim >= 2, params)),
+    )
+
+
+def check_finite(what: str, step: int, **values: Float[Array, ""] | np.ndarray) -> None:
+    """Raises `NonFiniteError` if one of the values is not finite. Call it before the weights are touched."""
+    for name, value in values.items():
+        if not np.isfinite(np.asarray(value)):
+            raise NonFiniteError(
+                f"step {step}: the {what}'s {name} is {float(np.asarray(value))}. The weights were not touched. A lower learning "
+                "rate or a smaller max_grad_norm usually helps; in bfloat16, try float32"
+            )
+
+
+@jax.jit
+def global_norm(tree: PyTree) -> Float[Array, ""]:
+    """Euclidean norm over all leaves."""
+    return optax.global_norm(tree)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def apply_gradients(
+    unchanged: tuple[optax.GradientTransformation, PyTree, Float[Array, ""]], params: PyTree, state: Any
+) -> tuple[PyTree, Any]:
+    """Moves the parameters. DONATES the parameters and the optimizer's state.
+
+    **Arguments:**
+
+    - `unchanged`: the optimizer, the gradients and the learning rate.
+    - `params`: float32 master weights.
+    - `state`: the optimizer's.
+    """
+    optimizer, gradients, learning_rate = unchanged
+    updates, state = optimizer.update(gradients, state, eqx.filter(params, eqx.is_inexact_array))
+    return eqx.apply_updates(params, jax.tree.map(lambda u: -learning_rate * u, updates)), state
+
+
+@eqx.filter_jit
+def compute_copy(params: AbstractLanguageModel, dtype: str) -> AbstractLanguageModel:
+    """The policy with its matrices in the dtype to compute in; what decoding and gradients take, once a step."""
+    return cast_weights(params, jnp.dtype(dtype))

@@ -1,0 +1,23 @@
+from ._base import AbstractLanguageModel as AbstractLanguageModel, Features as Features
+from ._cache import (
+    AbstractLayerCache as AbstractLayerCache,
+    Cache as Cache,
+    KVCache as KVCache,
+    NoCache as NoCache,
+    take_rows as take_rows,
+)
+from ._checkpoint import (
+    load_model as load_model,
+    load_pretrained as load_pretrained,
+    load_tokenizer as load_tokenizer,
+    save_model as save_model,
+)
+from ._config import LinearRope as LinearRope, Llama3Rope as Llama3Rope, TransformerConfig as TransformerConfig
+from ._linear import Linear as Linear, matmul as matmul
+from ._norm import RMSNorm as RMSNorm
+from ._tokenizer import Tokenizer as Tokenizer, check_tokenizer as check_tokenizer
+from ._transformer import (
+    Transformer as Transformer,
+    cast_weights as cast_weights,
+    sequence_features as sequence_features,
+)

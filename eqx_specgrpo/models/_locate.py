@@ -1,0 +1,38 @@
+"""From what a user calls a model to a path on this machine."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from .._errors import CheckpointError
+
+# Weights in one format only, and nothing that could be executed.
+_FILES = ["*.json", "model*.safetensors", "*.jinja", "tokenizer*"]
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def locate(path: str | Path) -> Path:
+    """An existing folder or `.gguf` file; `org/name` is downloaded (or found in the cache) by huggingface_hub.
+
+    **Raises:**
+
+    `CheckpointError` if there is no such thing, here or there.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
+        return local
+    if local.is_file():
+        raise CheckpointError(f"{path} is a file; give a Hugging Face folder, a .gguf file or org/name")
+    name = str(path)
+    if isinstance(path, Path) or local.suffix == ".gguf" or not _REPOSITORY.fullmatch(name) or name.startswith("."):
+        raise CheckpointError(f"{path} does not exist; give a Hugging Face folder, a .gguf file or org/name")
+    try:
+        return Path(snapshot_download(name, allow_patterns=_FILES, ignore_patterns=["*/*"]))
+    except Exception as error:  # Whatever the network stack throws, the advice is the same.
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"there is no folder {name!r} here, and downloading the model {name!r} failed: {reason}. Check the name "
+            "and the network (private and gated models need `hf auth login`), or give the path of a folder that was "
+            "downloaded elsewhere"
+        ) from error

@@ -1,0 +1,23 @@
+"""RMSNorm (Zhang and Sennrich 2019), always in float32."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+class RMSNorm(eqx.Module):
+    """`x / rms(x) * weight` over the last axis."""
+
+    weight: Float[Array, " size"]
+    eps: float = eqx.field(static=True)
+
+    def __init__(self, size: int, eps: float):
+        self.weight = jnp.ones(size)
+        self.eps = eps
+
+    @jax.named_scope("RMSNorm")
+    def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+        scale = lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return x * scale * jnp.broadcast_to(self.weight.astype(jnp.float32), x.shape)

@@ -1,0 +1,228 @@
+"""One decoder-only transformer for Llama 2/3, SmolLM2, Mistral, Qwen2/2.5 and Qwen3."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
+
+from ._base import AbstractLanguageModel, Features
+from ._cache import AbstractLayerCache, Cache, KVCache, NoCache
+from ._config import TransformerConfig
+from ._linear import Linear, matmul
+from ._norm import RMSNorm
+from ._rope import apply_rope, rope_frequencies, rope_table
+
+RopeTable = tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]
+
+
+def attention(
+    queries: Float[Array, "batch seq heads head_dim"],
+    keys: Float[Array, "batch kv_heads slots head_dim"],
+    values: Float[Array, "batch kv_heads slots head_dim"],
+    mask: Bool[Array, "batch_or_1 seq slots"],
+) -> Float[Array, "batch seq heads*head_dim"]:
+    """Grouped-query attention (Ainslie et al. 2023), softmax in float32.
+
+    The query heads that share a key/value head are folded into the position axis, so that each key/value head is read
+    once and both products are plain batched matrix products with leading batch axes.
+    """
+    batch, seq, heads, head_dim = queries.shape
+    kv_heads, slots = keys.shape[1], keys.shape[2]
+    group = heads // kv_heads
+    folded = queries.reshape(batch, seq, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    folded = folded.reshape(batch, kv_heads, group * seq, head_dim) / math.sqrt(head_dim)
+    scores = jnp.einsum("bkqd,bksd->bkqs", folded.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, kv_heads, group, seq, slots)
+    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).reshape(batch, kv_heads, group * seq, slots)
+    mixed = jnp.einsum("bkqs,bksd->bkqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    mixed = mixed.reshape(batch, kv_heads, group, seq, head_dim).transpose(0, 3, 1, 2, 4)
+    return mixed.reshape(batch, seq, heads * head_dim)
+
+
+class Attention(eqx.Module):
+    """Causal self-attention; queries, keys and values come out of one product."""
+
+    qkv: Linear
+    output: Linear
+    query_norm: RMSNorm | None
+    key_norm: RMSNorm | None
+    config: TransformerConfig = eqx.field(static=True)
+
+    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
+        qkv_key, output_key = jr.split(key)
+        self.config = config
+        qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self.qkv = Linear(config.hidden_size, qkv_size, use_bias=config.qkv_bias, key=qkv_key)
+        self.output = Linear(
+            config.num_heads * config.head_dim, config.hidden_size, use_bias=config.output_bias, key=output_key
+        )
+        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+
+    @jax.named_scope("Attention")
+    def __call__(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        positions: Int[Array, "batch seq"],
+        rope: RopeTable,
+        cache: AbstractLayerCache,
+    ) -> tuple[Float[Array, "batch seq hidden"], AbstractLayerCache]:
+        config = self.config
+        batch, seq, _ = x.shape
+        heads = self.qkv(x).reshape(batch, seq, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
+        queries, keys, values = jnp.split(heads, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
+        if self.query_norm is not None and self.key_norm is not None:
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
+        queries, keys = apply_rope(queries, rope), apply_rope(keys, rope)
+        keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
+        keys, values, slot_positions, cache = cache.update(keys, values, positions)
+        distance = positions[:, :, None] - slot_positions[:, None, :]
+        mask = distance >= 0
+        if config.sliding_window is not None:
+            mask = mask & (distance < config.sliding_window)
+        return self.output(attention(queries, keys, values, mask)), cache
+
+
+class MLP(eqx.Module):
+    """SwiGLU (Shazeer 2020); gate and up projections come out of one product."""
+
+    gate_up: Linear
+    down: Linear
+
+    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
+        gate_up_key, down_key = jr.split(key)
+        self.gate_up = Linear(
+            config.hidden_size, 2 * config.intermediate_size, use_bias=config.mlp_bias, key=gate_up_key
+        )
+        self.down = Linear(config.intermediate_size, config.hidden_size, use_bias=config.mlp_bias, key=down_key)
+
+    @jax.named_scope("MLP")
+    def __call__(self, x: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq hidden"]:
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.down(jax.nn.silu(gate) * up)
+
+
+class Block(eqx.Module):
+    """Pre-norm residual block."""
+
+    attention_norm: RMSNorm
+    attention: Attention
+    mlp_norm: RMSNorm
+    mlp: MLP
+
+    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
+        attention_key, mlp_key = jr.split(key)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, key=attention_key)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config, key=mlp_key)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        positions: Int[Array, "batch seq"],
+        rope: RopeTable,
+        cache: AbstractLayerCache,
+    ) -> tuple[Float[Array, "batch seq hidden"], AbstractLayerCache]:
+        attended, cache = self.attention(self.attention_norm(x), positions, rope, cache)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Transformer(AbstractLanguageModel):
+    """Decoder-only transformer.
+
+    Layers are a tuple of modules, one array a layer: stacked weights would be sliced, and so copied, at every decoding
+    step. A freshly constructed model has random weights; `load_model` fills one from a checkpoint.
+
+    **Arguments:**
+
+    - `config`: sizes and options.
+    - `key`: for the random weights.
+    """
+
+    embedding: Float[Array, "vocab hidden"]
+    blocks: tuple[Block, ...]
+    norm: RMSNorm
+    unembedding: Float[Array, "vocab hidden"] | None
+    config: TransformerConfig = eqx.field(static=True)
+
+    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
+        embedding_key, unembedding_key, *block_keys = jr.split(key, config.num_layers + 2)
+        shape = (config.vocab_size, config.hidden_size)
+        self.config = config
+        self.embedding = 0.02 * jr.normal(embedding_key, shape)
+        self.blocks = tuple(Block(config, key=block_key) for block_key in block_keys)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.unembedding = None if config.tie_embeddings else 0.02 * jr.normal(unembedding_key, shape)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def max_length(self) -> int:
+        return self.config.max_position_embeddings
+
+    def init_cache(self, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
+        config = self.config
+        return tuple(KVCache.empty(batch, config.num_kv_heads, capacity, config.head_dim, dtype) for _ in self.blocks)
+
+    def no_cache(self) -> Cache:
+        return tuple(NoCache() for _ in self.blocks)
+
+    def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:
+        return self.embedding[tokens].astype(jnp.float32)
+
+    @jax.named_scope("Transformer.hidden")
+    def hidden(
+        self,
+        tokens: Int[Array, "batch seq"],
+        positions: Int[Array, "batch seq"],
+        cache: Cache,
+        *,
+        layers: tuple[int, ...] = (),
+    ) -> tuple[Features, Cache]:
+        config = self.config
+        rope = rope_table(positions, rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
+        x = self.embed(tokens)
+        outputs, new_cache = [], []
+        for block, layer_cache in zip(self.blocks, cache, strict=True):
+            x, layer_cache = block(x, positions, rope, layer_cache)
+            outputs.append(x)
+            new_cache.append(layer_cache)
+        features = Features(last=self.norm(x), layers=tuple(outputs[layer] for layer in layers))
+        return features, tuple(new_cache)
+
+    @jax.named_scope("Transformer.unembed")
+    def unembed(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+        return matmul(hidden, self.embedding if self.unembedding is None else self.unembedding)
+
+
+def cast_weights(model: AbstractLanguageModel, dtype: DTypeLike) -> AbstractLanguageModel:
+    """The model with its matrices in `dtype`; norms and biases stay float32, where they cost nothing.
+
+    Take one such copy a step and decode with it: the dtype of a matrix is the dtype of its products.
+    """
+
+    def cast(x):
+        return x.astype(dtype) if eqx.is_inexact_array(x) and x.ndim >= 2 else x
+
+    return jax.tree.map(cast, model)
+
+
+def sequence_features(
+    model: AbstractLanguageModel, tokens: Int[Array, "batch seq"], *, layers: tuple[int, ...] = ()
+) -> Features:
+    """Hidden states of whole, right-padded sequences without a cache: what training and scoring use."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=tokens.dtype)[None], tokens.shape)
+    features, _ = model.hidden(tokens, positions, model.no_cache(), layers=layers)
+    return features

@@ -1,0 +1,144 @@
+"""Which tensor of a Hugging Face checkpoint belongs where in a `Transformer`."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, DTypeLike
+
+from .._errors import CheckpointError
+from ._config import TransformerConfig
+from ._safetensors import StoredTensor, listing
+from ._transformer import Transformer
+
+# Tables that older versions of transformers stored beside the weights; the model computes them itself.
+_BUFFERS = ("rotary_emb.inv_freq",)
+_EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """One array of the model, and the tensors that make it up, stacked along their first axis."""
+
+    where: Callable[[Transformer], Any]
+    parts: dict[str, tuple[int, ...]]
+
+
+def _slots(config: TransformerConfig) -> list[_Slot]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    slots = [
+        _Slot(lambda m: m.embedding, {_EMBEDDING: (config.vocab_size, hidden)}),
+        _Slot(lambda m: m.norm.weight, {"model.norm.weight": (hidden,)}),
+    ]
+    if not config.tie_embeddings:
+        slots.append(_Slot(lambda m: m.unembedding, {_UNEMBEDDING: (config.vocab_size, hidden)}))
+
+    def linear(i: int, module: Callable, use_bias: bool, in_size: int, parts: dict[str, int]) -> None:
+        prefix = f"model.layers.{i}."
+        weights = {f"{prefix}{name}.weight": (size, in_size) for name, size in parts.items()}
+        slots.append(_Slot(lambda m: module(m.blocks[i]).weight, weights))
+        if use_bias:
+            biases = {f"{prefix}{name}.bias": (size,) for name, size in parts.items()}
+            slots.append(_Slot(lambda m: module(m.blocks[i]).bias, biases))
+
+    def norm(i: int, module: Callable, name: str, size: int) -> None:
+        slots.append(_Slot(lambda m: module(m.blocks[i]).weight, {f"model.layers.{i}.{name}.weight": (size,)}))
+
+    for i in range(config.num_layers):
+        norm(i, lambda b: b.attention_norm, "input_layernorm", hidden)
+        qkv = {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
+        linear(i, lambda b: b.attention.qkv, config.qkv_bias, hidden, qkv)
+        linear(i, lambda b: b.attention.output, config.output_bias, queries, {"self_attn.o_proj": hidden})
+        if config.qk_norm:
+            norm(i, lambda b: b.attention.query_norm, "self_attn.q_norm", config.head_dim)
+            norm(i, lambda b: b.attention.key_norm, "self_attn.k_norm", config.head_dim)
+        norm(i, lambda b: b.mlp_norm, "post_attention_layernorm", hidden)
+        linear(i, lambda b: b.mlp.gate_up, config.mlp_bias, hidden, {"mlp.gate_proj": inner, "mlp.up_proj": inner})
+        linear(i, lambda b: b.mlp.down, config.mlp_bias, inner, {"mlp.down_proj": hidden})
+    return slots
+
+
+def fill_model(
+    config: TransformerConfig, tensors: dict[str, StoredTensor], origin: Path, dtype: DTypeLike
+) -> Transformer:
+    """A `Transformer` whose every array comes from `tensors`, and which uses all of them.
+
+    **Arguments:**
+
+    - `tensors`: under their names in Hugging Face checkpoints.
+    - `origin`: the file or folder, for messages.
+    - `dtype`: of the matrices. Norms and biases are float32 always.
+
+    **Raises:**
+
+    `CheckpointError` that names the tensors which are missing, unexpected, or of another shape than `config` says.
+    """
+    slots = _slots(config)
+    expected = {name: shape for slot in slots for name, shape in slot.parts.items()}
+    _check_tensors(config, expected, tensors, origin)
+
+    def read(slot: _Slot) -> Array:
+        parts = [tensors[name].read() for name in slot.parts]
+        leaf_dtype = dtype if parts[0].ndim >= 2 else jnp.float32
+        parts = [part.astype(leaf_dtype, copy=False) for part in parts]
+        return jnp.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
+
+    # Only shapes of the random model are computed, so nothing is allocated that the checkpoint then replaces.
+    skeleton = eqx.filter_eval_shape(Transformer, config, key=jr.key(0))
+    shapes = [slot.where(skeleton).shape for slot in slots]
+    arrays = [read(slot) for slot in slots]
+    assert shapes == [array.shape for array in arrays]
+    model = eqx.tree_at(lambda m: [slot.where(m) for slot in slots], skeleton, arrays)
+    assert all(eqx.is_array(leaf) for leaf in jax.tree.leaves(model))
+    return model
+
+
+def _check_tensors(
+    config: TransformerConfig,
+    expected: dict[str, tuple[int, ...]],
+    tensors: dict[str, StoredTensor],
+    origin: Path,
+) -> None:
+    problems = []
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        problems.append(f"{len(missing)} missing: {listing(missing)}")
+    surplus = [name for name in tensors if name not in expected and not name.endswith(_BUFFERS)]
+    if config.tie_embeddings and _UNEMBEDDING in surplus and not missing:
+        # Some writers store the shared matrix twice. Two different ones would make the file contradict config.json.
+        if not np.array_equal(tensors[_UNEMBEDDING].read(), tensors[_EMBEDDING].read()):
+            problems.append(
+                f"{_UNEMBEDDING} differs from {_EMBEDDING}, although tie_word_embeddings says that they are one: set "
+                "it to false in config.json if the file is right"
+            )
+        surplus.remove(_UNEMBEDDING)
+    if surplus:
+        problems.append(f"{len(surplus)} unexpected: {listing(surplus)}")
+    wrong = [
+        f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if wrong:
+        problems.append(f"{len(wrong)} of the wrong shape: {listing(wrong)}")
+    if problems:
+        raise CheckpointError(
+            f"the tensors in {origin} are not those that its configuration asks for: {'; '.join(problems)}"
+        )
+
+
+def model_tensors(model: Transformer) -> dict[str, np.ndarray]:
+    """The model's arrays on the host, split up and named as in Hugging Face checkpoints."""
+    tensors: dict[str, np.ndarray] = {}
+    for slot in _slots(model.config):
+        array = np.asarray(slot.where(model))
+        ends = np.cumsum([shape[0] for shape in slot.parts.values()])
+        tensors.update(zip(slot.parts, np.split(array, ends[:-1]), strict=True))
+    return tensors

@@ -1,0 +1,100 @@
+"""Tasks from a file: one JSON object a line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .._errors import UserError
+from ._base import AbstractTask, Example, check_index
+
+# What every reward function is given besides the columns.
+_RESERVED = ("prompts", "completions", "completion_ids")
+
+
+class JsonlTask(AbstractTask):
+    """The lines of a file in TRL's convention: `prompt` is text or a list of messages, all else goes to the rewards.
+
+    Blank lines are skipped. A column that a line doesn't have is `None` there.
+    """
+
+    seed: int
+    size: int | None
+    path: Path
+    examples: tuple[Example, ...]
+
+    def __init__(self, path: str | Path, seed: int = 0):
+        """**Arguments:**
+
+        - `path`: a file of JSON objects, one a line, in UTF-8.
+        - `seed`: of the order.
+        """
+        path = Path(path).expanduser()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"the task file {path} can't be read: {error.strerror or error}. Check the path."
+            ) from error
+        rows = []
+        for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+            if line.strip():
+                rows.append(_parse_line(line, f"{path}, line {number}"))
+        if not rows:
+            raise UserError(f"the task file {path} is empty: put one JSON object with a `prompt` on each line")
+        names = list(dict.fromkeys(name for row in rows for name in row if name != "prompt"))
+        self.seed = seed
+        self.size = len(rows)
+        self.path = path
+        self.examples = tuple(Example(row["prompt"], {name: row.get(name) for name in names}) for row in rows)
+
+    def example(self, index: int) -> Example:
+        check_index(index, self.size)
+        return self.examples[index]
+
+
+def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: not JSON ({error.msg} at column {error.colno}). Each line must be one whole JSON object."
+        ) from error
+    except RecursionError as error:
+        raise UserError(f"{where}: JSON nested too deeply. Each line must be one JSON object.") from error
+    if not isinstance(row, dict):
+        raise UserError(f'{where}: {_kind(row)}, but each line must be an object such as {{"prompt": "..."}}')
+    if "prompt" not in row:
+        found = ", ".join(repr(name) for name in row) or "nothing"
+        raise UserError(f"{where}: no `prompt`, only {found}. Add or rename a column.")
+    for name in _RESERVED:
+        if name in row:
+            raise UserError(f"{where}: the column {name!r} has a name that rewards need for something else. Rename it.")
+    _check_prompt(row["prompt"], where)
+    return row
+
+
+def _check_prompt(prompt: Any, where: str) -> None:
+    if not isinstance(prompt, str | list):
+        raise UserError(f"{where}: `prompt` is {_kind(prompt)}, but must be text or a list of messages")
+    if not prompt:
+        raise UserError(f"{where}: `prompt` is empty. Give it some text, or delete the line.")
+    if isinstance(prompt, str):
+        return
+    for position, message in enumerate(prompt):
+        example = '{"role": "user", "content": "..."}'
+        if not isinstance(message, dict):
+            raise UserError(f"{where}: message {position} of `prompt` is {_kind(message)}, but must be like {example}")
+        for key in ("role", "content"):
+            if key not in message:
+                raise UserError(f"{where}: message {position} of `prompt` has no {key!r}; it must be like {example}")
+            if not isinstance(message[key], str):
+                raise UserError(
+                    f"{where}: the {key!r} of message {position} of `prompt` is {_kind(message[key])}, not text"
+                )
+
+
+def _kind(value: Any) -> str:
+    names = {str: "text", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), "null")

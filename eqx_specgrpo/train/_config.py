@@ -1,0 +1,172 @@
+"""The configuration of a run: one typed, frozen tree. It exists at the edge only; below are constructor arguments."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+# TOML has no null, so that an optional key is unset with the word "none".
+_NoneWord = BeforeValidator(lambda value: None if value in ("none", "None") else value)
+
+
+class _Section(BaseModel):
+    # `strict`: "60" is not a number, and `true` is not 1.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    """The target, which is the policy."""
+
+    path: str = Field(default="", description="folder, .gguf file or org/name; empty: the embedded default model")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the weights in computation; master weights and optimizer are float32"
+    )
+
+
+class TaskConfig(_Section):
+    """Where prompts come from. Every key but `name` is an option of the task itself."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(
+        default="arithmetic", min_length=1, description="a built-in task, FILE.jsonl or reasoning_gym:NAME"
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The task's own options, to be checked by the task."""
+        return dict(self.__pydantic_extra__ or {})
+
+    @model_validator(mode="after")
+    def _options_are_plain_keys(self):
+        if "options" in self.options:
+            raise ValueError("write a task's options directly in [task], as in task.max_operand = 99")
+        return self
+
+
+class RewardConfig(_Section):
+    """What is rewarded."""
+
+    functions: list[str] = Field(default=[], description="built-in names, package.module:function or file.py:function; "
+                                 "empty: the task's own")  # fmt: skip
+    weights: Annotated[list[float] | None, _NoneWord] = Field(default=None, description="one a function, none: all 1")
+
+    @model_validator(mode="after")
+    def _one_weight_a_function(self):
+        if self.weights is not None and self.functions and len(self.weights) != len(self.functions):
+            raise ValueError(
+                f"reward.weights has {len(self.weights)} values for {len(self.functions)} functions: give one for each"
+            )
+        return self
+
+
+class GRPOConfig(_Section):
+    """The policy's side. Names and defaults follow TRL where TRL has the option."""
+
+    num_generations: int = Field(default=8, ge=2, description="completions of each prompt: the group")
+    prompts_per_step: int = Field(default=4, ge=1, description="prompts of a step")
+    max_completion_length: int = Field(default=160, ge=1, description="longest completion, in tokens")
+    temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the log-probabilities in the loss")
+    learning_rate: float = Field(default=1e-6, ge=0, description="AdamW's, at its height")
+    lr_scheduler_type: Literal["constant", "linear"] = Field(
+        default="linear", description="linear: down to 0 at the last step"
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate rises from 0")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="the policy's gradient is clipped to this norm")
+    loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = Field(
+        default="dapo", description="how token losses are averaged"
+    )
+    epsilon: float = Field(default=0.2, gt=0, le=1, description="the ratio is clipped below at 1 - epsilon")
+    epsilon_high: Annotated[Annotated[float, Field(gt=0)] | None, _NoneWord] = Field(
+        default=None, description="the ratio is clipped above at 1 + epsilon_high; none: epsilon"
+    )
+    delta: Annotated[Annotated[float, Field(gt=1)] | None, _NoneWord] = Field(
+        default=None,
+        description="upper bound of the ratio where the advantage is negative (two-sided clipping); none: off",
+    )
+    beta: float = Field(
+        default=0.0, ge=0, description="weight of the KL to the starting policy; 0: no reference is held"
+    )
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        default="group", description="whose standard deviation divides the advantages"
+    )
+    num_iterations: int = Field(default=1, ge=1, description="updates on each batch of rollouts")
+    mask_truncated_completions: bool = Field(
+        default=False, description="leave completions without an end out of the loss"
+    )
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="micro-batches a step is split into")
+    logprob_chunk: int = Field(default=512, ge=1, description="tokens unembedded at a time")
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        rows = self.num_generations * self.prompts_per_step
+        if rows % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"grpo.gradient_accumulation_steps = {self.gradient_accumulation_steps} does not divide the {rows} "
+                "rows of a step (num_generations * prompts_per_step): choose a divisor"
+            )
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if self.delta is not None and self.delta <= 1 + high:
+            raise ValueError(
+                f"grpo.delta = {self.delta} must be greater than 1 + epsilon_high = {1 + high}: below that it would "
+                "override the ordinary clipping"
+            )
+        return self
+
+
+class DraftConfig(_Section):
+    """The draft's side: what guesses, how far ahead, and how it keeps learning."""
+
+    kind: Literal["medusa", "none"] = Field(default="medusa", description="architecture; none: plain decoding")
+    path: Annotated[str | None, _NoneWord] = Field(
+        default=None, description="a saved draft to start from; none: fresh heads"
+    )
+    mode: Literal["online", "frozen", "off"] = Field(
+        default="online", description="online: distilled at every step; frozen: used as it is; off: plain decoding"
+    )
+    length: int = Field(default=3, ge=0, le=8, description="tokens guessed ahead in a round; 0: plain decoding")
+    verifier: Literal["rejection"] = Field(default="rejection", description="the lossless rule that checks the guesses")
+    learning_rate: float = Field(default=1e-3, ge=0, description="of the draft's own optimizer")
+    loss: Literal["kl", "hybrid"] = Field(default="kl", description="forward KL, or its hybrid with total variation")
+    fraction: float = Field(default=0.25, gt=0, le=1, description="share of the rollouts that the draft learns from")
+    warmup: int = Field(default=20, ge=0, description="draft updates on the first rollouts, before step 0")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="the draft's gradient is clipped to this norm")
+    heads: int = Field(default=4, ge=1, le=8, description="Medusa heads held and trained")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is a draft at all."""
+        return self.kind != "none" and self.mode != "off"
+
+    @property
+    def learns(self) -> bool:
+        """Whether the draft is distilled during the run."""
+        return self.enabled and self.mode == "online"
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.length > self.heads:
+            raise ValueError(
+                f"draft.length = {self.length} is more than draft.heads = {self.heads}: each head guesses one token "
+                f"ahead; set draft.heads={self.length} or a shorter draft.length"
+            )
+        if self.path is not None and not self.enabled:
+            off = "draft.kind" if self.kind == "none" else "draft.mode"
+            raise ValueError(f"draft.path = {self.path!r} names a draft, but {off} says that there is none: drop one")
+        return self
+
+
+class RunConfig(_Section):
+    """All of a run. See the sections for what each key means; every default is a value TRL's users know."""
+
+    steps: int = Field(default=60, ge=1, description="steps in all, those before a resume included")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of everything random")
+    out: str = Field(default="runs/default", min_length=1, description="the run folder")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    task: TaskConfig = Field(default_factory=TaskConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    grpo: GRPOConfig = Field(default_factory=GRPOConfig)
+    draft: DraftConfig = Field(default_factory=DraftConfig)

@@ -1,0 +1,269 @@
+"""From TOML files and overrides to a `RunConfig`, and back."""
+
+import difflib
+import importlib.resources
+import tomllib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from .._errors import ConfigError
+from ._config import RunConfig, TaskConfig
+from ._toml import parse_toml_value, toml_key, toml_value
+
+_NOTES = {"grpo.num_generations": "a group of one has nothing to be compared with"}
+_MAY_CHANGE = frozenset({"steps", "out"})
+
+
+def load_config(
+    path: Path | None = None, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """The configuration of a run: a base, then overrides, then flags.
+
+    The base is the file at `path`. Without one it is the packaged preset for the embedded default model, or, if a
+    `model.path` is given, plain defaults. Options in `[task]` belong to the task named there, and are dropped where an
+    override or a flag names another task.
+
+    **Arguments:**
+
+    - `path`: a TOML file, or `None`.
+    - `overrides`: `"a.b=c"`, where `c` is a TOML value, or text that needs no quotes.
+    - `flags`: dotted key to value; `None` means not given.
+
+    **Returns:**
+
+    A `RunConfig`.
+
+    **Raises:**
+
+    `ConfigError` with one line for each thing that is wrong.
+    """
+    overlay: dict[str, Any] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise ConfigError(f"--set {text}: write it as key=value, such as --set grpo.learning_rate=1e-5")
+        _put(overlay, key, parse_toml_value(value.strip(), is_text=_is_text(key)))
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _put(overlay, key, value)
+    _check_keys(overlay)
+    if path is not None:
+        base = _read(path)
+    elif overlay.get("model", {}).get("path"):
+        base = {}
+    else:
+        preset = importlib.resources.files("eqx_specgrpo") / "assets" / "default.toml"
+        base = tomllib.loads(preset.read_text(encoding="utf-8"))
+    _check_keys(base)
+    name = overlay.get("task", {}).get("name")
+    if name is not None and name != base.get("task", {}).get("name", TaskConfig().name):
+        base = {**base, "task": {}}
+    try:
+        return RunConfig.model_validate(_merge(base, overlay))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The configuration as TOML with a comment a key. `load_config` reads it back to an equal one."""
+    top: list[str] = []
+    sections: list[str] = []
+    for key, field in RunConfig.model_fields.items():
+        value = config.__dict__[key]
+        if not isinstance(value, BaseModel):
+            top.append(_line(key, value, field))
+            continue
+        sections += ["", f"[{key}]"]
+        fields = type(value).model_fields
+        for name, item in _items(value):
+            sections.append(_line(name, item, fields.get(name)))
+    return "\n".join(top + sections) + "\n"
+
+
+def check_resume(old: RunConfig, new: RunConfig) -> None:
+    """A run may be resumed with more steps or in a folder that was moved, and with no other change.
+
+    **Raises:**
+
+    `ConfigError` naming the first key that differs, with both values.
+    """
+    was, is_ = dict(_leaves(old)), dict(_leaves(new))
+    for key in [*was, *(key for key in is_ if key not in was)]:
+        if key not in _MAY_CHANGE and was.get(key) != is_.get(key):
+            raise ConfigError(
+                f"{key} was {_show(was.get(key))} in the run to be resumed and is {_show(is_.get(key))} now: resume "
+                "with the old value (only steps may rise), or start a new run with another --out"
+            )
+
+
+def _items(section: BaseModel) -> Iterator[tuple[str, Any]]:
+    for name in type(section).model_fields:
+        yield name, section.__dict__[name]
+    yield from (section.__pydantic_extra__ or {}).items()
+
+
+def _leaves(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    for key, value in _items(config):
+        if isinstance(value, BaseModel):
+            for name, item in _items(value):
+                yield f"{key}.{name}", item
+        else:
+            yield key, value
+
+
+def _show(value: Any) -> str:
+    return "unset" if value is None else toml_value(value)
+
+
+def _line(key: str, value: Any, field: FieldInfo | None) -> str:
+    # TOML has no null: an unset key is shown, as a comment.
+    line = f"# {toml_key(key)} =" if value is None else f"{toml_key(key)} = {toml_value(value)}"
+    return line if field is None or not field.description else f"{line}  # {field.description}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no configuration file {path}: check the path, or leave it out") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{key}: {parent} holds a value, so there is no {key} below it")
+    tree[last] = value
+
+
+def _merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in overlay.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _sections() -> dict[str, type[BaseModel]]:
+    return {
+        key: field.annotation
+        for key, field in RunConfig.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
+
+
+def _field(key: str) -> FieldInfo | None:
+    section, _, name = key.rpartition(".")
+    model = _sections().get(section) if section else RunConfig
+    return None if model is None else model.model_fields.get(name)
+
+
+def _is_text(key: str) -> bool:
+    field = _field(key)
+    return field is not None and field.annotation in (str, str | None)
+
+
+def _check_keys(tree: Mapping[str, Any]) -> None:
+    sections = _sections()
+    for key, value in tree.items():
+        if key not in RunConfig.model_fields:
+            raise ConfigError(_unknown(f"{key}.{next(iter(value))}" if isinstance(value, dict) and value else key))
+        if key not in sections:
+            if isinstance(value, dict):
+                raise ConfigError(f"{key} is a single value, not a section: write {key} = {toml_value(_default(key))}")
+            continue
+        if not isinstance(value, dict):
+            first = next(iter(sections[key].model_fields))
+            raise ConfigError(f"{key} is a section: set one of its keys, such as {key}.{first}")
+        if sections[key] is TaskConfig:
+            continue
+        for name in value:
+            if name not in sections[key].model_fields:
+                raise ConfigError(_unknown(f"{key}.{name}"))
+
+
+def _default(key: str) -> Any:
+    return RunConfig.model_fields[key].default
+
+
+def _unknown(key: str) -> str:
+    """One sentence with the nearest valid name: the same word in another section, or a similar word."""
+    sections = _sections()
+    known = [name for name in RunConfig.model_fields if name not in sections]
+    known += [f"{section}.{name}" for section, model in sections.items() for name in model.model_fields]
+    word = key.rpartition(".")[2]
+    near = [name for name in known if name.rpartition(".")[2] == word]
+    near = near or difflib.get_close_matches(key, known if "." in key else [*known, *sections], n=1)
+    if not near:
+        leaves = difflib.get_close_matches(word, [name.rpartition(".")[2] for name in known], n=1)
+        near = [name for name in known if name.rpartition(".")[2] in leaves]
+    if near:
+        return f"unknown configuration key {key}: did you mean {' or '.join(near)}?"
+    section = key.partition(".")[0]
+    names = sections[section].model_fields if section in sections and "." in key else RunConfig.model_fields
+    return f"unknown configuration key {key}: the keys there are {', '.join(names)}"
+
+
+def _explain(detail: Any) -> str:
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    places = [str(place) for place in detail["loc"]]
+    key = ".".join(places[:2]) if places[0] in _sections() else places[0]
+    field = _field(key)
+    if field is None:
+        return f"{key}: {detail['msg']}"
+    note = f" ({_NOTES[key]})" if key in _NOTES else ""
+    try:
+        value = _show(detail["input"])
+    except ConfigError:
+        value = repr(detail["input"])
+    item = f"[{detail['loc'][-1]}]" if isinstance(detail["loc"][-1], int) else ""
+    return f"{key}{item} = {value}: it must be {_permitted(field.annotation, field.metadata)}{note}"
+
+
+def _permitted(annotation: Any, metadata: Sequence[Any]) -> str:
+    """The values a field takes, in words."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(toml_value(choice) for choice in get_args(annotation))
+    if origin in (Union, types.UnionType):
+        inner = [part for part in get_args(annotation) if part is not types.NoneType]
+        return " or ".join([*(_permitted(part, metadata) for part in inner), '"none"'])
+    if origin is list:
+        of = {str: "text", float: "numbers"}[get_args(annotation)[0]]
+        example = '["a", "b"]' if of == "text" else "[1.0, 0.5]"
+        return f"a list of {of}, such as {example}"
+    if origin is not None:  # Annotated[float, Field(...)]
+        inner, *fields = get_args(annotation)
+        return _permitted(inner, [part for field in fields for part in field.metadata])
+    if annotation is str and metadata:
+        return "text that is not empty"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]
+    bounds = [bound for part in metadata if (bound := _bound(part))]
+    return f"{words} {' and '.join(bounds)}" if bounds else words
+
+
+def _bound(constraint: Any) -> str:
+    match constraint:
+        case annotated_types.Ge(ge=bound):
+            return f"of at least {bound}"
+        case annotated_types.Gt(gt=bound):
+            return f"greater than {bound}"
+        case annotated_types.Le(le=bound):
+            return f"at most {bound}"
+        case annotated_types.Lt(lt=bound):
+            return f"less than {bound}"
+        case _:
+            return ""

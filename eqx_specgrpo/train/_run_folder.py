@@ -1,0 +1,243 @@
+"""The folder of a run: its configuration, its records, and the guard that one process at a time writes there."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from .._errors import UserError
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+
+_LOCK = ".lock"
+
+
+class RunFolder:
+    """Opens a run's folder for writing, and holds it until `close` (or the end of a `with` block, or of the process).
+
+    - `config.toml`: the resolved configuration.
+    - `metrics.jsonl`: one object a step, with its `step`.
+    - `completions.jsonl`: one object a completion, with its `step`.
+    - `checkpoints/`, `policy/`, `draft/`: written by others.
+
+    **Arguments:**
+
+    - `path`: the folder; it is made, with its parents, for a new run.
+    - `resume`: go on with the run that is there.
+
+    **Raises:**
+
+    `UserError` if the folder is in use by another process, holds a run and `resume` is false, or holds none and
+    `resume` is true.
+    """
+
+    path: Path
+
+    def __init__(self, path: Path, resume: bool = False):
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file, not a folder: choose another run folder with --out")
+        if resume and not self.config_path.exists():
+            raise UserError(f"there is no run to resume in {path}: leave out --resume, or name its folder with --out")
+        if not resume:
+            _check_unused(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(path)
+        except OSError as error:
+            raise UserError(
+                f"the run folder {path} cannot be written: {error.strerror}; choose another --out"
+            ) from None
+        try:
+            if not resume:
+                _check_unused(path)  # Again: another run may have come and gone before the lock was ours.
+            self._files: dict[Path, IO[bytes]] = {}
+        except UserError:
+            self._lock.close()
+            raise
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def completions_path(self) -> Path:
+        return self.path / "completions.jsonl"
+
+    @property
+    def policy_path(self) -> Path:
+        return self.path / "policy"
+
+    @property
+    def draft_path(self) -> Path:
+        return self.path / "draft"
+
+    def write_config(self, text: str) -> None:
+        """Writes `config.toml`, aside and renamed."""
+        _replace(self.config_path, text.encode())
+
+    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Adds one line to `metrics.jsonl`. JSON has no NaN and no infinity: both become `null`."""
+        self._append(self.metrics_path, [metrics])
+
+    def append_completions(self, completions: Iterable[Mapping[str, Any]]) -> None:
+        """Adds lines to `completions.jsonl`."""
+        self._append(self.completions_path, completions)
+
+    def rewind(self, step: int) -> None:
+        """Drops the records of `step` and later ones: a run resumed from the checkpoint after `step` steps writes them
+        again. To be called after each resume: a last line that a kill left half-written goes as well."""
+        self._close_files()
+        for path in (self.metrics_path, self.completions_path):
+            if path.exists():
+                lines = [
+                    line + b"\n"
+                    for number, line, record in _records(path)
+                    if _step(path, number, record) < step
+                ]  # fmt: skip
+                _replace(path, b"".join(lines))
+
+    def close(self) -> None:
+        """Closes the files, and lets other processes have the folder."""
+        self._close_files()
+        self._lock.close()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _close_files(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _append(self, path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+        text = "".join(json.dumps(_plain(record), allow_nan=False, ensure_ascii=False) + "\n" for record in records)
+        try:
+            if path not in self._files:
+                # Unbuffered: a line is in the file, whole, when this returns.
+                self._files[path] = open(path, "ab", buffering=0)
+            # A lone surrogate, half of a character that a completion broke off in, has no UTF-8.
+            _write_all(self._files[path], text.encode("utf-8", "replace"))
+        except OSError as error:
+            raise _write_error(path, error) from error
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a `metrics.jsonl` or `completions.jsonl`; a half-written last line is left out.
+
+    **Raises:**
+
+    `UserError` if the file is missing, or has a line that is no JSON object.
+    """
+    return [record for _, _, record in _records(path)]
+
+
+def _records(path: Path) -> list[tuple[int, bytes, dict[str, Any]]]:
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")  # What follows the last newline is nothing, or half a line.
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; is it the folder of a run?") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise UserError(f"line {number} of {path} is not a JSON object: remove it")
+        records.append((number, line, record))
+    return records
+
+
+def _step(path: Path, number: int, record: Mapping[str, Any]) -> int:
+    step = record.get("step")
+    if not isinstance(step, int):
+        raise UserError(f"line {number} of {path} has no step: remove it")
+    return step
+
+
+def _check_unused(path: Path) -> None:
+    if not path.is_dir():
+        return
+    names = {entry.name for entry in path.iterdir()}
+    # A run that stopped before its first step has written nothing worth keeping.
+    if names and not (_LOCK in names and names <= {_LOCK, "config.toml"}):
+        raise UserError(
+            f"the folder {path} already holds a run or other files: go on with it with --resume, or choose another "
+            "with --out"
+        )
+
+
+def _lock(folder: Path) -> IO[bytes]:
+    file = open(folder / _LOCK, "ab")
+    try:
+        if sys.platform == "win32":
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(
+            f"another process is writing to the run folder {folder}: wait for it, or choose another with --out"
+        ) from None
+    return file
+
+
+def _replace(path: Path, content: bytes) -> None:
+    aside = path.with_name(f".tmp-{path.name}")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise _write_error(path, error) from error
+
+
+def _write_all(file: IO[bytes], content: bytes) -> None:
+    while content:
+        content = content[file.write(content) :]
+
+
+def _write_error(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} could not be written: {error.strerror}; what is in the run folder, its checkpoints included, is as it "
+        "was. Make room there, then run again with --resume"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: arrays and scalars of numpy and JAX become numbers and lists."""
+    match value:
+        case None | str() | bool() | int():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case _:
+            array = np.asarray(value)
+            if array.dtype == object:
+                raise TypeError(f"{value!r} cannot be written as JSON")
+            return _plain(array.tolist())

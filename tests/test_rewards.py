@@ -1,0 +1,407 @@
+import asyncio
+import math
+import textwrap
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eqx_specgrpo._errors import UserError
+from eqx_specgrpo.tasks import (
+    Arithmetic,
+    JsonlTask,
+    RewardError,
+    Rewards,
+    arithmetic_reward,
+    find_numbers,
+    last_number,
+    load_rewards,
+    running_totals_reward,
+    soft_overlong,
+    think_format_reward,
+)
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "custom_reward.py"
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("The answer is 27.", 27),
+        ("27", 27),
+        ("12 + 15 = 27\n", 27),
+        ("12-3", 3),
+        ("12 - 3", 3),
+        ("5 -3", 3),
+        ("(2)-3", 3),
+        ("= -3", -3),
+        ("= - 3", -3),
+        ("12-15=-3", -3),
+        ("-3", -3),
+        ("5 - -3", -3),
+        ("2 * -3", -3),
+        ("answer:-3", -3),
+        ("\u22123", -3),
+        ("step-3", 3),
+        ("- 3 apples", 3),
+        ("$-5", -5),
+        ("1,234", 1234),
+        ("-1,234,567.0", -1234567),
+        ("1,23", 23),
+        ("1, 2, 3", 3),
+        ("100,200,30", 30),
+        ("27.0", 27),
+        ("27.000", 27),
+        ("27.5", Decimal("27.5")),
+        (".5", Decimal("0.5")),
+        ("...15", 15),
+        ("2.7e1", 27),
+        ("-" + "1234567890" * 4, -int("1234567890" * 4)),
+        ("**27**", 27),
+        ("\\boxed{27}", 27),
+        ("27th", 27),
+        ("1.2.3", None),
+        ("4 then 1.2.3", None),
+        ("1e99999999999999999999", None),
+        ("no number", None),
+        ("", None),
+        ("\u0663", None),  # another script's digit
+    ],
+)
+def test_last_number(text, value):
+    assert last_number(text) == value
+
+
+@pytest.mark.parametrize(
+    "text, results",
+    [
+        ("12 + 15 = 27", [27]),
+        ("12 - 15 = -3", [-3]),
+        ("12-15=-3", [-3]),
+        ("1 + 2 = 3 + 4 = 7", [3, 7]),
+        ("it is 7 - good", [7]),
+        ("3\n- 4 = 5", [3, 5]),
+        ("12 plus 15 is 27", [12, 15, 27]),
+        ("2 * 3 = **6**", [6]),
+        ("1 2 3, 4,5\n6", [1]),
+        ("2 \u00d7 3 \u00f7 6 = 1", [1]),
+        ("2 + -3", []),
+    ],
+)
+def test_operands_and_lists_are_no_results(text, results):
+    assert [number.value for number in find_numbers(text) if number.is_result] == results
+
+
+@pytest.mark.parametrize(
+    "completion, answer, reward",
+    [
+        ("10 + 17 = 27", "27", 1.0),
+        ("it is 27.0", "27", 1.0),
+        ("it is 1,234", 1234, 1.0),
+        ("12 - 15 = -3", "-3", 1.0),
+        ("12-3", "-3", 0.0),
+        ("18 - 15 = 3", "-3", 0.0),
+        ("127", "27", 0.0),
+        ("27.5", "5", 0.0),
+        ("2.27", "27", 0.0),
+        ("27 or 28", "27", 0.0),
+        ("2 7", "27", 0.0),
+        ("", "27", 0.0),
+        ("twenty-seven", "27", 0.0),
+        ("27", None, None),
+        ([{"role": "assistant", "content": "So 27."}], "27", 1.0),
+    ],
+)
+def test_arithmetic_reward(completion, answer, reward):
+    assert arithmetic_reward(completions=[completion], answer=[answer], prompts=["?"]) == [reward]
+
+
+def test_arithmetic_reward_needs_a_number_to_compare_with():
+    with pytest.raises(ValueError, match="'#### 27', which isn't a number"):
+        arithmetic_reward(completions=["27"], answer=["#### 27"])
+
+
+@pytest.mark.parametrize(
+    "completion, expression, reward",
+    [
+        ("1 + 2 = 3, 3 + 4 = 7, 7 + 5 = 12", "1 + 2 + 4 + 5", 1.0),
+        ("First 3. Adding 4 gives 7. Adding 5 gives 12. The answer is 12.", "1 + 2 + 4 + 5", 1.0),
+        ("12", "1 + 2 + 4 + 5", 1 / 3),
+        ("1 + 2 = 3, 3 + 4 = 7, 7 + 5 = 13", "1 + 2 + 4 + 5", 2 / 3),
+        ("1 + 2 = 4, 4 + 4 = 8, 8 + 5 = 13", "1 + 2 + 4 + 5", 0.0),
+        ("1 + 2 = 3 + 4 = 7 + 5 = 12", "1 + 2 + 4 + 5", 1.0),
+        ("3 + 4 = 7; 1 + 2 = 3; so 12", "1 + 2 + 4 + 5", 2 / 3),  # out of order
+        ("1 2 3 4 5 6 7 8 9 10 11 12", "1 + 2 + 4 + 5", 1 / 3),  # counting earns no steps
+        ("1 + 2 + 3 + 7 = 12", "1 + 2 + 4 + 5", 1 / 3),
+        ("2 * 3 = 6 and 10 - 6 = 4", "10 - 2 * 3", 1.0),
+        ("3 - 10 = -7, -7 + 2 = -5", "3 - 10 + 2", 1.0),
+        ("27", "12 + 15", 1.0),
+        ("28", "12 + 15", 0.0),
+        ("", "12 + 15", 0.0),
+        ("27", None, None),
+        ([{"role": "assistant", "content": "27"}], "12 + 15", 1.0),
+    ],
+)
+def test_running_totals_reward(completion, expression, reward):
+    (value,) = running_totals_reward(completions=[completion], expression=[expression])
+    assert value == (None if reward is None else pytest.approx(reward))
+
+
+@pytest.mark.parametrize(
+    "completion, reward",
+    [
+        ("<think>so</think>27", 1.0),
+        ("\n<think>\nso\n</think>\n\n27\n", 1.0),
+        ([{"role": "assistant", "content": "<think>so</think>27"}], 1.0),
+        ("<think>so</think>", 0.0),
+        ("<think> </think>27", 0.0),
+        ("<think>so 27", 0.0),
+        ("so</think>27", 0.0),
+        ("well <think>so</think>27", 0.0),
+        ("<think>a<think>b</think>c", 0.0),
+        ("<think>a</think>b</think>c", 0.0),
+        ("<think>a</think><think>b</think>c", 0.0),
+        ("27", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_think_format_reward(completion, reward):
+    assert think_format_reward(completions=[completion]) == [reward]
+
+
+def test_soft_overlong():
+    lengths = [0, 80, 81, 90, 100, 101, 1000]
+    rewards = soft_overlong(100, 20)(completions=["?"] * 7, completion_ids=[[5] * length for length in lengths])
+    assert rewards == pytest.approx([0.0, 0.0, -0.05, -0.5, -1.0, -1.0, -1.0])
+
+
+def score(functions, weights=None, rows=3, chat=False, columns=None, step=None):
+    names = tuple(f"f{i}" for i in range(len(functions)))
+    rewards = Rewards(names, tuple(functions), tuple(weights or [1.0] * len(functions)))
+    prompts = [[{"role": "user", "content": f"prompt {i}"}] if chat else f"prompt {i}" for i in range(rows)]
+    completions = [f"completion {i}" for i in range(rows)]
+    ids = [list(range(i)) for i in range(rows)]
+    return rewards(prompts, completions, ids, columns or {}, step)
+
+
+def test_weighted_sum_skips_what_does_not_apply():
+    per_function, total = score(
+        [lambda **kw: [1.0, None, None], lambda **kw: [True, np.float32(3.0), None]], weights=[2.0, 0.5]
+    )
+    np.testing.assert_array_equal(per_function, [[1.0, 1.0], [np.nan, 3.0], [np.nan, np.nan]])
+    np.testing.assert_array_equal(total, [2.5, 1.5, np.nan])
+    assert per_function.dtype == total.dtype == np.float64
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_what_a_function_is_given(chat):
+    seen = {}
+
+    def function(**kwargs):
+        seen.update(kwargs)
+        return np.zeros(3)
+
+    score([function], chat=chat, columns={"answer": ["a", "b", "c"]}, step=4)
+    assert set(seen) == {"prompts", "completions", "completion_ids", "answer"}
+    text = "completion 1"
+    assert seen["completions"][1] == ([{"role": "assistant", "content": text}] if chat else text)
+    assert seen["completion_ids"] == [[], [0], [0, 1]]
+    assert seen["answer"] == ["a", "b", "c"]
+
+
+def test_a_function_gets_only_what_it_names():
+    def without(completions, step, unused=None):
+        assert step == 4 and unused is None
+        return [float(len(text)) for text in completions]
+
+    def with_column(answer, *args, step=None, **kwargs):
+        assert step == 4 and not args and "completions" in kwargs
+        return answer
+
+    per_function, _ = score([without, with_column], columns={"answer": [1, 2, 3]}, step=4)
+    np.testing.assert_array_equal(per_function, [[12, 1], [12, 2], [12, 3]])
+
+
+def test_a_column_called_step_comes_first():
+    per_function, _ = score([lambda step: step], columns={"step": [7, 8, 9]}, step=4)
+    assert per_function[:, 0].tolist() == [7, 8, 9]
+
+
+def test_a_function_that_changes_its_arguments_changes_no_other():
+    def spoil(completions, **kwargs):
+        completions.clear()
+        return [0.0] * 3
+
+    _, total = score([spoil, lambda completions: [1.0] * len(completions)])
+    assert total.tolist() == [1.0] * 3
+
+
+async def slow_reward(completions, **kwargs):
+    await asyncio.sleep(0)
+    return [float(text[-1]) for text in completions]
+
+
+def test_async_function():
+    assert score([slow_reward])[1].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_async_function_inside_a_running_loop():
+    async def notebook_cell():
+        return score([slow_reward])[1].tolist()
+
+    assert asyncio.run(notebook_cell()) == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "function, words",
+    [
+        (lambda completions: [1 / (text[-1] != "1") for text in completions],
+         ["'f0'", "ZeroDivisionError", "item 1 of 3", "'prompt 1'", "test_rewards.py, line"]),
+        (lambda completions: [1 / (len(completions) < 3)] * len(completions), ["ZeroDivisionError", "no item alone"]),
+        (lambda **kw: [1.0, 2.0], ["'f0'", "2 rewards", "expected 3"]),
+        (lambda **kw: [1.0] * 4, ["4 rewards", "expected 3"]),
+        (lambda **kw: [1.0, math.nan, 2.0], ["nan", "item 1 of 3"]),
+        (lambda **kw: [1.0, 2.0, -math.inf], ["-inf", "item 2 of 3"]),
+        (lambda **kw: ["1.0", 2.0, 3.0], ["'1.0'", "item 0 of 3"]),
+        (lambda **kw: [1.0, [2.0], 3.0], ["[2.0]", "item 1 of 3"]),
+        (lambda **kw: [1.0, 10**400, 3.0], ["item 1 of 3"]),
+        (lambda **kw: None, ["NoneType", "a list of 3"]),
+        (lambda **kw: 1.0, ["float", "a list of 3"]),
+        (lambda **kw: np.float32(1.0), ["float32", "a list of 3"]),
+        (lambda **kw: "abc", ["str", "a list of 3"]),
+        (lambda **kw: {0: 1.0, 1: 1.0, 2: 1.0}, ["dict", "a list of 3"]),
+        (lambda answer, **kw: answer, ["'f0'", "'answer'", "no column", "'completions'"]),
+        (lambda completions, /: [1.0] * 3, ["'completions'", "by position only"]),
+    ],
+)  # fmt: skip
+def test_bad_functions(function, words):
+    with pytest.raises(RewardError) as caught:
+        score([function])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_long_prompts_are_shortened():
+    rewards = Rewards(("bad",), (lambda completions: [][0],), (1.0,))
+    for prompt in ["x" * 1000, [{"role": "system", "content": "?"}, {"role": "user", "content": "x" * 1000}]]:
+        with pytest.raises(RewardError) as caught:
+            rewards([prompt], ["a"], [[1]], {})
+        assert "xxx..." in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_interrupting_is_no_reward_error():
+    def interrupted(**kwargs):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score([interrupted])
+
+
+def test_columns_must_fit_the_rows():
+    with pytest.raises(ValueError, match="3 completions but 2 values of 'answer'"):
+        score([lambda **kw: [0.0] * 3], columns={"answer": [1, 2]})
+
+
+def test_built_in_rewards_by_name():
+    rewards = load_rewards(["think_format", "arithmetic", "running_totals", "soft_overlong(4, 2)"], None, Arithmetic())
+    assert rewards.names == ("think_format", "arithmetic", "running_totals", "soft_overlong")
+    prompts = [[{"role": "user", "content": "?"}]] * 2
+    columns = {"answer": ["6", "6"], "expression": ["1 + 2 + 3"] * 2}
+    per_function, total = rewards(prompts, ["<think>1 + 2 = 3</think>6", "6 7"], [[1] * 3, [1] * 9], columns)
+    np.testing.assert_array_equal(per_function, [[1, 1, 1, -0.5], [0, 0, 0, -1]])
+    np.testing.assert_array_equal(total, [2.5, -1])
+
+
+def test_the_tasks_own_reward_is_the_default(tmp_path):
+    rewards = load_rewards([], [3.0], Arithmetic())
+    assert (rewards.names, rewards.weights) == (("arithmetic",), (3.0,))
+    assert rewards(["?"], ["2"], [[1]], {"answer": ["2"]})[1].tolist() == [3.0]
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a"}')
+    with pytest.raises(UserError, match="JsonlTask has no reward of its own: give one as --reward"):
+        load_rewards([], None, JsonlTask(path))
+
+
+@pytest.fixture
+def reward_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "helper_of_rewards.py").write_text("VALUE = 2.0\n")
+    (tmp_path / "my_rewards.py").write_text(
+        textwrap.dedent(
+            """
+            from dataclasses import dataclass
+
+            from helper_of_rewards import VALUE
+
+            @dataclass
+            class Constant:
+                value: "float"
+
+                def __call__(self, completions):
+                    return [self.value] * len(completions)
+
+            def two(completions, **kwargs):
+                return [VALUE] * len(completions)
+
+            three = Constant(3.0)
+            number = 4
+            """
+        )
+    )
+    (tmp_path / "random.py").write_text("def two(completions, **kwargs):\n    return [20.0] * len(completions)\n")
+    (tmp_path / "broken_rewards.py").write_text("def two(:\n")
+    package = tmp_path / "package_of_rewards"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "inner.py").write_text("async def five(completions, **kwargs):\n    return [5.0] * len(completions)\n")
+    return tmp_path
+
+
+def test_rewards_from_files_and_modules(reward_files):
+    specs = ["my_rewards.py:two", f"{reward_files}/my_rewards.py:three", "package_of_rewards.inner:five"]
+    rewards = load_rewards(specs, [1.0, 10.0, 100.0], Arithmetic())
+    assert rewards.names == ("two", "three", "five")
+    assert rewards(["?"], ["!"], [[1]], {})[1].tolist() == [532.0]
+
+
+def test_equal_function_names_keep_their_files(reward_files):
+    rewards = load_rewards(["my_rewards.py:two", "random.py:two"], None, Arithmetic())
+    assert rewards.names == ("my_rewards.py:two", "random.py:two")
+    assert rewards(["?"], ["!"], [[1]], {})[0].tolist() == [[2.0, 20.0]]
+
+
+@pytest.mark.parametrize(
+    "specs, weights, words",
+    [
+        (["arithmetics"], None, ["Did you mean 'arithmetic'?"]),
+        (["xyz"], None, ["The choices are:", "think_format", "file.py:function"]),
+        (["soft_overlong"], None, ["soft_overlong(max length, cache)"]),
+        (["soft_overlong(10, 20)"], None, ["at most all"]),
+        (["my_rewards.py"], None, ["my_rewards.py:FUNCTION"]),
+        (["nowhere.py:two"], None, ["nowhere.py", "doesn't exist"]),
+        (["my_rewards.py:twoo"], None, ["no function 'twoo'", "Did you mean 'two'?"]),
+        (["my_rewards.py:"], None, ["no function ''", "Constant"]),
+        (["my_rewards.py:number"], None, ["int", "function"]),
+        (["broken_rewards.py:two"], None, ["broken_rewards.py", "SyntaxError"]),
+        (["no_such_package_of_rewards.inner:five"], None, ["no_such_package_of_rewards", "file.py:function"]),
+        (["package_of_rewards.outer:five"], None, ["package_of_rewards.outer"]),
+        (["some/path:five"], None, ["some/path", ".py"]),
+        (["arithmetic", "arithmetic"], None, ["'arithmetic' is given 2 times"]),
+        (["arithmetic"], [1.0, 2.0], ["1 rewards", "2 weights"]),
+        (["arithmetic"], [math.nan], ["'arithmetic'", "nan"]),
+    ],
+)
+def test_bad_reward_specs(reward_files, specs, weights, words):
+    with pytest.raises(UserError) as caught:
+        load_rewards(specs, weights, Arithmetic())
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_example_reward():
+    rewards = load_rewards([f"{EXAMPLE}:digits_reward"], None, Arithmetic())
+    prompts = ["?", [{"role": "user", "content": "?"}], "?", "?"]
+    per_function, total = rewards(prompts, ["ab 12", "12 34", "abc", " "], [[1]] * 4, {})
+    np.testing.assert_array_equal(per_function[:, 0], [0.5, 1.0, 0.0, np.nan])
+    np.testing.assert_array_equal(total, per_function[:, 0])

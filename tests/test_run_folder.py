@@ -1,0 +1,219 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eqx_specgrpo._errors import UserError
+from eqx_specgrpo.train import _run_folder
+from eqx_specgrpo.train._report import first_to_last, phase_times, plot_run, summary_text
+from eqx_specgrpo.train._run_folder import RunFolder, read_records
+
+
+def finished(path, steps=3):
+    with RunFolder(path) as folder:
+        folder.write_config("steps = 3\n")
+        for step in range(steps):
+            folder.append_metrics({"step": step, "reward": step / 4})
+            folder.append_completions([{"step": step, "text": f"{step}{row}é\n"} for row in range(2)])
+    return path
+
+
+def test_records_round_trip(tmp_path):
+    with RunFolder(tmp_path / "a" / "b") as folder:
+        folder.append_metrics(
+            {
+                "step": np.int32(1),
+                "nan": float("nan"),
+                "inf": np.float32("-inf"),
+                "jax": jnp.asarray(0.5, jnp.bfloat16),
+                "list": [np.float64("nan"), np.arange(2)],
+                "text": "\u2028é",
+                "flag": np.bool_(True),
+                "none": None,
+            }
+        )
+        # Each line is on the disk when the call returns, before any `close`.
+        lines = folder.metrics_path.read_text(encoding="utf-8").split("\n")
+        assert len(lines) == 2 and lines[1] == ""
+        expected = {"step": 1, "nan": None, "inf": None, "jax": 0.5, "list": [None, [0, 1]], "text": "\u2028é"}
+        assert json.loads(lines[0]) == expected | {"flag": True, "none": None}
+        with pytest.raises(TypeError, match="cannot be written as JSON"):
+            folder.append_metrics({"step": object()})
+        assert read_records(folder.metrics_path) == [json.loads(lines[0])]
+
+
+def test_lone_surrogates_do_not_stop_a_run(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        folder.append_completions([{"step": 0, "text": "a\ud83d"}])
+        assert read_records(folder.completions_path)[0]["text"] == "a?"
+
+
+def test_used_folder_needs_resume(tmp_path):
+    run = finished(tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(UserError, match="--resume.*--out"):
+        RunFolder(run)
+    assert before == {path.name: path.read_bytes() for path in run.iterdir()}
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").touch()
+    with pytest.raises(UserError, match="other files"):
+        RunFolder(foreign)
+    assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
+    with pytest.raises(UserError, match="is a file"):
+        RunFolder(foreign / "thesis.tex")
+
+
+def test_a_run_that_never_began_is_no_run(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        folder.write_config("steps = 1\n")
+    with RunFolder(tmp_path):
+        pass
+
+
+def test_resume_needs_a_run(tmp_path):
+    with pytest.raises(UserError, match="no run to resume"):
+        RunFolder(tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_rewind(tmp_path):
+    run = finished(tmp_path / "run")
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 3, "rew')  # A kill in the middle of a line.
+    with RunFolder(run, resume=True) as folder:
+        kept = folder.metrics_path.read_bytes().splitlines(keepends=True)[:2]
+        folder.rewind(2)
+        assert folder.metrics_path.read_bytes() == b"".join(kept)
+        assert [record["step"] for record in read_records(folder.completions_path)] == [0, 0, 1, 1]
+        folder.append_metrics({"step": 2})
+        assert [record["step"] for record in read_records(folder.metrics_path)] == [0, 1, 2]
+    assert not list(run.glob(".tmp*"))
+
+
+def test_half_a_line_is_dropped_even_if_its_step_is_kept(tmp_path):
+    run = finished(tmp_path / "run")
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 3}')
+    with RunFolder(run, resume=True) as folder:
+        folder.rewind(9)
+        folder.append_metrics({"step": 4})
+        assert [record["step"] for record in read_records(folder.metrics_path)] == [0, 1, 2, 4]
+
+
+def test_damaged_line_is_named(tmp_path):
+    run = finished(tmp_path / "run")
+    path = run / "metrics.jsonl"
+    for damage in (b"nonsense\n", b"[1]\n", b"\xff\n", b'{"reward": 1}\n'):
+        content = damage + b'{"step": 1}\n'
+        path.write_bytes(content)
+        with RunFolder(run, resume=True) as folder, pytest.raises(UserError, match="line 1 of .*metrics.jsonl"):
+            folder.rewind(2)
+        assert path.read_bytes() == content
+
+
+def test_a_kill_while_rewinding_loses_nothing(tmp_path, monkeypatch):
+    run = finished(tmp_path / "run")
+    before = (run / "metrics.jsonl").read_bytes()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with RunFolder(run, resume=True) as folder:
+        monkeypatch.setattr(_run_folder.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.rewind(1)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    run = finished(tmp_path / "run")
+    before = (run / "metrics.jsonl").read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with RunFolder(run, resume=True) as folder:
+        monkeypatch.setattr(_run_folder, "_write_all", full)
+        with pytest.raises(UserError, match="metrics.jsonl could not be written: No space left.*--resume"):
+            folder.append_metrics({"step": 3})
+        monkeypatch.setattr(_run_folder.os, "fsync", full)
+        for action in (lambda: folder.rewind(1), lambda: folder.write_config("x")):
+            with pytest.raises(UserError, match="No space left"):
+                action()
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert (run / "config.toml").read_text() == "steps = 3\n"
+    assert not list(run.glob(".tmp*"))
+
+
+def test_one_process_at_a_time(tmp_path):
+    run = finished(tmp_path / "run")
+    # The module alone, without JAX: quick to start.
+    source = f"""
+        import sys
+        from pathlib import Path
+        from eqx_specgrpo._errors import UserError
+        from eqx_specgrpo.train._run_folder import RunFolder
+        try:
+            RunFolder(Path({str(run)!r}), resume=True)
+        except UserError as error:
+            sys.exit(str(error))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(source)]
+    with RunFolder(run, resume=True):
+        with pytest.raises(UserError, match="another process is writing"):
+            RunFolder(run, resume=True)
+        other = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert other.returncode == 1 and "another process is writing" in other.stderr
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    RunFolder(run, resume=True).close()
+
+
+METRICS = [
+    {
+        "step": step,
+        "reward": step / 10 if step != 3 else None,
+        "spec/acceptance_length": 1.5 + step / 20,
+        "time/rollout": 2.0,
+        "time/reward": 0.0,
+        "time/update": 1.0,
+        "time/step": 4.0,
+    }
+    for step in range(10)
+]
+
+
+def test_summary_numbers():
+    assert first_to_last(METRICS, "spec/acceptance_length") == pytest.approx((1.6, 1.85))
+    # Nine values: halves of four, and the step without a reward is left out.
+    assert first_to_last(METRICS, "reward") == pytest.approx(((0 + 0.1 + 0.2 + 0.4) / 4, 0.75))
+    assert first_to_last(METRICS[:1], "reward") == (0.0, 0.0)
+    assert first_to_last(METRICS, "absent") is None
+    assert phase_times(METRICS) == {"rollout": 20.0, "reward": 0.0, "update": 10.0, "other": 10.0}
+
+
+def test_summary_text():
+    rows = {" ".join(line.split()) for line in summary_text(METRICS, {"wall clock": 1.234}).splitlines()}
+    assert "Acceptance length (mean of 5 steps) 1.600 1.850 +0.250" in rows
+    assert "Reward (mean of 4 steps) 0.175 0.750 +0.575" in rows
+    assert {"rollout 20.0 50%", "update 10.0 25%", "other 10.0 25%", "all steps 40.0", "wall clock 1.23x"} <= rows
+    assert "Summary of 0 steps" in summary_text([])
+
+
+def test_plot(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="cannot be read"):
+        plot_run(tmp_path)
+    with RunFolder(tmp_path) as folder:
+        for record in METRICS:
+            folder.append_metrics(record)
+    picture = plot_run(tmp_path)
+    assert picture.parent == tmp_path and picture.read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"pip install .*eqx_specgrpo\[plot\]"):
+        plot_run(tmp_path)
