@@ -71,21 +71,29 @@ def sample_weights(
     padding = -vocab % _BLOCK
     blocks = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, padding)])
     blocks = blocks.reshape(*weights.shape[:-1], -1, _BLOCK)
-    block_ends = jnp.cumsum(blocks.sum(-1), axis=-1)
+    block_weights = blocks.sum(-1)
+    block_ends = jnp.cumsum(block_weights, axis=-1)
     threshold = uniform * block_ends[..., -1]
-    block = _first_beyond(block_ends, threshold)
+    block = _first_beyond(block_weights, block_ends, threshold)
     before = jnp.take_along_axis(block_ends, jnp.maximum(block - 1, 0)[..., None], axis=-1)[..., 0]
     within = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
     remainder = threshold - jnp.where(block > 0, before, 0.0)
-    return block * _BLOCK + _first_beyond(jnp.cumsum(within, axis=-1), remainder)
+    return block * _BLOCK + _first_beyond(within, jnp.cumsum(within, axis=-1), remainder)
 
 
-def _first_beyond(ends: Float[Array, "*batch size"], threshold: Float[Array, "*batch"]) -> Int[Array, "*batch"]:
-    """Index of the first cumulative value above the threshold; where rounding leaves none, of the last increase."""
-    beyond = ends > threshold[..., None]
-    increases = jnp.diff(ends, axis=-1, prepend=0.0) > 0
-    last_increase = ends.shape[-1] - 1 - jnp.argmax(increases[..., ::-1], axis=-1)
-    return jnp.where(beyond.any(-1), jnp.argmax(beyond, axis=-1), last_increase)
+def _first_beyond(
+    weights: Float[Array, "*batch size"], ends: Float[Array, "*batch size"], threshold: Float[Array, "*batch"]
+) -> Int[Array, "*batch"]:
+    """Index of the first positive weight whose cumulative value is above the threshold; where rounding leaves none, of
+    the last positive weight.
+
+    The weights are looked at themselves, because a cumulative sum in parallel rounds differently from place to place:
+    it may grow, or shrink, where nothing was added.
+    """
+    positive = weights > 0
+    beyond = positive & (ends > threshold[..., None])
+    last_positive = ends.shape[-1] - 1 - jnp.argmax(positive[..., ::-1], axis=-1)
+    return jnp.where(beyond.any(-1), jnp.argmax(beyond, axis=-1), last_positive)
 
 
 class AbstractSampling(eqx.Module):

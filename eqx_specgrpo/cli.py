@@ -1,6 +1,5 @@
 """The command line: it parses, calls and prints. JAX is imported inside the commands, so that `--help` is immediate."""
 
-import importlib.metadata
 import json
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ._errors import UserError
+from ._version import package_version
 
 app = typer.Typer(
     name="specgrpo",
@@ -35,7 +35,7 @@ def main() -> None:
 
 def _print_version(wanted: bool) -> bool:
     if wanted:
-        print(importlib.metadata.version("eqx_specgrpo"))
+        print(package_version())
         raise typer.Exit()
     return wanted
 
@@ -52,7 +52,7 @@ def _options(
 @app.command()
 def run(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Configuration; without one, the embedded default.")
+        Path | None, typer.Argument(metavar="CONFIG.toml", help="Configuration; without one, the embedded default.")
     ] = None,
     set_: Annotated[
         list[str] | None,

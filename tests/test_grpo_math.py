@@ -298,6 +298,25 @@ def test_losses_accumulate_and_ignore_padding(variant, getkey):
     assert all(mean == 0 for mean in metrics.means().values())
 
 
+def test_padding_is_ignored_without_jit():
+    """XLA turns a product with a mask into a selection; so only here does it show which of the two is written."""
+    mask = jnp.array([[True, True, False]])
+    spoil = lambda x: jnp.where(mask, x, jnp.nan)
+    loss = lambda x: policy_loss(
+        x,
+        spoil(OLD),
+        spoil(ADVANTAGES),
+        mask,
+        normalizer=LossNormalizer.from_mask(mask),
+        beta=0.1,
+        reference_logprobs=x,
+    )
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(spoil(CURRENT))
+    assert value == pytest.approx(0.25, abs=1e-4)
+    np.testing.assert_allclose(gradient, [[-0.25, 0.5, 0]], atol=1e-4)
+    assert all(jnp.isfinite(mean) for mean in metrics.means().values())
+
+
 def test_bnpo_undivided_is_dapo(getkey):
     logprobs, old, _, advantages, mask = batch_of(getkey())
     normalizer = LossNormalizer.from_mask(mask)

@@ -17,7 +17,6 @@ from ._objectives import (
 from ._step import (
     DraftBatch as DraftBatch,
     DraftGradients as DraftGradients,
-    choose_rows as choose_rows,
     draft_gradients as draft_gradients,
     select_rows as select_rows,
 )

@@ -3,10 +3,8 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ..drafts import AbstractDraft
 from ..models import AbstractLanguageModel, Features
@@ -42,12 +40,6 @@ class DraftGradients(eqx.Module):
     gradients: PyTree
     loss: Float[Array, ""]
     acceptance: Float[Array, " draft"]
-
-
-def choose_rows(key: Key[Array, ""], rows: int, fraction: float) -> Int[np.ndarray, " chosen"]:
-    """Which rollouts the draft learns from: a random share, at least one, the same number in every step."""
-    chosen = max(1, min(rows, round(fraction * rows)))
-    return np.sort(np.asarray(jr.permutation(key, rows))[:chosen])
 
 
 @eqx.filter_jit

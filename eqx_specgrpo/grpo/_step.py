@@ -1,6 +1,6 @@
 """One optimizer step of the policy, in pieces that the loop puts together."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -10,6 +10,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
+from .._errors import UserError
 from ..models import AbstractLanguageModel, Features, cast_weights, sequence_features
 from ._batch import UpdateBatch
 from ._logprobs import chunked_logprobs, next_token_positions
@@ -17,8 +18,11 @@ from ._losses import LossNormalizer, LossType, policy_loss
 from ._metrics import PolicyLossMetrics
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """A loss or gradient that is not a finite number. The weights have not been touched."""
+
+
+Module = TypeVar("Module")
 
 
 def _array(x: ArrayLike | None) -> Array | None:
@@ -187,6 +191,6 @@ def apply_gradients(
 
 
 @eqx.filter_jit
-def compute_copy(params: AbstractLanguageModel, dtype: str) -> AbstractLanguageModel:
-    """The policy with its matrices in the dtype to compute in; what decoding and gradients take, once a step."""
+def compute_copy(params: Module, dtype: str) -> Module:
+    """The policy (or the draft) with its matrices in the dtype to compute in; what decoding and gradients take, once a step."""
     return cast_weights(params, jnp.dtype(dtype))

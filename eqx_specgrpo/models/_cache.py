@@ -9,7 +9,6 @@ products, and no slice or concatenation stands between the write and the read.
 """
 
 from abc import abstractmethod
-from typing import Self
 
 import equinox as eqx
 import jax
@@ -31,7 +30,7 @@ class AbstractLayerCache(eqx.Module):
         Float[Array, "batch kv_heads slots head_dim"],
         Float[Array, "batch kv_heads slots head_dim"],
         Int[Array, "batch_or_1 slots"],
-        Self,
+        "AbstractLayerCache",
     ]:
         """Takes the block in.
 

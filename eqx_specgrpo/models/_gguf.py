@@ -168,7 +168,8 @@ class GGUFFile:
             from gguf.quants import dequantize
 
             try:
-                array = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+                # A plain view: slicing a memmap costs more than dequantising what was sliced.
+                array = dequantize(np.asarray(tensor.data), tensor.tensor_type).reshape(shape)
             except (NotImplementedError, ValueError) as error:
                 raise CheckpointError(
                     f"{self.path}: tensor {tensor.name!r} ({tensor.tensor_type.name}) can't be dequantised ({error})"

@@ -1,6 +1,7 @@
 """One decoder-only transformer for Llama 2/3, SmolLM2, Mistral, Qwen2/2.5 and Qwen3."""
 
 import math
+from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -15,6 +16,7 @@ from ._linear import Linear, matmul
 from ._norm import RMSNorm
 from ._rope import apply_rope, rope_frequencies, rope_table
 
+Module = TypeVar("Module")
 RopeTable = tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]
 
 
@@ -207,8 +209,8 @@ class Transformer(AbstractLanguageModel):
         return matmul(hidden, self.embedding if self.unembedding is None else self.unembedding)
 
 
-def cast_weights(model: AbstractLanguageModel, dtype: DTypeLike) -> AbstractLanguageModel:
-    """The model with its matrices in `dtype`; norms and biases stay float32, where they cost nothing.
+def cast_weights(model: Module, dtype: DTypeLike) -> Module:
+    """The model (or draft) with its matrices in `dtype`; norms and biases stay float32, where they cost nothing.
 
     Take one such copy a step and decode with it: the dtype of a matrix is the dtype of its products.
     """

@@ -5,7 +5,6 @@ is written last and says what belongs to it.
 """
 
 import errno
-import importlib.metadata
 import json
 import os
 import re
@@ -21,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from .._errors import CheckpointError, UserError
-from ._tree_file import named_arrays, read_tree
+from .._version import package_version
+from .._tree_file import named_arrays, read_tree
 
 _STEP = re.compile(r"step-(\d{6,})")
 _REPLACED = re.compile(r"\.replaced-step-(\d{6,})")
@@ -64,7 +64,7 @@ def save_checkpoint(
             "format": _FORMAT,
             "step": step,
             "jax": jax.__version__,
-            "eqx_specgrpo": _version(),
+            "eqx_specgrpo": package_version(),
             "trees": summaries,
             "meta": dict(meta),
         }
@@ -218,10 +218,3 @@ def _way_out(folder: Path) -> str:
 
 def _reason(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("eqx_specgrpo")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -39,7 +39,7 @@ class TaskConfig(_Section):
     @model_validator(mode="after")
     def _options_are_plain_keys(self):
         if "options" in self.options:
-            raise ValueError("write a task's options directly in [task], as in task.max_operand = 99")
+            raise ValueError("write a task's options directly in [task], as in task.high = 99")
         return self
 
 
@@ -164,6 +164,7 @@ class RunConfig(_Section):
 
     steps: int = Field(default=60, ge=1, description="steps in all, those before a resume included")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of everything random")
+    save_steps: int = Field(default=10, ge=1, description="a checkpoint every so many steps, and at the end")
     out: str = Field(default="runs/default", min_length=1, description="the run folder")
     model: ModelConfig = Field(default_factory=ModelConfig)
     task: TaskConfig = Field(default_factory=TaskConfig)

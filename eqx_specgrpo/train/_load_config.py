@@ -17,7 +17,7 @@ from ._config import RunConfig, TaskConfig
 from ._toml import parse_toml_value, toml_key, toml_value
 
 _NOTES = {"grpo.num_generations": "a group of one has nothing to be compared with"}
-_MAY_CHANGE = frozenset({"steps", "out"})
+_MAY_CHANGE = frozenset({"steps", "out", "save_steps"})
 
 
 def load_config(

@@ -15,7 +15,7 @@ from ._run_folder import read_records
 _WINDOW = 5
 _PHASES = ("rollout", "reward", "update", "draft")
 _CURVES = (
-    ("reward", "Reward", "mean reward of the step's completions"),
+    ("reward", "Reward", "mean of a step"),
     ("spec/acceptance_length", "Acceptance length", "tokens per target pass"),
 )
 

@@ -1,0 +1,49 @@
+"""Speculative against plain decoding: the same prompts, weights and engine, measured on the spot."""
+
+import statistics
+import time
+
+from jaxtyping import Array, Key
+
+from ..drafts import AbstractDraft, NoDraft
+from ..models import AbstractLanguageModel
+from ._parts import RunParts
+from ._progress import RunProgress
+from ._step import next_examples, roll_out
+
+_ROUNDS = 3
+_ENOUGH_SECONDS = 20.0
+
+
+def compare_with_plain(
+    parts: RunParts,
+    target: AbstractLanguageModel,
+    draft: AbstractDraft,
+    position: int,
+    key: Key[Array, ""],
+    progress: RunProgress,
+) -> dict[str, float]:
+    """Tokens a second of both ways, interleaved, and the ratio of the medians.
+
+    Sampled completions differ in length between the two, so time is taken per token. The first pass of each compiles
+    and is not counted. One round is enough where it takes long.
+    """
+    grpo = parts.config.grpo
+    _, prompts = next_examples(
+        parts.task, parts.tokenizer, target, position, grpo.prompts_per_step, grpo.max_completion_length
+    )
+    rates: dict[str, list[float]] = {"plain": [], "speculative": []}
+    begin = None
+    for measured in range(_ROUNDS + 1):
+        for name, this_draft in (("plain", NoDraft()), ("speculative", draft)):
+            progress.phase(f"comparing with plain decoding: {name}, {'first pass' if measured == 0 else measured}")
+            start = time.perf_counter()
+            rollouts = roll_out(parts, target, this_draft, prompts, key)
+            if measured:
+                rates[name].append(float(rollouts.lengths.sum()) / (time.perf_counter() - start))
+        begin = time.perf_counter() if begin is None else begin
+        if measured and time.perf_counter() - begin > _ENOUGH_SECONDS:
+            break
+    plain, speculative = (statistics.median(rates[name]) for name in ("plain", "speculative"))
+    progress.note(f"plain decoding {plain:.0f} tokens/s, speculative {speculative:.0f} tokens/s")
+    return {"rollout, tokens per second": speculative / plain}

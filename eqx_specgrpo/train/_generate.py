@@ -1,0 +1,75 @@
+"""Completions of one prompt, for the command line."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.random as jr
+
+from .._errors import UserError
+from .._sampling import make_sampling
+from .._types import StopReason
+from ..decoding import decode
+from ..drafts import NoDraft, load_draft
+from ._parts import load_policy
+
+
+def generate_text(
+    prompt: str,
+    *,
+    model: str = "",
+    chat: bool = False,
+    draft: str | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    max_new_tokens: int = 128,
+    num: int = 1,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Loads a model (and a draft), and completes a prompt.
+
+    **Arguments:**
+
+    - `prompt`: text; put into the chat template as a user's message if `chat`.
+    - `model`: folder, `.gguf` file or `org/name`; the embedded default if empty.
+    - `draft`: folder of a saved draft, or `None` for plain decoding.
+    - `temperature`, `top_k`, `top_p`: see `Sampling`; temperature 0 is greedy.
+    - `num`: completions.
+
+    **Returns:**
+
+    For each completion a JSON-able object with `prompt_tokens`, `tokens`, `text`, `logprobs`, `stop_reason`,
+    `acceptance_length` and `target_forwards`.
+    """
+    target, tokenizer = load_policy(model)
+    chosen = NoDraft() if draft is None else load_draft(Path(draft), target)
+    ids = tokenizer.encode_prompt([{"role": "user", "content": prompt}] if chat else prompt)
+    if not ids:
+        raise UserError("the prompt has no tokens: give it some text")
+    rollouts = decode(
+        target,
+        [ids],
+        draft=chosen,
+        sampling=make_sampling(temperature, top_k, top_p),
+        key=jr.key(seed),
+        max_new_tokens=max_new_tokens,
+        eos_ids=tokenizer.eos_ids,
+        samples=num,
+    )
+    statistics = rollouts.statistics
+    completions = []
+    for row in range(num):
+        tokens = rollouts.completion(row)
+        forwards = int(statistics.target_forwards[row])
+        completions.append(
+            {
+                "prompt_tokens": ids,
+                "tokens": tokens,
+                "text": tokenizer.decode(tokens),
+                "logprobs": rollouts.logprobs[row, : len(tokens)].tolist(),
+                "stop_reason": StopReason(int(rollouts.stop_reasons[row])).name.lower(),
+                "acceptance_length": float(statistics.emitted[row] / forwards) if forwards else 1.0,
+                "target_forwards": forwards,
+            }
+        )
+    return completions

@@ -1,0 +1,69 @@
+"""What a user sees while a run goes on: the phase it is in, and a line a step."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+
+from ..decoding import DecodeProgress
+
+
+class RunProgress:
+    """One live line for the phase, permanent lines for steps and notes. Without a terminal, only the latter."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._status: Status | None = None
+        self._phase = ""
+        self._since = time.perf_counter()
+
+    def phase(self, text: str) -> None:
+        """Says what is going on now. On a terminal it replaces the line of the phase before."""
+        self._phase = text
+        self._since = time.perf_counter()
+        if not self.console.is_terminal:
+            return
+        if self._status is None:
+            self._status = self.console.status(text)
+            self._status.start()
+        self._status.update(text)
+
+    def note(self, text: str) -> None:
+        """A line that stays, such as what was compiled."""
+        self.console.print(f"  {self._phase}: {text}", style="dim", highlight=False, markup=False)
+
+    def decoding(self, progress: DecodeProgress) -> None:
+        """The live line of a rollout."""
+        if self._status is not None:
+            seconds = max(time.perf_counter() - self._since, 1e-9)
+            self._status.update(
+                f"{self._phase}: {progress.tokens} tokens, {progress.active} of {progress.rows} rows active, "
+                f"{progress.tokens / seconds:.0f} tokens/s"
+            )
+
+    def warmed(self, update: int, updates: int, metrics: Mapping[str, Any]) -> None:
+        """A line for every tenth update of the warm-up and the last."""
+        if update % 10 == 0 or update == updates:
+            expected = [v for k, v in metrics.items() if k.startswith("draft/expected_acceptance_pos_")]
+            self.console.print(
+                f"warm-up {update}/{updates}  draft loss {metrics['draft/loss']:.3f}  expected acceptance by position "
+                + " ".join(f"{value:.2f}" for value in expected),
+                highlight=False,
+            )
+
+    def stepped(self, step: int, steps: int, metrics: Mapping[str, Any]) -> None:
+        """The line of a step."""
+        self.console.print(
+            f"step {step + 1}/{steps}  reward {metrics['reward']:.3f}  length {metrics['completions/mean_length']:.0f}  "
+            f"entropy {metrics['entropy']:.2f}  acceptance length {metrics['spec/acceptance_length']:.2f}  "
+            f"{metrics['spec/tokens_per_second']:.0f} tokens/s  {metrics['time/step']:.1f} s",
+            highlight=False,
+        )
+
+    def close(self) -> None:
+        """Removes the live line."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None

@@ -1,0 +1,410 @@
+"""Tiny targets, drafts and verifiers for the proofs of losslessness; some of them are wrong on purpose."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, Key
+
+from eqx_specgrpo.decoding import AbstractSampling, AbstractVerifier, GreedyMatch, Rejection
+from eqx_specgrpo.drafts import AbstractDraft, Proposal
+from eqx_specgrpo.models import (
+    AbstractLanguageModel,
+    Features,
+    KVCache,
+    NoCache,
+    Transformer,
+    TransformerConfig,
+    sequence_features,
+)
+
+
+@contextmanager
+def count_compilations() -> Iterator[list[float]]:
+    """Yields a list that gets an entry for every program compiled inside the `with` block."""
+    compiled: list[float] = []
+
+    def listen(event: str, duration: float, **details: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+#
+# Targets
+#
+
+
+def tiny_transformer(*, seed: int = 0, **changes: Any) -> Transformer:
+    """A transformer with every parameter randomised, norms included, whose most likely tokens vary.
+
+    **Arguments:**
+
+    - `changes`: fields of `TransformerConfig`.
+    """
+    sizes = dict(
+        vocab_size=13,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        max_position_embeddings=64,
+    )
+    config = TransformerConfig(**(sizes | changes))
+    model_key, noise_key = jr.split(jr.key(seed))
+    model = randomise(Transformer(config, key=model_key), noise_key, 0.3)
+    # Fresh embeddings are 0.02 small: every token would look the same, and every continuation would repeat itself.
+    return eqx.tree_at(lambda m: m.embedding, model, 3.0 * model.embedding)
+
+
+def randomise(tree: Any, key: Key[Array, ""], scale: float) -> Any:
+    """Adds noise to every float array, so that no parameter is at a value where its absence would not show."""
+    arrays, rest = eqx.partition(tree, eqx.is_inexact_array)
+    leaves, structure = jax.tree.flatten(arrays)
+    noise = [scale * jr.normal(k, x.shape) for k, x in zip(jr.split(key, len(leaves)), leaves, strict=True)]
+    return eqx.combine(jax.tree.unflatten(structure, [x + n for x, n in zip(leaves, noise, strict=True)]), rest)
+
+
+class TabularModel(AbstractLanguageModel):
+    """A target whose law is a table over the last two tokens, so that the law of its output can be enumerated.
+
+    Past tokens come out of a real cache of "keys" of size one, at absolute positions: an error in writing or rewinding
+    it shows as a wrong law.
+
+    **Arguments:**
+
+    - `table`: logits of the next token after `[last but one, last]`; index `vocab` of the first stands for "none".
+    """
+
+    table: Float[Array, "vocab_and_none vocab vocab"]
+    max_length: int = eqx.field(static=True, default=64)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.table.shape[-1]
+
+    @property
+    def hidden_size(self) -> int:
+        return 1
+
+    def init_cache(self, batch, capacity, dtype):
+        return (KVCache.empty(batch, 1, capacity, 1, dtype),)
+
+    def no_cache(self):
+        return (NoCache(),)
+
+    def hidden(self, tokens, positions, cache, *, layers=()):
+        del layers
+        block = tokens.astype(jnp.float32)[:, None, :, None]
+        keys, _, slots, layer_cache = cache[0].update(block, block, positions)
+        is_before = slots[:, None, :] == positions[:, :, None] - 1
+        before = jnp.where(is_before, keys[:, 0, :, 0].astype(jnp.int32)[:, None, :], 0).sum(-1)
+        before = jnp.where(is_before.any(-1), before, self.vocab_size)
+        return Features((before * self.vocab_size + tokens).astype(jnp.float32)[..., None]), (layer_cache,)
+
+    def unembed(self, hidden):
+        return self.table.reshape(-1, self.vocab_size)[hidden[..., 0].astype(jnp.int32)]
+
+    def embed(self, tokens):
+        return tokens[..., None].astype(jnp.float32)
+
+
+def tabular_model(*, seed: int, vocab: int, scale: float) -> TabularModel:
+    return TabularModel(scale * jr.normal(jr.key(seed), (vocab + 1, vocab, vocab)))
+
+
+def sequence_law(model: TabularModel, sampling: AbstractSampling, prompt: list[int], length: int) -> np.ndarray:
+    """The exact joint law of the first `length` tokens after a prompt, one axis a token, in float64."""
+    vocab = model.vocab_size
+    log_table = np.asarray(sampling.distribution(model.table).logits, np.float64)
+    table = np.exp(log_table - log_table.max(-1, keepdims=True))
+    table /= table.sum(-1, keepdims=True)
+    before = prompt[-2] if len(prompt) > 1 else vocab
+    law = table[before, prompt[-1]]
+    if length > 1:
+        law = law[:, None] * table[prompt[-1]]
+    for _ in range(length - 2):
+        law = law[..., None] * table[:vocab]
+    return law
+
+
+#
+# Drafts
+#
+
+
+class TabularDraft(AbstractDraft[tuple[()]]):
+    """Draws each token from a table over the one before, autoregressively: every drafted distribution is known.
+
+    **Arguments:**
+
+    - `table`: logits of the next token.
+    - `sampling`: instead of the decoder's, for drafts that draw by other settings than the target.
+    """
+
+    table: Float[Array, "vocab vocab"]
+    max_length: int = eqx.field(static=True)
+    sampling: AbstractSampling | None = None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return ()
+
+    def check(self, target):
+        del target
+
+    def init(self, target, features, tokens, lengths, capacity):
+        return ()
+
+    def propose(self, target, state, last_token, sampling, keys, length):
+        sampling = sampling if self.sampling is None else self.sampling
+        uniforms = jax.vmap(lambda key: jr.uniform(key, (length,)))(keys)
+        tokens, distributions = [], []
+        for index in range(length):
+            distributions.append(sampling.distribution(self.table[last_token]))
+            last_token = distributions[-1].sample(uniforms[:, index])
+            tokens.append(last_token)
+        stacked = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *distributions)
+        return Proposal(jnp.stack(tokens, axis=1), stacked), state
+
+    def commit(self, target, state, features, block, num_accepted):
+        return state
+
+    def train_hidden(self, target, features, tokens):
+        raise NotImplementedError
+
+    def train_logits(self, target, hidden):
+        raise NotImplementedError
+
+    def provenance(self):
+        return {}
+
+
+class PointMassDraft(AbstractDraft[tuple[()]]):
+    """Chooses each token without chance, by a table of successors: what an n-gram draft does."""
+
+    successor: Int[Array, " vocab"]
+    max_length: int = eqx.field(static=True)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return ()
+
+    def check(self, target):
+        del target
+
+    def init(self, target, features, tokens, lengths, capacity):
+        return ()
+
+    def propose(self, target, state, last_token, sampling, keys, length):
+        tokens = []
+        for _ in range(length):
+            last_token = self.successor[last_token]
+            tokens.append(last_token)
+        return Proposal(jnp.stack(tokens, axis=1), None), state
+
+    def commit(self, target, state, features, block, num_accepted):
+        return state
+
+    def train_hidden(self, target, features, tokens):
+        raise NotImplementedError
+
+    def train_logits(self, target, hidden):
+        raise NotImplementedError
+
+    def provenance(self):
+        return {}
+
+
+class History(eqx.Module):
+    """All committed tokens of every row that were fed to the target, and how many."""
+
+    tokens: Int[Array, "rows capacity"]
+    lengths: Int[Array, " rows"]
+
+    def append(self, block: Int[Array, "rows block"], num_kept: Int[Array, " rows"]) -> "History":
+        index = self.lengths[:, None] + jnp.arange(block.shape[1])[None]
+        rows = jnp.arange(block.shape[0])[:, None]
+        return History(self.tokens.at[rows, index].set(block), self.lengths + num_kept)
+
+
+class OracleDraft(AbstractDraft[History]):
+    """Proposes what the target itself would say greedily, from full forwards over the committed tokens, no cache.
+
+    **Arguments:**
+
+    - `max_length`: see `AbstractDraft`.
+    - `num_right`: from this draft position on, it proposes another token than the target's; an array, so that all such
+        drafts share one compiled program.
+    """
+
+    max_length: int = eqx.field(static=True)
+    num_right: Int[Array, ""]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return ()
+
+    def check(self, target):
+        del target
+
+    def init(self, target, features, tokens, lengths, capacity):
+        return History(jnp.zeros((tokens.shape[0], capacity), jnp.int32), lengths * 0).append(tokens, lengths)
+
+    def propose(self, target, state, last_token, sampling, keys, length):
+        def step(carry, index):
+            history, token = carry
+            history = history.append(token[:, None], jnp.ones_like(token))
+            features = sequence_features(target, history.tokens)
+            hidden = jnp.take_along_axis(features.last, (history.lengths - 1)[:, None, None], axis=1)[:, 0]
+            best = jnp.argmax(target.unembed(hidden), axis=-1)
+            token = jnp.where(index < self.num_right, best, (best + 1) % target.vocab_size)
+            return (history, token), token
+
+        _, proposed = lax.scan(step, (state, last_token), jnp.arange(length))
+        return Proposal(proposed.T, None), state
+
+    def commit(self, target, state, features, block, num_accepted):
+        return state.append(block, num_accepted + 1)
+
+    def train_hidden(self, target, features, tokens):
+        raise NotImplementedError
+
+    def train_logits(self, target, hidden):
+        raise NotImplementedError
+
+    def provenance(self):
+        return {}
+
+
+def oracle_draft(length: int) -> OracleDraft:
+    """Under greedy decoding every token is accepted."""
+    return OracleDraft(length, jnp.int32(length))
+
+
+def wrong_draft(length: int) -> OracleDraft:
+    """Under greedy decoding no token is accepted."""
+    return OracleDraft(length, jnp.int32(0))
+
+
+#
+# Verifiers that are wrong on purpose, with one fault each: what the proofs must catch. The rest is `Rejection`'s.
+#
+
+
+class InvertedRatio(AbstractVerifier):
+    """Accepts with `min(1, draft / target)`."""
+
+    def survival(self, target, proposal):
+        length = proposal.tokens.shape[0]
+        log_ratio = proposal.token_logprobs() - target[:length].logprob(proposal.tokens)
+        return jnp.exp(jnp.cumsum(jnp.minimum(log_ratio, 0.0)))
+
+    def next_weights(self, target, proposal, num_accepted):
+        return Rejection().next_weights(target, proposal, num_accepted)
+
+
+class ResidualNotSubtracted(AbstractVerifier):
+    """Corrects a rejected token by a draw from the target instead of the residual."""
+
+    def survival(self, target, proposal):
+        return Rejection().survival(target, proposal)
+
+    def next_weights(self, target, proposal, num_accepted):
+        return target[num_accepted].probs()
+
+
+class ResidualNotRenormalised(AbstractVerifier):
+    """Inverts the cumulative sum of the residual as if it summed to 1, so that the last token gets what is missing."""
+
+    def survival(self, target, proposal):
+        return Rejection().survival(target, proposal)
+
+    def next_weights(self, target, proposal, num_accepted):
+        weights = Rejection().next_weights(target, proposal, num_accepted)
+        return weights.at[-1].add(jnp.maximum(1.0 - weights.sum(), 0.0))
+
+
+class BonusFromDraft(AbstractVerifier):
+    """Draws the token after a fully accepted draft from the draft's last distribution."""
+
+    def survival(self, target, proposal):
+        return Rejection().survival(target, proposal)
+
+    def next_weights(self, target, proposal, num_accepted):
+        length = proposal.tokens.shape[0]
+        weights = Rejection().next_weights(target, proposal, num_accepted)
+        if length == 0:
+            return weights
+        return jnp.where(num_accepted == length, proposal.probs_at(jnp.int32(length - 1), weights.shape[-1]), weights)
+
+
+class LastDraftTokenDropped(AbstractVerifier):
+    """Counts the last drafted token as rejected whatever happens, and corrects as if it had been rejected."""
+
+    def survival(self, target, proposal):
+        survival = Rejection().survival(target, proposal)
+        return jnp.where(jnp.arange(survival.shape[0]) < survival.shape[0] - 1, survival, 0.0)
+
+    def next_weights(self, target, proposal, num_accepted):
+        return Rejection().next_weights(target, proposal, num_accepted)
+
+
+class CutOff(AbstractVerifier):
+    """Submits only the drafted tokens before the first doubtful one; the rest counts as never drafted.
+
+    **Arguments:**
+
+    - `threshold`: below this probability a position is doubtful.
+    - `look_at_token`: the probability is the drafted token's: wrong, since which tokens are submitted then depends on
+        what was drawn. Otherwise it is that of the most likely token: lossless, the control of the experiment.
+    """
+
+    threshold: float = eqx.field(static=True)
+    look_at_token: bool = eqx.field(static=True)
+
+    def _submitted(self, proposal):
+        if proposal.distribution is None:
+            return jnp.ones(proposal.tokens.shape[0], bool)
+        looked_at = proposal.token_logprobs() if self.look_at_token else jnp.log(proposal.distribution.probs().max(-1))
+        return jnp.cumprod(jnp.exp(looked_at) > self.threshold).astype(bool)
+
+    def survival(self, target, proposal):
+        return jnp.where(self._submitted(proposal), Rejection().survival(target, proposal), 0.0)
+
+    def next_weights(self, target, proposal, num_accepted):
+        weights = Rejection().next_weights(target, proposal, num_accepted)
+        if proposal.tokens.shape[0] == 0:
+            return weights
+        was_submitted = jnp.pad(self._submitted(proposal), (0, 1))[num_accepted]
+        return jnp.where(was_submitted, weights, target[num_accepted].probs())
+
+
+LOSSLESS = [Rejection(), CutOff(threshold=0.45, look_at_token=False)]
+GREEDY = [Rejection(), GreedyMatch()]
+BROKEN = [
+    InvertedRatio(),
+    ResidualNotSubtracted(),
+    ResidualNotRenormalised(),
+    BonusFromDraft(),
+    LastDraftTokenDropped(),
+    CutOff(threshold=0.3, look_at_token=True),
+]
+
+
+def verifier_name(verifier: AbstractVerifier) -> str:
+    """For parametrised tests."""
+    return type(verifier).__name__

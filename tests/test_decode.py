@@ -1,0 +1,330 @@
+"""Losslessness, second tier: greedy decoding says the same tokens whatever the draft; and the decoder's bookkeeping.
+
+Everything runs on one batch of unequal prompts against one context length that cuts some of the rows short, always with
+two end-of-sequence ids, so that the tests share their compiled programs.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import OracleDraft, oracle_draft, randomise, tiny_transformer, wrong_draft
+
+from eqx_specgrpo._errors import UserError
+from eqx_specgrpo._types import Prompts, Rollouts, StopReason
+from eqx_specgrpo.decoding import (
+    AbstractLengthController,
+    DecodeProgress,
+    FixedLength,
+    GreedyMatch,
+    GreedySampling,
+    Rejection,
+    Sampling,
+    SegmentObservation,
+    _decode as decode_module,
+    decode,
+    teacher_forced_logprobs,
+)
+from eqx_specgrpo.drafts import DraftError, MedusaHeads
+
+VOCAB, CONTEXT, NEW = 13, 24, 18
+NO_EOS = [98, 99]  # outside the vocabulary
+GREEDY = GreedySampling()
+PROMPT_LENGTHS = [1, 3, 15, 7, 12, 9]
+# Rows stop where the context ends: the third after 9 tokens, although 18 were asked for.
+LIMITS = np.minimum(NEW, CONTEXT - np.array(PROMPT_LENGTHS))
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_transformer(num_layers=1, vocab_size=VOCAB, max_position_embeddings=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def heads():
+    return randomise(MedusaHeads.fresh(16, 4), jr.key(1), 0.1)
+
+
+def _prompts() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, VOCAB, length).tolist() for length in PROMPT_LENGTHS]
+
+
+def _decode(target, prompts=None, **options: Any) -> Rollouts:
+    # All-default: no shrinking, since every bucket is another compilation.
+    defaults = dict(key=jr.key(2), max_new_tokens=NEW, eos_ids=NO_EOS, smallest_bucket=8)
+    prompts = Prompts.from_lists(_prompts() if prompts is None else prompts)
+    rollouts = decode(target, prompts, **(defaults | options))
+    _check_consistent(rollouts, (defaults | options)["eos_ids"], target.max_length)
+    return rollouts
+
+
+def _check_consistent(rollouts: Rollouts, eos_ids, max_length) -> None:
+    """What must be true of any rollouts; every test's go through it."""
+    lengths, statistics = rollouts.lengths, rollouts.statistics
+    limits = np.minimum(rollouts.tokens.shape[1], max_length - rollouts.prompts.lengths[rollouts.group])
+    for row, length in enumerate(lengths):
+        ends = np.isin(rollouts.tokens[row, :length], eos_ids)
+        assert not ends[:-1].any()
+        if rollouts.stop_reasons[row] == StopReason.EOS:
+            assert ends[-1]
+        else:
+            assert rollouts.stop_reasons[row] == StopReason.LENGTH
+            assert not ends[-1] and length == limits[row]
+    beyond = np.arange(rollouts.tokens.shape[1])[None] >= lengths[:, None]
+    assert (rollouts.tokens[beyond] == 0).all() and (rollouts.logprobs[beyond] == 0).all()
+    assert (rollouts.logprobs[~beyond] <= 0).all()
+
+    forwards, accepted = statistics.target_forwards, statistics.accepted
+    np.testing.assert_array_equal(statistics.emitted + 1, lengths)
+    # Each pass emits what was accepted and one token more, except where the row's end cuts its last block short.
+    assert (statistics.emitted <= accepted.sum(1) + forwards).all()
+    assert (statistics.emitted >= accepted.sum(1) + forwards - 1).all()
+    assert (statistics.drafted <= forwards[:, None]).all() and (accepted <= statistics.drafted).all()
+    assert (np.diff(accepted, axis=1) <= 0).all()
+
+
+def _assert_same_completions(found: Rollouts, expected: Rollouts, rows=slice(None)) -> None:
+    np.testing.assert_array_equal(found.tokens, expected.tokens[rows])
+    np.testing.assert_array_equal(found.lengths, expected.lengths[rows])
+    np.testing.assert_array_equal(found.stop_reasons, expected.stop_reasons[rows])
+    np.testing.assert_allclose(found.logprobs, expected.logprobs[rows], atol=1e-5)
+
+
+#
+# Greedy decoding: token for token
+#
+
+
+@pytest.fixture(scope="module")
+def plain(target):
+    """Greedy decoding without a draft, the reference."""
+    return _decode(target, sampling=GREEDY)
+
+
+def test_plain_decoding_is_the_argmax_of_full_forwards(target, plain):
+    """The reference itself, against forwards over whole sequences, one token at a time."""
+
+    @eqx.filter_jit
+    def next_token(tokens, length):
+        positions = jnp.arange(tokens.shape[0])[None]
+        features, _ = target.hidden(tokens[None], positions, target.no_cache())
+        return jnp.argmax(target.unembed(features.last[0, length - 1]))
+
+    for row, prompt in enumerate(_prompts()):
+        sequence = np.zeros(CONTEXT, np.int32)
+        sequence[: len(prompt)] = prompt
+        for position in range(len(prompt), len(prompt) + LIMITS[row]):
+            sequence[position] = next_token(sequence, jnp.int32(position))
+        assert plain.completion(row) == sequence[len(prompt) : len(prompt) + LIMITS[row]].tolist()
+    assert len(np.unique(plain.tokens)) > 6, "the model repeats itself: equality of tokens would prove little"
+
+
+def test_the_cache_is_used_to_the_last_position(plain):
+    np.testing.assert_array_equal(plain.lengths, LIMITS)
+    assert plain.lengths[2] + PROMPT_LENGTHS[2] == CONTEXT
+    assert plain.statistics.acceptance_length == 1.0
+    assert plain.statistics.drafted.shape == (6, 0)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 4])
+def test_heads_say_the_same_greedily(target, heads, plain, length):
+    rollouts = _decode(target, sampling=GREEDY, draft=heads, length=FixedLength(length))
+    _assert_same_completions(rollouts, plain)
+    statistics = rollouts.statistics
+    assert (statistics.drafted[:, :length] == statistics.target_forwards[:, None]).all()
+    assert (statistics.drafted[:, length:] == 0).all()
+    # Some but not all is accepted, so that rewinding is at work.
+    assert 0 < statistics.acceptance_rate < 1 or length == 0
+    assert len(statistics.acceptance_rate_by_position) == 4
+
+
+def test_the_default_verifier_and_rejection_agree_greedily(target, heads, plain):
+    _assert_same_completions(_decode(target, sampling=GREEDY, draft=heads, verifier=Rejection()), plain)
+
+
+@pytest.mark.parametrize("num_right", [0, 1, 2, 3])
+def test_acceptance_length_is_what_the_draft_deserves(target, plain, num_right):
+    """Zero acceptance, full acceptance, and the two between: exact counts."""
+    rollouts = _decode(target, sampling=GREEDY, draft=OracleDraft(3, jnp.int32(num_right)))
+    _assert_same_completions(rollouts, plain)
+    statistics = rollouts.statistics
+    # 18 or fewer tokens do not divide into blocks: the last one is cut.
+    np.testing.assert_array_equal(statistics.target_forwards, -(-(LIMITS - 1) // (num_right + 1)))
+    if num_right == 0:
+        assert statistics.acceptance_length == 1.0 and statistics.acceptance_rate == 0.0
+
+
+def test_full_acceptance_emits_the_whole_block(target):
+    """Where neither an end of sequence nor a limit cuts a block, the acceptance length is the draft's plus one."""
+    rows = [0, 1, 3]  # of 17, 17 and 17 - 4 tokens after the first
+    rollouts = _decode(target, sampling=GREEDY, draft=oracle_draft(3), max_new_tokens=17)
+    statistics = rollouts.statistics
+    np.testing.assert_array_equal(rollouts.lengths[rows], 17)
+    np.testing.assert_array_equal(statistics.emitted[rows], 4 * statistics.target_forwards[rows])
+    np.testing.assert_array_equal(statistics.accepted[rows], statistics.drafted[rows])
+
+
+def test_an_end_of_sequence_at_every_offset_of_a_block(target, plain):
+    """Each token of the vocabulary serves as the end of sequence in turn, against cutting the plain completion."""
+    offsets, stops = set(), set()
+    for eos in range(VOCAB):
+        for draft in (oracle_draft(3), wrong_draft(3)):
+            rollouts = _decode(target, sampling=GREEDY, draft=draft, eos_ids=[eos, 99])
+            for row in range(6):
+                full = plain.completion(row)
+                expected = full[: full.index(eos) + 1] if eos in full else full
+                assert rollouts.completion(row) == expected
+                if expected[-1] == eos:
+                    offsets.add((len(expected) - 2) % 4 if len(expected) > 1 else "first token")
+                stops.add(int(rollouts.stop_reasons[row]))
+    assert offsets == {0, 1, 2, 3, "first token"}
+    assert stops == {StopReason.EOS, StopReason.LENGTH}
+
+
+def test_any_of_several_end_of_sequence_ids_ends_a_row(target, heads, plain):
+    first, second = plain.completion(0)[3], plain.completion(3)[2]
+    assert first != second
+    rollouts = _decode(target, sampling=GREEDY, draft=heads, eos_ids=[first, second])
+    ends = {completion[-1] for completion in map(rollouts.completion, range(6))}
+    assert {first, second} <= ends
+    _assert_same_completions(rollouts, _decode(target, sampling=GREEDY, eos_ids=[second, first, second]))
+
+
+class CyclingLength(AbstractLengthController[tuple[int, ...]]):
+    """0 to 4 in turn, one segment each, whatever was seen; `observations` collects that."""
+
+    observations: list = eqx.field(static=True)
+
+    def init(self, max_length):
+        return (0,)
+
+    def choose(self, state, rows):
+        self.observations.append(None)
+        return (len(self.observations) - 1) % 5
+
+    def update(self, state, observation):
+        self.observations[-1] = observation
+        return state
+
+
+def test_the_draft_length_may_change_from_segment_to_segment(target, heads, plain, monkeypatch):
+    monkeypatch.setattr(decode_module, "_ROUNDS_PER_SEGMENT", 1)
+    observations: list[SegmentObservation | None] = []
+    rollouts = _decode(target, sampling=GREEDY, draft=heads, length=CyclingLength(observations))
+    _assert_same_completions(rollouts, plain)
+    # A controller learns from the second segment of a kind on: the first may have compiled.
+    assert observations[:5] == [None] * 5 and len(observations) > 7
+    for index, seen in enumerate(observations[5:], start=5):
+        assert seen.rows == 6 and seen.rounds == 1 and seen.length == index % 5 == len(seen.accepted)
+        assert 1 <= seen.active_rounds <= 6 and seen.seconds > 0
+        assert all(0 <= accepted <= seen.active_rounds for accepted in seen.accepted)
+
+
+#
+# Sampling: log-probabilities, keys, rows
+#
+
+
+@pytest.fixture(scope="module")
+def sampled(target, heads):
+    return _decode(target, draft=heads)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(0.7),
+        Sampling(1.5, top_k=4),
+        Sampling(1.2, top_p=0.6),
+        Sampling(0.8, top_p=1.0),
+        Sampling(1.5, top_k=7, top_p=0.9),
+        GREEDY,
+    ],
+    ids=["temperature", "top-k", "top-p", "all of top-p", "top-k and top-p", "greedy"],
+)
+def test_logprobs_are_those_of_the_distribution_sampled_from(target, heads, sampling):
+    rollouts = _decode(target, sampling=sampling, draft=heads)
+    counts = np.arange(NEW)[None] < rollouts.lengths[:, None]
+    expected = teacher_forced_logprobs(target, sampling, rollouts)
+    assert np.isfinite(expected[counts]).all(), "a token was emitted that truncation forbids"
+    np.testing.assert_allclose(rollouts.logprobs[counts], expected[counts], atol=1e-5)
+    assert 0 < rollouts.statistics.acceptance_rate < 1
+    assert rollouts.logprobs.min() < -0.1
+
+
+def test_temperatures_share_a_program(target, heads, sampled):
+    del sampled  # which compiled
+    with jax.log_compiles(False), _no_compilation():
+        colder = _decode(target, draft=heads, sampling=Sampling(0.3))
+        warmer = _decode(target, draft=heads, sampling=Sampling(3.0))
+    assert colder.logprobs.sum() / colder.lengths.sum() > warmer.logprobs.sum() / warmer.lengths.sum()
+
+
+def test_the_same_key_gives_the_same_rollouts(target, heads, sampled):
+    again = _decode(target, draft=heads)
+    assert eqx.tree_equal(again, sampled)
+    other = _decode(target, draft=heads, key=jr.key(3))
+    assert (other.tokens[:, :8] != sampled.tokens[:, :8]).any(1).all()
+
+
+def test_a_row_does_not_depend_on_shrinking(target, heads, sampled):
+    progress: list[DecodeProgress] = []
+    shrunk = _decode(target, draft=heads, smallest_bucket=1, on_progress=progress.append)
+    _assert_same_completions(shrunk, sampled)
+    np.testing.assert_array_equal(shrunk.statistics.emitted, sampled.statistics.emitted)
+    np.testing.assert_array_equal(shrunk.statistics.accepted, sampled.statistics.accepted)
+    assert len(progress) >= 4, "the batch did not shrink through 4, 2 and 1"
+    assert all(report.rows == 6 for report in progress)
+    assert [report.active for report in progress] == sorted((report.active for report in progress), reverse=True)
+    assert progress[-1].active == 0 and progress[-1].tokens == sampled.lengths.sum()
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_row_does_not_depend_on_the_others(target, heads, sampled, rows):
+    _assert_same_completions(_decode(target, _prompts()[:rows], draft=heads), sampled, slice(rows))
+
+
+def test_samples_are_rows_that_share_a_prompt(target, heads):
+    prompts = _prompts()[2:4]
+    grouped = _decode(target, prompts, draft=heads, samples=3)
+    np.testing.assert_array_equal(grouped.group, [0, 0, 0, 1, 1, 1])
+    np.testing.assert_array_equal(grouped.prompts.lengths, [15, 7])
+    _assert_same_completions(grouped, _decode(target, [p for p in prompts for _ in range(3)], draft=heads))
+    # Rows of one prompt have random numbers of their own.
+    assert len({tuple(grouped.completion(row)) for row in range(6)}) == 6
+
+
+def test_what_pads_a_prompt_does_not_matter(target, heads, sampled):
+    prompts = Prompts.from_lists(_prompts())
+    padding = np.arange(prompts.tokens.shape[1])[None] >= prompts.lengths[:, None]
+    padded = Prompts(np.where(padding, 7, prompts.tokens).astype(np.int32), prompts.lengths)
+    rollouts = decode(target, padded, draft=heads, key=jr.key(2), max_new_tokens=NEW, eos_ids=NO_EOS, smallest_bucket=8)
+    _assert_same_completions(rollouts, sampled)
+
+
+#
+# Bad input
+#
+
+
+def test_bad_input_gets_a_sentence(target, heads):
+    with pytest.raises(UserError, match="prompt 1 has 24 tokens, but the model's context holds 24"):
+        _decode(target, [[1], [1] * CONTEXT])
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        _decode(target, [[1], []])
+    with pytest.raises(ValueError, match="no prompts"):
+        _decode(target, [])
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        _decode(target, max_new_tokens=0)
+    with pytest.raises(ValueError, match="samples"):
+        _decode(target, samples=0)
+    with pytest.raises(ValueError, match="GreedyMatch .* not lossless under sampling"):
+        _decode(target, draft=heads, verifier=GreedyMatch())
+    with pytest.raises(DraftError, match="size 8, .* size 16"):
+        _decode(target, draft=MedusaHeads.fresh(8, 2))
+    with pytest.raises(ValueError, match="lengths are 0 to 8"):
+        FixedLength(9)

@@ -1,0 +1,360 @@
+"""The policy's step on real rollouts of a tiny model: values, gradients, and when it refuses."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from tiny_run import tiny_model
+
+from eqx_specgrpo._sampling import Sampling
+from eqx_specgrpo._types import StopReason
+from eqx_specgrpo.decoding import decode
+from eqx_specgrpo.drafts import MedusaHeads
+from eqx_specgrpo.grpo import (
+    LossNormalizer,
+    LossSettings,
+    NonFiniteError,
+    UpdateBatch,
+    adamw,
+    apply_gradients,
+    check_finite,
+    compute_copy,
+    global_norm,
+    make_update_batch,
+    policy_gradients,
+    policy_logprobs,
+)
+from eqx_specgrpo.models import sequence_features
+
+VOCAB, NEW = 67, 20
+LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
+ADVANTAGES = np.array([1.5, -0.5, -1.0, 0.5, -1.25, 0.0, 0.75, 1.0], np.float32)
+
+
+def heads(hidden_size: int = 32, seed: int = 1) -> MedusaHeads:
+    """Three heads that are sometimes right: fresh ones, disturbed."""
+    weight_key, bias_key = jr.split(jr.key(seed))
+    return MedusaHeads(
+        0.1 * jr.normal(weight_key, (3, hidden_size, hidden_size)), 0.3 * jr.normal(bias_key, (3, hidden_size))
+    )
+
+
+def roll_out(model, temperature: float):
+    """Two prompts of unequal length, four samples each; some completions end early and some are cut off."""
+    return decode(
+        model,
+        [[5, 9, 11], [7, 3, 2, 8, 1, 30, 31]],
+        draft=heads(),
+        sampling=Sampling(jnp.float32(temperature)),
+        key=jr.key(3),
+        max_new_tokens=NEW,
+        eos_ids=range(60, 67),
+        samples=4,
+        smallest_bucket=8,
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(VOCAB, sharpness=15.0)
+
+
+@pytest.fixture(scope="module")
+def rollouts(model):
+    return roll_out(model, 0.7)
+
+
+@pytest.fixture(scope="module")
+def batch(model, rollouts):
+    """With old log-probabilities that are not the policy's own, so that ratios differ from 1 and some are clipped."""
+    batch = make_update_batch(rollouts, ADVANTAGES)
+    noise = 0.3 * np.asarray(jr.normal(jr.key(4), batch.old_logprobs.shape))
+    return eqx.tree_at(lambda b: b.old_logprobs, batch, batch.old_logprobs + noise)
+
+
+def with_reference(batch: UpdateBatch) -> UpdateBatch:
+    reference = batch.old_logprobs + 0.4 * np.asarray(jr.normal(jr.key(5), batch.old_logprobs.shape))
+    return eqx.tree_at(lambda b: b.reference_logprobs, batch, reference, is_leaf=lambda x: x is None)
+
+
+def settings_of(**changes: Any) -> LossSettings:
+    # The chunk divides neither the positions of the batch nor those of a micro-batch.
+    return LossSettings(**{"temperature": 0.7, "epsilon": 0.2, "epsilon_high": 0.3, "chunk": 27, **changes})
+
+
+def normalizer_of(batch: UpdateBatch, micro_batches: int = 1) -> LossNormalizer:
+    return LossNormalizer.from_mask(np.asarray(batch.completion_mask), NEW, num_micro_batches=micro_batches)
+
+
+@eqx.filter_value_and_grad
+def _dense(model, tokens, places, old, advantages, reference, weights, beta):
+    """The loss again, from whole logits and a list of the tokens that count; shares nothing but the forward."""
+    logits = model.unembed(sequence_features(model, tokens).last) / 0.7
+    logprobs = jax.nn.log_softmax(logits)[places]
+    ratio = jnp.exp(logprobs - old)
+    losses = -jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - 0.2, 1 + 0.3) * advantages)
+    if reference is not None:
+        gap = reference - logprobs
+        losses = losses + beta * (jnp.exp(gap) - gap - 1)
+    return jnp.sum(weights * losses)
+
+
+_dense = eqx.filter_jit(_dense)
+
+
+def dense_loss_and_gradients(model, batch: UpdateBatch, loss_type: str, beta: float):
+    rows, columns, positions, tokens, weights = [], [], [], [], []
+    lengths = batch.completion_mask.sum(1)
+    for row, length in enumerate(lengths):
+        for column in range(length):
+            token = int(batch.completion_tokens[row, column])
+            position = int(batch.prompt_lengths[row]) + column  # where the token stands; predicted one place before
+            assert batch.tokens[row, position] == token
+            rows.append(row)
+            columns.append(column)
+            positions.append(position - 1)
+            tokens.append(token)
+            weights.append(
+                {
+                    "dapo": 1 / lengths.sum(),
+                    "bnpo": 1 / lengths.sum(),
+                    "grpo": 1 / (len(lengths) * length),
+                    "dr_grpo": 1 / (len(lengths) * NEW),
+                }[loss_type]
+            )
+    old = jnp.asarray(batch.old_logprobs[rows, columns])
+    reference = None if batch.reference_logprobs is None else jnp.asarray(batch.reference_logprobs[rows, columns])
+    places = tuple(jnp.asarray(index) for index in (rows, positions, tokens))
+    return _dense(
+        model, jnp.asarray(batch.tokens), places, old, jnp.asarray(batch.advantages[rows]), reference,
+        jnp.asarray(weights, jnp.float32), jnp.float32(beta),
+    )  # fmt: skip
+
+
+def flat(tree) -> np.ndarray:
+    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+
+
+def assert_close(tree, expected, tolerance: float = 1e-5):
+    """Relative to the whole gradient: single entries may be near zero."""
+    actual, wanted = flat(tree), flat(expected)
+    assert np.linalg.norm(wanted) > 1e-3
+    assert np.linalg.norm(actual - wanted) <= tolerance * np.linalg.norm(wanted)
+
+
+def test_rollouts_exercise_what_is_tested(rollouts, batch, model):
+    """Else the tests below would show less than they say."""
+    assert set(rollouts.stop_reasons) == {StopReason.EOS, StopReason.LENGTH}
+    assert len(set(rollouts.lengths)) > 2
+    rate = rollouts.statistics.acceptance_rate
+    assert 0.1 < rate < 0.9
+    gradients, _ = policy_gradients(model, batch, normalizer_of(batch), settings_of())
+    means = gradients.metrics.means()
+    assert means["clip_ratio/low_mean"] > 0 and means["clip_ratio/high_mean"] > 0
+
+
+@pytest.mark.parametrize("loss_type, beta", [("dapo", 0.0), *((name, 0.04) for name in LOSS_TYPES)])
+def test_gradients_are_those_of_a_dense_reference(loss_type, beta, model, batch):
+    batch = with_reference(batch) if beta else batch
+    result, _ = policy_gradients(model, batch, normalizer_of(batch), settings_of(loss_type=loss_type, beta=beta))
+    loss, gradients = dense_loss_and_gradients(model, batch, loss_type, beta)
+    np.testing.assert_allclose(result.loss, loss, rtol=2e-5)
+    assert_close(result.gradients, gradients)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_micro_batches_add_up_to_one_batch(loss_type, model, batch):
+    batch = with_reference(batch)
+    settings = settings_of(loss_type=loss_type, beta=0.04)
+    whole, features = policy_gradients(model, batch, normalizer_of(batch), settings)
+    total, parts = None, []
+    for start in (0, 4):
+        # A micro-batch holds rows of unequal lengths, so that averages of averages would be wrong.
+        part, part_features = policy_gradients(
+            model, batch.rows(start, start + 4), normalizer_of(batch, micro_batches=2), settings
+        )
+        parts.append(part_features.last)
+        total = part if total is None else total + part
+    assert total is not None
+    np.testing.assert_allclose(jnp.concatenate(parts), features.last, atol=1e-5)
+    means, expected_means = total.metrics.means(), whole.metrics.means()
+    for name, value in expected_means.items():
+        np.testing.assert_allclose(means[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+    np.testing.assert_allclose(total.entropy_sum, whole.entropy_sum, rtol=1e-5)
+    counts = [int(batch.completion_mask[:4].sum()), int(batch.completion_mask[4:].sum())]
+    assert counts[0] != counts[1]
+    if loss_type == "bnpo":
+        # By definition the mean over each micro-batch: the one type for which dividing a step changes it.
+        assert abs(float(total.loss - whole.loss)) > 1e-4
+        return
+    np.testing.assert_allclose(total.loss, whole.loss, rtol=1e-5)
+    assert_close(total.gradients, whole.gradients)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_first_ratio_is_one(temperature, model):
+    """The verify pass's log-probabilities are the old ones: same weights, same distribution, so a ratio of 1."""
+    rollouts = roll_out(model, temperature)
+    statistics = rollouts.statistics
+    assert 0 < statistics.accepted.sum() < statistics.drafted.sum()
+    batch = make_update_batch(rollouts, ADVANTAGES)
+    settings = settings_of(temperature=temperature)
+    logprobs = np.asarray(policy_logprobs(model, batch, settings))
+    ratio = np.exp(logprobs - batch.old_logprobs)[batch.completion_mask]
+    np.testing.assert_allclose(ratio, 1.0, atol=1e-5, rtol=0)
+    result, _ = policy_gradients(model, batch, normalizer_of(batch), settings)
+    means = result.metrics.means()
+    assert 0 <= means["log_ratio/abs_max"] < 1e-5
+    assert means["clip_ratio/region_mean"] == 0
+    # At a ratio of 1 the loss is minus the token mean of the advantages.
+    expected = -(ADVANTAGES * rollouts.lengths).sum() / rollouts.lengths.sum()
+    np.testing.assert_allclose(result.loss, expected, rtol=1e-4)
+    # The alarm rings at another temperature than the one sampled at.
+    wrong, _ = policy_gradients(model, batch, normalizer_of(batch), settings_of(temperature=temperature + 0.1))
+    assert wrong.metrics.means()["log_ratio/abs_max"] > 0.05
+
+
+def test_padding_does_not_matter(model, batch):
+    batch = with_reference(batch)
+    rng = np.random.default_rng(0)
+    counted = np.asarray(batch.completion_mask)
+    rows, new = counted.shape
+    settings, normalizer = settings_of(beta=0.04), normalizer_of(batch)
+    expected, _ = policy_gradients(model, batch, normalizer, settings)
+
+    tokens = np.array(batch.tokens)
+    ends = batch.prompt_lengths + counted.sum(1)
+    beyond = np.arange(tokens.shape[1])[None] >= ends[:, None]
+    tokens[beyond] = rng.integers(0, VOCAB, beyond.sum())
+    completion_tokens = np.where(counted, batch.completion_tokens, rng.integers(0, VOCAB, counted.shape))
+    assert (~counted).any()
+
+    def rubbish(values):
+        return np.where(counted, values, rng.choice([np.nan, np.inf, -1e30, 1e30], counted.shape)).astype(np.float32)
+
+    other = UpdateBatch(
+        tokens,
+        batch.prompt_lengths,
+        completion_tokens.astype(np.int32),
+        counted,
+        rubbish(batch.old_logprobs),
+        batch.advantages,
+        rubbish(batch.reference_logprobs),
+    )
+    result, _ = policy_gradients(model, other, normalizer, settings)
+    np.testing.assert_array_equal(result.loss, expected.loss)
+    for value, wanted in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(value, wanted)
+
+    def widen(array, width, fill):
+        return np.pad(array, ((0, 0), (0, width)), constant_values=fill)
+
+    wider = UpdateBatch(
+        widen(tokens, 13, 5),
+        batch.prompt_lengths,
+        widen(other.completion_tokens, 6, 9),
+        widen(counted, 6, False),
+        widen(other.old_logprobs, 6, np.nan),
+        batch.advantages,
+        widen(other.reference_logprobs, 6, np.nan),
+    )
+    result, _ = policy_gradients(model, wider, normalizer, settings)
+    np.testing.assert_allclose(result.loss, expected.loss, rtol=1e-5)
+    assert_close(result.gradients, expected.gradients)
+
+
+def test_reference_that_is_the_policy_has_no_kl(model, rollouts):
+    batch = make_update_batch(rollouts, ADVANTAGES)
+    settings = settings_of(beta=10.0)
+    reference = np.asarray(policy_logprobs(model, batch, settings))
+    with_kl = eqx.tree_at(lambda b: b.reference_logprobs, batch, reference, is_leaf=lambda x: x is None)
+    result, _ = policy_gradients(model, with_kl, normalizer_of(batch), settings)
+    without, _ = policy_gradients(model, batch, normalizer_of(batch), settings_of(beta=0.0))
+    assert 0 <= float(result.metrics.means()["kl"]) < 1e-9
+    assert "kl" not in without.metrics.means()
+    # k3 has no slope where the two agree, however large beta.
+    np.testing.assert_allclose(result.loss, without.loss, rtol=1e-4)
+    assert_close(result.gradients, without.gradients, tolerance=1e-3)
+
+
+def test_truncated_completions_may_be_left_out(model, rollouts):
+    truncated = rollouts.stop_reasons == StopReason.LENGTH
+    all_in = make_update_batch(rollouts, ADVANTAGES)
+    masked = make_update_batch(rollouts, ADVANTAGES, mask_truncated_completions=True)
+    np.testing.assert_array_equal(masked.completion_mask.sum(1), np.where(truncated, 0, rollouts.lengths))
+    np.testing.assert_array_equal(all_in.completion_mask.sum(1), rollouts.lengths)
+    assert masked.completion_mask.any()
+    result, _ = policy_gradients(model, masked, normalizer_of(masked), settings_of())
+    # Whatever the truncated ones' advantages are, they are not heard; and they are not counted in the divisor.
+    advantages = np.where(truncated, 100.0, ADVANTAGES).astype(np.float32)
+    loud = make_update_batch(rollouts, advantages, mask_truncated_completions=True)
+    same, _ = policy_gradients(model, loud, normalizer_of(loud), settings_of())
+    for value, wanted in zip(jax.tree.leaves(same), jax.tree.leaves(result), strict=True):
+        np.testing.assert_array_equal(value, wanted)
+    ended = ~truncated
+    expected = -(ADVANTAGES * rollouts.lengths)[ended].sum() / rollouts.lengths[ended].sum()
+    np.testing.assert_allclose(result.loss, expected, rtol=1e-4)
+
+
+def test_a_batch_without_a_counted_token_gives_zero_not_nan(model, batch):
+    nothing = eqx.tree_at(lambda b: b.completion_mask, batch, np.zeros_like(batch.completion_mask))
+    result, _ = policy_gradients(model, nothing, normalizer_of(nothing), settings_of())
+    assert float(result.loss) == 0 and float(global_norm(result.gradients)) == 0
+
+
+def test_bfloat16_gradients_point_the_same_way(model, batch):
+    settings, normalizer = settings_of(), normalizer_of(batch)
+    exact, _ = policy_gradients(model, batch, normalizer, settings)
+    rounded = compute_copy(model, "bfloat16")
+    assert rounded.blocks[0].mlp.down.weight.dtype == jnp.bfloat16 and rounded.norm.weight.dtype == jnp.float32
+    result, features = policy_gradients(rounded, batch, normalizer, settings)
+    assert features.last.dtype == jnp.float32
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(result.gradients))
+    assert jax.tree.structure(result.gradients) == jax.tree.structure(exact.gradients)
+    a, b = flat(result.gradients), flat(exact.gradients)
+    assert a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) > 0.99
+    assert np.linalg.norm(a - b) > 0  # The dtype does reach the arithmetic.
+
+
+def test_apply_gradients_is_optax_adamw(model):
+    params = eqx.filter(model, eqx.is_inexact_array)
+    # (learning rate, norm of the gradient); the second gradient is clipped to a norm of 1.
+    schedule = ((3e-3, 0.5), (1e-3, 50.0), (2e-3, 0.9))
+    rates = jnp.array([rate for rate, _ in schedule])
+    # The library's rate is an argument, optax's a schedule; the mask is decided here, name by name.
+    decay = jax.tree.map(lambda _: True, params)
+    norms = lambda m: [m.norm, *(norm for b in m.blocks for norm in (b.attention_norm, b.mlp_norm))]
+    decay = eqx.tree_at(lambda m: [norm.weight for norm in norms(m)], decay, replace_fn=lambda _: False)
+    reference = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(lambda step: rates[step], b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.1, mask=decay),
+    )
+    update = jax.jit(reference.update)
+    expected, expected_state = params, reference.init(params)
+    optimizer = adamw(beta1=0.8, beta2=0.95, epsilon=1e-6, weight_decay=0.1, max_grad_norm=1.0)
+    # Copies: what is given to `apply_gradients` is donated.
+    moved = jax.tree.map(lambda x: jnp.array(x) if eqx.is_array(x) else x, model)
+    state = optimizer.init(eqx.filter(moved, eqx.is_inexact_array))
+    rng = np.random.default_rng(0)
+    for rate, norm in schedule:
+        raw = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
+        gradients = jax.tree.map(lambda g: jnp.asarray(norm / np.linalg.norm(flat(raw)) * g, jnp.float32), raw)
+        moved, state = apply_gradients((optimizer, gradients, jnp.float32(rate)), moved, state)
+        updates, expected_state = update(gradients, expected_state, expected)
+        expected = eqx.apply_updates(expected, updates)
+    change = flat(eqx.filter(moved, eqx.is_inexact_array)) - flat(params)
+    wanted = flat(expected) - flat(params)
+    assert np.linalg.norm(wanted) > 1e-3
+    np.testing.assert_allclose(change, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_check_finite_names_what_and_when(value):
+    check_finite("policy", 7, loss=jnp.float32(1.0), grad_norm=jnp.float32(0.0))
+    with pytest.raises(NonFiniteError, match=r"^step 7: the policy's grad_norm is (nan|inf|-inf)\. The weights were not"):
+        check_finite("policy", 7, loss=jnp.float32(1.0), grad_norm=jnp.float32(value))

@@ -1,0 +1,123 @@
+"""A checkpoint of a few kilobytes and a configuration that fits it, for tests of whole runs.
+
+The weights are random, but sharp enough that a draft is sometimes right and sometimes wrong.
+"""
+
+import re
+from pathlib import Path
+
+import equinox as eqx
+import jax.random as jr
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from eqx_specgrpo.models import Tokenizer, Transformer, TransformerConfig, save_model
+from eqx_specgrpo.train import RunConfig, load_config
+
+PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
+CONTEXT = 96
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+# Half of all tokens are even, so that completions of a random model differ in their rewards.
+REWARD = '''
+import os
+import signal
+
+
+def even(completion_ids, step, **kwargs):
+    """The share of even token ids. Two environment variables name the step at which a signal arrives."""
+    if str(step) == os.environ.get("TINY_RUN_KILL_AT"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if str(step) == os.environ.get("TINY_RUN_INTERRUPT_AT"):
+        os.kill(os.getpid(), signal.SIGINT)
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+'''
+
+
+def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:
+    """One token a byte, and four special ones."""
+    symbols = [PAD, END, USER, ASSISTANT, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = tokenizers.Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([PAD, END, USER, ASSISTANT])
+    settings = {"eos_token": END, "pad_token": PAD, "clean_up_tokenization_spaces": False}
+    return Tokenizer(backend, settings, chat_template, eos_ids=())
+
+
+def tiny_model(vocab_size: int = 260, *, hidden_size: int = 32, seed: int = 0, sharpness: float = 15.0) -> Transformer:
+    """Two layers of grouped-query attention; `sharpness` multiplies the logits."""
+    config = TransformerConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_position_embeddings=CONTEXT,
+    )
+    model = Transformer(config, key=jr.key(seed))
+    return eqx.tree_at(lambda m: (m.embedding, m.unembedding), model, (20 * model.embedding, sharpness * model.unembedding))
+
+
+def write_tiny_folder(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+    """A Hugging Face folder, with the reward file `reward.py` in it."""
+    save_model(tiny_model(), folder, tiny_tokenizer(chat_template))
+    (folder / "reward.py").write_text(REWARD, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """One folder for all tests of a session; none may write to it."""
+    return write_tiny_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def tiny_arguments(folder: Path, out: Path, *settings: str) -> list[str]:
+    """Arguments of `specgrpo run`: two prompts, four samples each, 16 new tokens; later `settings` win."""
+    every = [
+        f"model.path={folder}",
+        f"reward.functions=[{str(folder / 'reward.py') + ':even'!r}]",
+        f"out={out}",
+        "steps=6",
+        "save_steps=3",
+        "task.prompt='{expression}='",
+        "grpo.prompts_per_step=2",
+        "grpo.num_generations=4",
+        "grpo.max_completion_length=16",
+        "grpo.learning_rate=3e-3",
+        "grpo.logprob_chunk=24",
+        "draft.heads=3",
+        "draft.length=3",
+        "draft.warmup=2",
+        "draft.fraction=0.5",
+        "draft.learning_rate=1e-2",
+        *settings,
+    ]
+    return [argument for setting in every for argument in ("--set", setting)]
+
+
+def tiny_config(folder: Path, out: Path, *settings: str) -> RunConfig:
+    """The same as a configuration."""
+    return load_config(None, tiny_arguments(folder, out, *settings)[1::2])
+
+
+def main_like(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """Runs the command line in this process, as its entry point does: exit code, stdout and stderr."""
+    from eqx_specgrpo.cli import main
+
+    monkeypatch.setattr("sys.argv", ["specgrpo", *arguments])
+    with pytest.raises(SystemExit) as info:
+        main()
+    captured = capsys.readouterr()
+    return int(info.value.code or 0), captured.out, captured.err
+
+
+def one_line(text: str) -> str:
+    """Without the line breaks of a narrow terminal."""
+    return re.sub(r"\s+", " ", text).strip()
