@@ -54,13 +54,11 @@ class Categorical(eqx.Module):
         return sample_weights(self.probs(), uniform)
 
 
-def sample_weights(
-    weights: Float[Array, "*batch vocab"], uniform: Float[Array, "*batch"]
-) -> Int[Array, "*batch"]:
+def sample_weights(weights: Float[Array, "*batch vocab"], uniform: Float[Array, "*batch"]) -> Int[Array, "*batch"]:
     """Draws an index with probability proportional to its weight. A zero weight is never drawn.
 
-    One uniform number a draw instead of one Gumbel number a token: with a vocabulary of 49,152 the noise would cost more
-    than the product that made the logits. The cumulative sum runs over blocks first and then within one block.
+    One uniform number a draw instead of one Gumbel number a token: with a vocabulary of 49,152 the noise would cost
+    more than the product that made the logits. The cumulative sum runs over blocks first and then within one block.
 
     **Arguments:**
 

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from eqx_specgrpo._types import Prompts
-from eqx_specgrpo.decoding import FixedLength, Rejection, Sampling, decode
+from eqx_specgrpo.decoding import FixedLength, Prompts, Rejection, Sampling, decode
 from eqx_specgrpo.distill import ForwardKL, draft_gradients, select_rows
 from eqx_specgrpo.drafts import MedusaHeads
 from eqx_specgrpo.grpo import (

@@ -1,11 +1,15 @@
 """Makes the embedded default model: a small transformer pretrained on imperfect worked arithmetic.
 
-    python examples/pretrain_default.py --steps 3000 --out runs/default_model
+    python examples/pretrain_default.py --steps 1600 --look-ahead-steps 400 --out runs/default_model
 
 The corpus is procedural. A row asks for a sum and works it out with a running total, one line a term. In a fraction of
 the lines the stated total is wrong, and mostly the work then goes on from the wrong total. A model that imitates this
 knows how to add, but samples the mistakes too. They are independent noise, so that its most likely answer is mostly
 right while a sample at temperature 1 often isn't: what reinforcement learning can sharpen away.
+
+A small model's last hidden state knows the next token and little else, so that heads on it can't look further ahead. A
+second phase therefore trains the model together with such heads (multi-token prediction, Gloeckle et al. 2024), which
+are thrown away afterwards: a run starts with fresh ones, and finds features that can be drafted from.
 """
 
 import json
@@ -28,9 +32,17 @@ import typer
 from jaxtyping import Array, Float, Int
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from eqx_specgrpo._types import Prompts
-from eqx_specgrpo.decoding import AbstractSampling, GreedySampling, Sampling, decode
-from eqx_specgrpo.models import Tokenizer, Transformer, TransformerConfig, save_model, sequence_features
+from eqx_specgrpo.decoding import AbstractSampling, GreedySampling, Prompts, Sampling, decode
+from eqx_specgrpo.drafts import MedusaHeads
+from eqx_specgrpo.models import (
+    Features,
+    Tokenizer,
+    Transformer,
+    TransformerConfig,
+    load_pretrained,
+    save_model,
+    sequence_features,
+)
 from eqx_specgrpo.tasks import Arithmetic, arithmetic_reward
 
 USER, ASSISTANT, SYSTEM, END, PAD = "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|pad|>"
@@ -48,6 +60,9 @@ CHAT_TEMPLATE = (
 TERMS, LOW, HIGH = (5, 7), 2, 20  # of the default run's task
 MISTAKE, RECOVERY, MISCOPY = 0.16, 0.15, 0.05
 CLEAN, CARELESS = 0.6, 0.7
+HEADS, LOOK_AHEAD = 4, 0.3  # of the second phase, and what their loss weighs
+
+LOG_EVERY, SAVE_EVERY = 50, 250
 
 #
 # The corpus.
@@ -132,16 +147,17 @@ def build_tokenizer(texts: Sequence[str], max_length: int, vocab_size: int = 512
 
 
 def batches(
-    tokenizer: Tokenizer, seed: int, size: int, steps: int, multiple_of: int = 32
+    tokenizer: Tokenizer, seed: int, size: int, steps: int, multiple_of: int = 32, careless_from: float = CLEAN
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """`tokens` `[batch, seq]`, and where the completion begins and ends, `[batch]` each.
 
-    Sums are learned much faster from correct ones, so mistakes set in late: between `CLEAN` and `CARELESS` of the way.
+    Sums are learned much faster from correct ones, so mistakes set in late: from `careless_from` of
+    the way, over the tenth after it.
     Rows of similar length share a batch, so that little is padding and few widths (and so few compilations) exist.
     """
     rng = random.Random(f"pretrain/{seed}")
     for done in range(0, steps, 8):
-        carelessness = min(max((done / steps - CLEAN) / (CARELESS - CLEAN), 0.0), 1.0)
+        carelessness = min(max((done / steps - careless_from) / (CARELESS - CLEAN), 0.0), 1.0)
         pool = [conversation(rng, carelessness) for _ in range(8 * size)]
         prompts = [tokenizer.encode_prompt([{"role": "user", "content": question}]) for question, _ in pool]
         answers = [tokenizer.encode(text + END) for _, text in pool]
@@ -182,6 +198,58 @@ def train_step(
     loss, gradients = eqx.filter_value_and_grad(completion_loss)(model, tokens, begins, ends)
     updates, state = optimizer.update(gradients, state, eqx.filter(model, eqx.is_array))
     return eqx.apply_updates(model, updates), state, loss
+
+
+def look_ahead_losses(
+    model: Transformer,
+    heads: MedusaHeads,
+    tokens: Int[Array, "batch seq"],
+    begins: Int[Array, " batch"],
+    ends: Int[Array, " batch"],
+    *,
+    heads_only: bool,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Mean cross-entropies of the next token, and of those that the heads predict, each weighing 0.8 of the one before.
+
+    **Arguments:**
+
+    - `heads_only`: the heads learn, the model does not: they begin far off, and would pull it along.
+    """
+    hidden = sequence_features(model, tokens).last
+
+    def cross_entropy(logits: Float[Array, "batch short vocab"], ahead: int) -> Float[Array, ""]:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, ahead:])
+        targets = jnp.arange(ahead, tokens.shape[1])[None]
+        mask = (targets >= begins[:, None] + ahead - 1) & (targets < ends[:, None])
+        return jnp.sum(losses * mask) / jnp.sum(mask)
+
+    next_loss = cross_entropy(model.unembed(hidden[:, :-1]), 1)
+    if heads_only:
+        hidden, model = jax.lax.stop_gradient((hidden, model))
+    logits = heads.train_logits(model, heads.train_hidden(model, Features(hidden), tokens))
+    weights = 0.8 ** jnp.arange(HEADS)
+    head_losses = jnp.stack([cross_entropy(logits[:, : -(k + 2), k], k + 2) for k in range(HEADS)])
+    return next_loss, jnp.sum(weights * head_losses) / jnp.sum(weights)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def look_ahead_step(
+    unchanged: tuple[optax.GradientTransformation, bool],
+    both: tuple[Transformer, MedusaHeads],
+    state: optax.OptState,
+    tokens: Int[Array, "batch seq"],
+    begins: Int[Array, " batch"],
+    ends: Int[Array, " batch"],
+) -> tuple[tuple[Transformer, MedusaHeads], optax.OptState, tuple[Float[Array, ""], Float[Array, ""]]]:
+    optimizer, heads_only = unchanged
+
+    def total(both):
+        losses = look_ahead_losses(*both, tokens, begins, ends, heads_only=heads_only)
+        return losses[0] + LOOK_AHEAD * losses[1], losses
+
+    (_, losses), gradients = eqx.filter_value_and_grad(total, has_aux=True)(both)
+    updates, state = optimizer.update(gradients, state, eqx.filter(both, eqx.is_array))
+    return eqx.apply_updates(both, updates), state, losses
 
 
 def build_optimizer(steps: int, learning_rate: float) -> optax.GradientTransformation:
@@ -247,50 +315,89 @@ def evaluate(
     }
 
 
-def main(
-    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 3000,
-    out: Annotated[Path, typer.Option(help="Folder for the model.")] = Path("runs/default_model"),
-    seed: Annotated[int, typer.Option(help="Of the weights and of the corpus.")] = 0,
-    batch: Annotated[int, typer.Option(help="Sequences a step.", min=1)] = 32,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
-    log_every: Annotated[int, typer.Option(help="Steps between lines of progress.", min=1)] = 50,
-    save_every: Annotated[int, typer.Option(help="Steps between evaluations and saves.", min=1)] = 250,
-):
-    """Pretrains the embedded default model and saves it as a Hugging Face folder."""
-    corpus_rng = random.Random(f"tokenizer/{seed}")
-    corpus = (part for _ in range(4000) for part in conversation(corpus_rng, 1.0))
-    max_length = 512
-    tokenizer = build_tokenizer(list(corpus), max_length)
-    config = TransformerConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=128,
-        intermediate_size=384,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=32,
-        max_position_embeddings=max_length,
-        tie_embeddings=True,
-    )
-    model = Transformer(config, key=jr.key(seed))
+def report(model: Transformer, tokenizer: Tokenizer, out: Path, began: float) -> None:
+    """Evaluates and saves."""
+    for name, sampling in (("greedy", GreedySampling()), ("sampled", Sampling())):
+        print(f"  {name}: {json.dumps(evaluate(model, tokenizer, 64, sampling, 1))}", flush=True)
+    save_model(model, out, tokenizer)
+    print(f"  saved {out} after {(time.perf_counter() - began) / 60:.1f} minutes", flush=True)
+
+
+def pretrain(
+    model: Transformer, tokenizer: Tokenizer, out: Path, seed: int, batch: int, steps: int, learning_rate: float
+) -> Transformer:
+    """The first phase: next tokens."""
     optimizer = build_optimizer(steps, learning_rate)
     state = optimizer.init(eqx.filter(model, eqx.is_array))
-    print(f"{sum(x.size for x in jax.tree.leaves(eqx.filter(model, eqx.is_array))):,} parameters", flush=True)
     began = since = time.perf_counter()
     tokens_since = 0
     for step, (tokens, begins, ends) in enumerate(batches(tokenizer, seed, batch, steps), start=1):
         model, state, loss = train_step(optimizer, model, state, tokens, begins, ends)
         tokens_since += int(ends.sum())
-        if step % log_every == 0 or step == steps:
+        if step % LOG_EVERY == 0 or step == steps:
             value, now = float(loss), time.perf_counter()
             print(f"step {step}  loss {value:.4f}  {tokens_since / (now - since):,.0f} tokens/s", flush=True)
             since, tokens_since = now, 0
-        if step % save_every == 0 or step == steps:
-            for name, sampling in (("greedy", GreedySampling()), ("sampled", Sampling())):
-                print(f"  {name}: {json.dumps(evaluate(model, tokenizer, 64, sampling, 1))}", flush=True)
-            save_model(model, out, tokenizer)
-            print(f"  saved {out} after {(time.perf_counter() - began) / 60:.1f} minutes", flush=True)
+        if step % SAVE_EVERY == 0 or step == steps:
+            report(model, tokenizer, out, began)
             since = time.perf_counter()
+    return model
+
+
+def look_ahead(
+    model: Transformer, tokenizer: Tokenizer, out: Path, seed: int, batch: int, steps: int, learning_rate: float
+) -> Transformer:
+    """The second phase: next tokens, and those that heads predict. The heads alone learn for its first tenth."""
+    both = (model, MedusaHeads.fresh(model.hidden_size, HEADS))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, steps // 10), steps + 1)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
+    state = optimizer.init(eqx.filter(both, eqx.is_array))
+    began = time.perf_counter()
+    corpus = batches(tokenizer, seed + 1, batch, steps, careless_from=-1.0)
+    for step, (tokens, begins, ends) in enumerate(corpus, start=1):
+        both, state, losses = look_ahead_step((optimizer, step <= steps // 10), both, state, tokens, begins, ends)
+        if step % LOG_EVERY == 0 or step == steps:
+            elapsed = time.perf_counter() - began
+            print(f"look ahead {step}  loss {losses[0]:.4f}  of heads {losses[1]:.4f}  {elapsed:.0f} s", flush=True)
+        if step % SAVE_EVERY == 0 or step == steps:
+            report(both[0], tokenizer, out, began)
+    return both[0]
+
+
+def main(
+    steps: Annotated[int, typer.Option(help="Optimizer steps of the first phase.", min=1)] = 1600,
+    look_ahead_steps: Annotated[int, typer.Option(help="Those of the second phase.", min=0)] = 400,
+    out: Annotated[Path, typer.Option(help="Folder for the model.")] = Path("runs/default_model"),
+    start: Annotated[Path | None, typer.Option(help="What the first phase made; it is skipped then.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights and of the corpus.")] = 0,
+    batch: Annotated[int, typer.Option(help="Sequences a step.", min=1)] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the first phase.")] = 3e-3,
+    look_ahead_rate: Annotated[float, typer.Option(help="Peak learning rate of the second phase.")] = 1.5e-3,
+):
+    """Pretrains the embedded default model and saves it as a Hugging Face folder."""
+    if start is None:
+        corpus_rng = random.Random(f"tokenizer/{seed}")
+        corpus = (part for _ in range(4000) for part in conversation(corpus_rng, 1.0))
+        max_length = 512
+        tokenizer = build_tokenizer(list(corpus), max_length)
+        config = TransformerConfig(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=128,
+            intermediate_size=384,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=32,
+            max_position_embeddings=max_length,
+            tie_embeddings=True,
+        )
+        model = Transformer(config, key=jr.key(seed))
+        print(f"{sum(x.size for x in jax.tree.leaves(eqx.filter(model, eqx.is_array))):,} parameters", flush=True)
+        model = pretrain(model, tokenizer, out, seed, batch, steps, learning_rate)
+    else:
+        model, tokenizer = load_pretrained(start)
+    if look_ahead_steps:
+        look_ahead(model, tokenizer, out, seed, batch, look_ahead_steps, look_ahead_rate)
 
 
 if __name__ == "__main__":

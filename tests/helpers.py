@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from eqx_specgrpo.decoding import AbstractSampling, AbstractVerifier, GreedyMatch, Rejection
 from eqx_specgrpo.drafts import AbstractDraft, Proposal
@@ -23,6 +23,17 @@ from eqx_specgrpo.models import (
     TransformerConfig,
     sequence_features,
 )
+
+
+@contextmanager
+def quick_compilation() -> Iterator[None]:
+    """Compiles without LLVM's optimizations: programs as small as ours take longer to optimize than to run."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @contextmanager
@@ -64,18 +75,25 @@ def tiny_transformer(*, seed: int = 0, **changes: Any) -> Transformer:
         max_position_embeddings=64,
     )
     config = TransformerConfig(**(sizes | changes))
-    model_key, noise_key = jr.split(jr.key(seed))
-    model = randomise(Transformer(config, key=model_key), noise_key, 0.3)
+
+    model = randomise(eqx.filter_eval_shape(Transformer, config, key=jr.key(0)), seed, 0.35)
     # Fresh embeddings are 0.02 small: every token would look the same, and every continuation would repeat itself.
     return eqx.tree_at(lambda m: m.embedding, model, 3.0 * model.embedding)
 
 
-def randomise(tree: Any, key: Key[Array, ""], scale: float) -> Any:
-    """Adds noise to every float array, so that no parameter is at a value where its absence would not show."""
-    arrays, rest = eqx.partition(tree, eqx.is_inexact_array)
-    leaves, structure = jax.tree.flatten(arrays)
-    noise = [scale * jr.normal(k, x.shape) for k, x in zip(jr.split(key, len(leaves)), leaves, strict=True)]
-    return eqx.combine(jax.tree.unflatten(structure, [x + n for x, n in zip(leaves, noise, strict=True)]), rest)
+def randomise(shapes: Any, seed: int, scale: float) -> Any:
+    """Fills a PyTree of shapes at random, so that no parameter is at a value where its absence would not show.
+
+    Matrices are around 0, vectors (norms among them) around 1. With numpy, which compiles nothing.
+    """
+    rng = np.random.default_rng(seed)
+
+    def fill(x):
+        if not isinstance(x, jax.ShapeDtypeStruct | jax.Array):
+            return x
+        return jnp.asarray((x.ndim == 1) + scale * rng.standard_normal(x.shape), jnp.float32)
+
+    return jax.tree.map(fill, shapes)
 
 
 class TabularModel(AbstractLanguageModel):
@@ -123,7 +141,8 @@ class TabularModel(AbstractLanguageModel):
 
 
 def tabular_model(*, seed: int, vocab: int, scale: float) -> TabularModel:
-    return TabularModel(scale * jr.normal(jr.key(seed), (vocab + 1, vocab, vocab)))
+    table = scale * np.random.default_rng(seed).standard_normal((vocab + 1, vocab, vocab))
+    return TabularModel(jnp.asarray(table, jnp.float32))
 
 
 def sequence_law(model: TabularModel, sampling: AbstractSampling, prompt: list[int], length: int) -> np.ndarray:
@@ -391,6 +410,20 @@ class CutOff(AbstractVerifier):
             return weights
         was_submitted = jnp.pad(self._submitted(proposal), (0, 1))[num_accepted]
         return jnp.where(was_submitted, weights, target[num_accepted].probs())
+
+
+class OneOf(AbstractVerifier):
+    """Several verifiers in one compiled program, of which `index` is in force."""
+
+    verifiers: tuple[AbstractVerifier, ...]
+    index: Int[Array, ""]
+
+    def survival(self, target, proposal):
+        return lax.switch(self.index, [verifier.survival for verifier in self.verifiers], target, proposal)
+
+    def next_weights(self, target, proposal, num_accepted):
+        branches = [verifier.next_weights for verifier in self.verifiers]
+        return lax.switch(self.index, branches, target, proposal, num_accepted)
 
 
 LOSSLESS = [Rejection(), CutOff(threshold=0.45, look_at_token=False)]

@@ -111,9 +111,9 @@ TEXTS = [
     "Weird tokens: <|endoftext|> <repo_name>x/y a<|im_end|>b ''' \"\"\" \\n $x_1^2$",
 ]
 _PROSE = (
-    "Speculative decoding lets a small draft guess several tokens, which the target checks in one pass. On 14 March 1879 "
-    "Albert Einstein was born in Ulm; 17 * 23 = 391. def add(a, b): return a + b\nThe quick brown fox jumps over the "
-    "lazy dog, and then it does it again until everybody has seen it and nobody is surprised any longer."
+    "Speculative decoding lets a small draft guess several tokens, which the target checks in one pass. On 14 March "
+    "1879 Albert Einstein was born in Ulm; 17 * 23 = 391. def add(a, b): return a + b\nThe quick brown fox jumps over "
+    "the lazy dog, and then it does it again until everybody has seen it and nobody is surprised any longer."
 )
 
 

@@ -4,6 +4,7 @@ Everything runs on one batch of unequal prompts against one context length that 
 two end-of-sequence ids, so that the tests share their compiled programs.
 """
 
+import itertools as it
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +12,15 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import OracleDraft, oracle_draft, randomise, tiny_transformer, wrong_draft
+from helpers import (
+    OracleDraft,
+    count_compilations,
+    oracle_draft,
+    quick_compilation,
+    randomise,
+    tiny_transformer,
+    wrong_draft,
+)
 
 from eqx_specgrpo._errors import UserError
 from eqx_specgrpo._types import Prompts, Rollouts, StopReason
@@ -21,7 +30,6 @@ from eqx_specgrpo.decoding import (
     FixedLength,
     GreedyMatch,
     GreedySampling,
-    Rejection,
     Sampling,
     SegmentObservation,
     _decode as decode_module,
@@ -30,12 +38,18 @@ from eqx_specgrpo.decoding import (
 )
 from eqx_specgrpo.drafts import DraftError, MedusaHeads
 
-VOCAB, CONTEXT, NEW = 13, 24, 18
+VOCAB, CONTEXT, NEW = 13, 24, 17
 NO_EOS = [98, 99]  # outside the vocabulary
 GREEDY = GreedySampling()
-PROMPT_LENGTHS = [1, 3, 15, 7, 12, 9]
-# Rows stop where the context ends: the third after 9 tokens, although 18 were asked for.
+PROMPT_LENGTHS = [1, 3, 15, 7, 12, 8]
+# Rows stop where the context ends: the third after 9 tokens, although 17 were asked for.
 LIMITS = np.minimum(NEW, CONTEXT - np.array(PROMPT_LENGTHS))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with quick_compilation():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +59,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def heads():
-    return randomise(MedusaHeads.fresh(16, 4), jr.key(1), 0.1)
+    return randomise(MedusaHeads.fresh(16, 4), 1, 0.1)
 
 
 def _prompts() -> list[list[int]]:
@@ -130,7 +144,7 @@ def test_the_cache_is_used_to_the_last_position(plain):
     assert plain.statistics.drafted.shape == (6, 0)
 
 
-@pytest.mark.parametrize("length", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("length", [0, 1, 2, 4])  # and 3 with every other draft
 def test_heads_say_the_same_greedily(target, heads, plain, length):
     rollouts = _decode(target, sampling=GREEDY, draft=heads, length=FixedLength(length))
     _assert_same_completions(rollouts, plain)
@@ -142,30 +156,21 @@ def test_heads_say_the_same_greedily(target, heads, plain, length):
     assert len(statistics.acceptance_rate_by_position) == 4
 
 
-def test_the_default_verifier_and_rejection_agree_greedily(target, heads, plain):
-    _assert_same_completions(_decode(target, sampling=GREEDY, draft=heads, verifier=Rejection()), plain)
-
-
 @pytest.mark.parametrize("num_right", [0, 1, 2, 3])
 def test_acceptance_length_is_what_the_draft_deserves(target, plain, num_right):
     """Zero acceptance, full acceptance, and the two between: exact counts."""
     rollouts = _decode(target, sampling=GREEDY, draft=OracleDraft(3, jnp.int32(num_right)))
     _assert_same_completions(rollouts, plain)
     statistics = rollouts.statistics
-    # 18 or fewer tokens do not divide into blocks: the last one is cut.
-    np.testing.assert_array_equal(statistics.target_forwards, -(-(LIMITS - 1) // (num_right + 1)))
+    blocks = (LIMITS - 1) / (num_right + 1)
+    np.testing.assert_array_equal(statistics.target_forwards, np.ceil(blocks))
+    # Where no limit cuts the last block, the acceptance is exact.
+    whole = blocks == np.floor(blocks)
+    assert whole.any() and (num_right == 0 or not whole.all())
+    np.testing.assert_array_equal(statistics.emitted[whole], (num_right + 1) * statistics.target_forwards[whole])
+    np.testing.assert_array_equal(statistics.accepted[whole].sum(1), num_right * statistics.target_forwards[whole])
     if num_right == 0:
         assert statistics.acceptance_length == 1.0 and statistics.acceptance_rate == 0.0
-
-
-def test_full_acceptance_emits_the_whole_block(target):
-    """Where neither an end of sequence nor a limit cuts a block, the acceptance length is the draft's plus one."""
-    rows = [0, 1, 3]  # of 17, 17 and 17 - 4 tokens after the first
-    rollouts = _decode(target, sampling=GREEDY, draft=oracle_draft(3), max_new_tokens=17)
-    statistics = rollouts.statistics
-    np.testing.assert_array_equal(rollouts.lengths[rows], 17)
-    np.testing.assert_array_equal(statistics.emitted[rows], 4 * statistics.target_forwards[rows])
-    np.testing.assert_array_equal(statistics.accepted[rows], statistics.drafted[rows])
 
 
 def test_an_end_of_sequence_at_every_offset_of_a_block(target, plain):
@@ -186,16 +191,22 @@ def test_an_end_of_sequence_at_every_offset_of_a_block(target, plain):
 
 
 def test_any_of_several_end_of_sequence_ids_ends_a_row(target, heads, plain):
-    first, second = plain.completion(0)[3], plain.completion(3)[2]
-    assert first != second
-    rollouts = _decode(target, sampling=GREEDY, draft=heads, eos_ids=[first, second])
-    ends = {completion[-1] for completion in map(rollouts.completion, range(6))}
-    assert {first, second} <= ends
-    _assert_same_completions(rollouts, _decode(target, sampling=GREEDY, eos_ids=[second, first, second]))
+    def cut(eos_ids):
+        ends = [min((full.index(eos) for eos in eos_ids if eos in full), default=NEW) for full in completions]
+        return [full[: end + 1] for full, end in zip(completions, ends, strict=True)]
+
+    completions = [plain.completion(row) for row in range(6)]
+    both_end_rows = [
+        eos_ids for eos_ids in it.permutations(range(VOCAB), 2) if set(eos_ids) <= {row[-1] for row in cut(eos_ids)}
+    ]
+    for eos_ids in both_end_rows[:5] + both_end_rows[-5:]:
+        rollouts = _decode(target, sampling=GREEDY, draft=heads, eos_ids=[*eos_ids, eos_ids[0]])
+        assert [rollouts.completion(row) for row in range(6)] == cut(eos_ids)
+    assert both_end_rows
 
 
 class CyclingLength(AbstractLengthController[tuple[int, ...]]):
-    """0 to 4 in turn, one segment each, whatever was seen; `observations` collects that."""
+    """0, 1, 2, 4 in turn, one segment each, whatever was seen; `observations` collects that."""
 
     observations: list = eqx.field(static=True)
 
@@ -204,7 +215,7 @@ class CyclingLength(AbstractLengthController[tuple[int, ...]]):
 
     def choose(self, state, rows):
         self.observations.append(None)
-        return (len(self.observations) - 1) % 5
+        return [0, 1, 2, 4][(len(self.observations) - 1) % 4]
 
     def update(self, state, observation):
         self.observations[-1] = observation
@@ -217,9 +228,9 @@ def test_the_draft_length_may_change_from_segment_to_segment(target, heads, plai
     rollouts = _decode(target, sampling=GREEDY, draft=heads, length=CyclingLength(observations))
     _assert_same_completions(rollouts, plain)
     # A controller learns from the second segment of a kind on: the first may have compiled.
-    assert observations[:5] == [None] * 5 and len(observations) > 7
-    for index, seen in enumerate(observations[5:], start=5):
-        assert seen.rows == 6 and seen.rounds == 1 and seen.length == index % 5 == len(seen.accepted)
+    assert observations[:4] == [None] * 4 and len(observations) > 6
+    for index, seen in enumerate(observations[4:], start=4):
+        assert seen.rows == 6 and seen.rounds == 1 and seen.length == [0, 1, 2, 4][index % 4] == len(seen.accepted)
         assert 1 <= seen.active_rounds <= 6 and seen.seconds > 0
         assert all(0 <= accepted <= seen.active_rounds for accepted in seen.accepted)
 
@@ -236,15 +247,8 @@ def sampled(target, heads):
 
 @pytest.mark.parametrize(
     "sampling",
-    [
-        Sampling(0.7),
-        Sampling(1.5, top_k=4),
-        Sampling(1.2, top_p=0.6),
-        Sampling(0.8, top_p=1.0),
-        Sampling(1.5, top_k=7, top_p=0.9),
-        GREEDY,
-    ],
-    ids=["temperature", "top-k", "top-p", "all of top-p", "top-k and top-p", "greedy"],
+    [Sampling(0.7), Sampling(2.0, top_k=5, top_p=1.0), Sampling(1.2, top_k=5, top_p=0.4), GREEDY],
+    ids=["temperature", "top-k", "top-k and top-p", "greedy"],
 )
 def test_logprobs_are_those_of_the_distribution_sampled_from(target, heads, sampling):
     rollouts = _decode(target, sampling=sampling, draft=heads)
@@ -258,9 +262,10 @@ def test_logprobs_are_those_of_the_distribution_sampled_from(target, heads, samp
 
 def test_temperatures_share_a_program(target, heads, sampled):
     del sampled  # which compiled
-    with jax.log_compiles(False), _no_compilation():
+    with count_compilations() as compiled:
         colder = _decode(target, draft=heads, sampling=Sampling(0.3))
         warmer = _decode(target, draft=heads, sampling=Sampling(3.0))
+    assert compiled == []
     assert colder.logprobs.sum() / colder.lengths.sum() > warmer.logprobs.sum() / warmer.lengths.sum()
 
 
@@ -283,9 +288,9 @@ def test_a_row_does_not_depend_on_shrinking(target, heads, sampled):
     assert progress[-1].active == 0 and progress[-1].tokens == sampled.lengths.sum()
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_a_row_does_not_depend_on_the_others(target, heads, sampled, rows):
-    _assert_same_completions(_decode(target, _prompts()[:rows], draft=heads), sampled, slice(rows))
+def test_a_row_does_not_depend_on_the_others(target, heads, sampled):
+    """Nor on their number: a batch of one row."""
+    _assert_same_completions(_decode(target, _prompts()[:1], draft=heads), sampled, slice(1))
 
 
 def test_samples_are_rows_that_share_a_prompt(target, heads):

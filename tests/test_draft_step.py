@@ -39,7 +39,9 @@ def model():
 @pytest.fixture(scope="module")
 def batch(model):
     tokens = jr.randint(jr.key(2), (len(PROMPTS), WIDTH), 0, VOCAB)
-    return DraftBatch(eqx.filter_jit(sequence_features)(model, tokens), tokens, jnp.array(PROMPTS), jnp.array(COMPLETIONS))
+    return DraftBatch(
+        eqx.filter_jit(sequence_features)(model, tokens), tokens, jnp.array(PROMPTS), jnp.array(COMPLETIONS)
+    )
 
 
 def gradients_of(draft, model, batch, loss=None, alpha=0.3, chunk=13, new=NEW):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import BROKEN, GREEDY, LOSSLESS, CutOff, verifier_name
+from helpers import BROKEN, GREEDY, LOSSLESS, CutOff, quick_compilation, verifier_name
 from scipy import stats
 
 from eqx_specgrpo.decoding import AbstractSampling, AbstractVerifier, Categorical, GreedySampling, Rejection, Sampling
@@ -25,6 +25,12 @@ from eqx_specgrpo.drafts import Proposal
 Tree = list[np.ndarray]  # at depth d: [cases, vocab, ..., vocab], the logits of a token given d tokens before it
 
 NEVER = -np.inf
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with quick_compilation():
+        yield
 
 
 def _random_tree(rng: np.random.Generator, cases: int, vocab: int, depth: int, scale: float) -> Tree:

@@ -342,8 +342,9 @@ def test_apply_gradients_is_optax_adamw(model):
     state = optimizer.init(eqx.filter(moved, eqx.is_inexact_array))
     rng = np.random.default_rng(0)
     for rate, norm in schedule:
-        raw = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
-        gradients = jax.tree.map(lambda g: jnp.asarray(norm / np.linalg.norm(flat(raw)) * g, jnp.float32), raw)
+        raw = jax.tree.map(lambda x: rng.normal(size=x.shape), params)
+        scale = norm / np.linalg.norm(flat(raw))
+        gradients = jax.tree.map(lambda g, scale=scale: jnp.asarray(scale * g, jnp.float32), raw)
         moved, state = apply_gradients((optimizer, gradients, jnp.float32(rate)), moved, state)
         updates, expected_state = update(gradients, expected_state, expected)
         expected = eqx.apply_updates(expected, updates)
@@ -356,5 +357,7 @@ def test_apply_gradients_is_optax_adamw(model):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_check_finite_names_what_and_when(value):
     check_finite("policy", 7, loss=jnp.float32(1.0), grad_norm=jnp.float32(0.0))
-    with pytest.raises(NonFiniteError, match=r"^step 7: the policy's grad_norm is (nan|inf|-inf)\. The weights were not"):
+    with pytest.raises(
+        NonFiniteError, match=r"^step 7: the policy's grad_norm is (nan|inf|-inf)\. The weights were not"
+    ):
         check_finite("policy", 7, loss=jnp.float32(1.0), grad_norm=jnp.float32(value))

@@ -1,8 +1,9 @@
-"""A run as a whole, on a checkpoint of a few kilobytes: killed, interrupted, resumed, and read back by others."""
+"""A run as a whole, on a checkpoint of a few kilobytes: killed, interrupted, failed, resumed, and read by others."""
 
+import io
 import json
-import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -19,22 +20,378 @@ import torch
 from rich.console import Console
 from safetensors.numpy import load_file
 from tiny_run import (
+    as_flags,
     main_like,
-    one_line,
-    tiny_arguments,
     tiny_config,
     tiny_folder as tiny_folder,
     tiny_model,
+    tiny_settings,
     tiny_tokenizer,
+    write_tiny_folder,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eqx_specgrpo import train
-from eqx_specgrpo._types import ScoredRollouts, StopReason
+from eqx_specgrpo._types import ScoredRollouts
+from eqx_specgrpo.decoding import decode
 from eqx_specgrpo.drafts import MedusaHeads, load_draft
-from eqx_specgrpo.grpo import NonFiniteError, compute_copy
+from eqx_specgrpo.grpo import LossSettings, NonFiniteError, compute_copy
 from eqx_specgrpo.models import load_pretrained, sequence_features
-from eqx_specgrpo.train._loop import run as run_of_loop  # noqa: F401
+from eqx_specgrpo.train import RunFolder, latest_checkpoint, load_config, read_records
 from eqx_specgrpo.train._parts import make_draft, make_parts
 from eqx_specgrpo.train._state import RunState
-from eqx_specgrpo.train._step import draft_rows, step_key, update_draft, update_policy
+from eqx_specgrpo.train._step import draft_rows
+
+MEASURED = ("time/", "compile/", "spec/tokens_per_second")  # differs from run to run
+
+METRICS = {
+    # TRL's names, and the steps.
+    "step", "num_tokens", "reward", "reward_std", "frac_reward_zero_std", "rewards/even/mean", "rewards/even/std",
+    "completions/mean_length", "completions/min_length", "completions/max_length",
+    "completions/mean_terminated_length", "completions/clipped_ratio",
+    "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
+    "loss", "grad_norm", "learning_rate", "entropy",
+    "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
+    # design.md's.
+    "spec/acceptance_rate", "spec/acceptance_length", "spec/acceptance_rate_pos_0", "spec/acceptance_rate_pos_1",
+    "spec/acceptance_rate_pos_2", "spec/draft_length", "spec/target_forwards", "draft/loss", "draft/grad_norm",
+    "time/rollout", "time/reward", "time/update", "time/draft", "time/step", "compile/count",
+}  # fmt: skip
+
+
+def run(config: train.RunConfig, resume: bool = False) -> str:
+    """Runs in this process; what was printed."""
+    console = Console(file=io.StringIO(), width=200, force_terminal=False)
+    with console.capture() as capture:
+        folder = train.run(config, resume=resume, console=console)
+    assert folder == Path(config.out)
+    return capture.get()
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_folder, tmp_path_factory):
+    """Six steps in one go: the folder, and what was printed."""
+    jax.clear_caches()  # so that compilations are among it, whichever tests came before
+    out = tmp_path_factory.mktemp("straight") / "run"
+    return out, run(tiny_config(tiny_folder, out))
+
+
+def results(folder: Path) -> dict[str, object]:
+    """All that a run has made, but for what was measured with a clock."""
+    found: dict[str, object] = {
+        "metrics": [
+            {name: value for name, value in record.items() if not name.startswith(MEASURED)}
+            for record in read_records(folder / "metrics.jsonl")
+        ],
+        "completions": (folder / "completions.jsonl").read_bytes(),
+    }
+    for part in ("policy", "draft", "checkpoints/step-000006"):
+        for path in sorted((folder / part).glob("*.safetensors")):
+            found[f"{part}/{path.name}"] = path.read_bytes()
+    return found
+
+
+def assert_same_as(straight: Path, other: Path) -> None:
+    expected, found = results(straight), results(other)
+    assert set(found) == set(expected) and len(found) == 2 + 1 + 1 + 5
+    assert len(expected["metrics"]) == 6  # pyright: ignore[reportArgumentType]
+    for name, value in expected.items():
+        assert found[name] == value, name
+
+
+def test_killed_and_resumed_is_bitwise_a_straight_run(straight, tiny_folder, tmp_path, monkeypatch, capsys):
+    """SIGKILL after four steps, of which three are in a checkpoint: the fourth is done again."""
+    out = tmp_path / "run"
+    killed = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from eqx_specgrpo.cli import main; main()",
+            "run",
+            *as_flags(tiny_settings(tiny_folder, out)),
+        ],
+        env=os.environ | {"TINY_RUN_KILL_AT": "4"},
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert latest_checkpoint(out) == out / "checkpoints" / "step-000003"
+    assert not (out / "policy").exists()
+    code, _, err = main_like(monkeypatch, capsys, "run", "--resume", "--out", str(out))
+    assert code == 0, err
+    assert_same_as(straight[0], out)
+
+
+def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(straight, tiny_folder, tmp_path, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    out = tmp_path / "a run [bold]"
+    with monkeypatch.context() as patch:
+        patch.setenv("TINY_RUN_INTERRUPT_AT", "1")
+        code, text, err = main_like(patch, capsys, "run", *as_flags(tiny_settings(tiny_folder, out)))
+    assert code == 0 and err == "" and "Traceback" not in text
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "Ctrl-C" in text
+    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [0, 1]
+    assert latest_checkpoint(out) == out / "checkpoints" / "step-000002"
+    (line,) = [line for line in text.splitlines() if line.startswith("Stopped after step 1")]
+    command = shlex.split(line.partition("Go on with: ")[2])
+    assert command == ["specgrpo", "run", "--resume", "--out", str(out)]
+    code, _, err = main_like(monkeypatch, capsys, *command[1:])
+    assert code == 0, err
+    assert_same_as(straight[0], out)
+
+
+def test_second_ctrl_c_stops_at_once_and_loses_no_checkpoint(tiny_folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    monkeypatch.setenv("TINY_RUN_INTERRUPT_AT", "1")
+    monkeypatch.setenv("TINY_RUN_INTERRUPTS", "2")
+    code, text, err = main_like(monkeypatch, capsys, "run", *as_flags(tiny_settings(tiny_folder, out, "save_steps=1")))
+    assert code != 0 and "Traceback" not in text + err
+    assert latest_checkpoint(out) == out / "checkpoints" / "step-000001"
+    with RunFolder(out, resume=True):  # The lock is free.
+        pass
+
+
+def test_an_error_in_a_reward_loses_no_step(straight, tiny_folder, tmp_path, monkeypatch, capsys):
+    """Two steps are done when the reward raises, and no checkpoint was due yet."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setenv("TINY_RUN_RAISE_AT", "2")
+        code, _, err = main_like(patch, capsys, "run", *as_flags(tiny_settings(tiny_folder, out)))
+    assert code == 2 and err.count("error:") == 1 and "Traceback" not in err
+    assert "the reward 'even' raised ValueError: out of order" in err and "item 0 of 8" in err
+    assert latest_checkpoint(out) == out / "checkpoints" / "step-000002"
+    code, _, err = main_like(monkeypatch, capsys, "run", "--resume", "--out", str(out))
+    assert code == 0, err
+    assert_same_as(straight[0], out)
+
+
+def test_run_folder(straight, tiny_folder):
+    out, _ = straight
+    names = {path.name for path in out.iterdir()} - {".lock"}
+    assert names == {"config.toml", "metrics.jsonl", "completions.jsonl", "checkpoints", "policy", "draft"}
+    assert load_config(out / "config.toml") == tiny_config(tiny_folder, out)
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-000003", "step-000006"}
+
+    metrics = read_records(out / "metrics.jsonl")
+    assert [record["step"] for record in metrics] == list(range(6))
+    for record in metrics:
+        assert not METRICS - set(record)
+        assert all(isinstance(value, int | float) for value in record.values())
+        assert 1 <= record["spec/acceptance_length"] <= 4 and 0 <= record["spec/acceptance_rate"] <= 1
+        # The smoke alarm: decoder and trainer agree on the probability of every token.
+        assert record["sampling/sampling_logp_difference/max"] < 1e-4
+        assert record["draft/loss"] > 0 and record["grad_norm"] > 0
+
+    completions = read_records(out / "completions.jsonl")
+    assert len(completions) == 6 * 8
+    for step in range(6):
+        rows = [record for record in completions if record["step"] == step]
+        np.testing.assert_allclose(np.mean([row["reward"] for row in rows]), metrics[step]["reward"], rtol=1e-6)
+        np.testing.assert_allclose(
+            np.mean([row["length"] for row in rows]), metrics[step]["completions/mean_length"], rtol=1e-6
+        )
+        assert len({json.dumps(row["prompt"]) for row in rows}) == 2
+        assert abs(sum(row["advantage"] for row in rows)) < 1e-4
+    assert {"prompt", "completion", "length", "stop_reason", "even", "reward", "advantage"} <= set(completions[0])
+
+
+def test_policy_and_draft_load_elsewhere(straight, tiny_folder):
+    out, _ = straight
+    model, tokenizer = load_pretrained(out / "policy")
+    start, _ = load_pretrained(tiny_folder)
+    assert not np.array_equal(model.embedding, start.embedding)
+    tokens = np.asarray(jr.randint(jr.key(0), (2, 40), 0, model.vocab_size))
+    ours = eqx.filter_jit(lambda m, t: m.unembed(sequence_features(m, t).last))(model, jnp.asarray(tokens))
+    with torch.no_grad():
+        theirs = (
+            AutoModelForCausalLM.from_pretrained(out / "policy").eval()(torch.tensor(tokens.astype(np.int64))).logits
+        )
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-3, rtol=1e-4)
+    messages = [{"role": "user", "content": "12 + 34="}]
+    other = AutoTokenizer.from_pretrained(out / "policy")
+    encoded = other.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert encoded == tokenizer.encode_prompt(messages)
+    assert other.eos_token_id in tokenizer.eos_ids
+
+    draft = load_draft(out / "draft", model)
+    assert isinstance(draft, MedusaHeads) and draft.max_length == 3
+    saved = load_file(out / "checkpoints" / "step-000006" / "draft.safetensors")
+    np.testing.assert_array_equal(draft.weight, saved["weight"])
+    assert np.abs(saved["weight"]).max() > 1e-3  # It has learned something.
+
+
+def test_summary_is_printed(straight):
+    out, text = straight
+    for words in (
+        "step 1/6",
+        "step 6/6",
+        "warm-up 2/2",
+        "Summary of 6 steps",
+        "Reward",
+        "Acceptance length",
+    ):
+        assert words in text, words
+    assert re.search(r"compiled .*_segment.* in \d+\.\d s", text)
+    assert re.search(r"step 6/6  reward \d\.\d+ .*acceptance length \d\.\d\d .*tokens/s", text)
+    for phase in ("rollout", "reward", "update", "draft"):
+        assert re.search(rf"  {phase} +\d+\.\d +\d+%", text)
+    assert "Against plain decoding" in text and re.search(r"\d+\.\d\dx", text)
+    assert str(out) in text
+
+
+@pytest.mark.parametrize("mode", ["frozen", "off"])
+def test_a_draft_that_does_not_learn(mode, straight, tiny_folder, tmp_path):
+    settings = ["steps=1", f"draft.mode={mode}"]
+    if mode == "frozen":
+        settings.append(f"draft.path={straight[0] / 'draft'}")
+    text = run(tiny_config(tiny_folder, tmp_path / "run", *settings))
+    (record,) = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert "draft/loss" not in record and record["grad_norm"] > 0
+    draft = tmp_path / "run" / "draft" / "draft.safetensors"
+    if mode == "frozen":
+        assert draft.read_bytes() == (straight[0] / "draft" / "draft.safetensors").read_bytes()
+        assert record["spec/draft_length"] == 3
+        assert "Against plain decoding" in text
+    else:
+        assert not draft.exists() and "Against plain decoding" not in text
+        assert record["spec/acceptance_length"] == 1 and record["spec/acceptance_rate"] == 0
+
+
+def copied(tree):
+    return jax.tree.map(lambda x: jnp.array(x) if eqx.is_array(x) else x, tree)
+
+
+def bits(*trees) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(eqx.filter(trees, eqx.is_array))]
+
+
+def test_the_draft_leaves_the_policy_alone(tiny_folder, tmp_path):
+    """Decision 7: with replayed rollouts, three steps are the same to the bit, draft learning, frozen or off."""
+    start, tokenizer = load_pretrained(tiny_folder)
+    recorded: list[ScoredRollouts] = []
+    trajectories = {}
+    for mode in ("online", "frozen", "off"):
+        config = tiny_config(tiny_folder, tmp_path, f"draft.mode={mode}")
+        draft = make_draft(config.draft, start)
+        parts = make_parts(config, tokenizer, draft)
+        state = RunState.fresh(copied(start), draft, parts.policy_optimizer, parts.draft_optimizer)
+        heads_before = bits(state.draft)
+        trajectories[mode] = []
+        for step in range(3):
+            if mode == "online":
+                examples, prompts = train.next_examples(parts.task, tokenizer, state.policy, 2 * step, 2, 16)
+                rollouts = train.roll_out(
+                    parts, compute_copy(state.policy, "float32"), state.draft, prompts, jr.key(step)
+                )
+                recorded.append(train.score(parts.rewards, tokenizer, examples, rollouts, "group", step)[0])
+            policy, optimizer, weights, features, batch, metrics = train.update_policy(
+                parts, state.policy, state.policy_optimizer, None, recorded[step], 3e-3, step
+            )
+            state = RunState(policy, optimizer, state.draft, state.draft_optimizer, state.draft_acceptance)
+            if config.draft.learns:
+                rows = draft_rows(jr.key(100 + step), 8, 0.5)
+                lengths = recorded[step].rollouts.lengths
+                state, _ = train.update_draft(parts, state, weights, features, batch, lengths, rows, step)
+            trajectories[mode].append((bits(state.policy, state.policy_optimizer), metrics))
+        changed = [not np.array_equal(a, b) for a, b in zip(heads_before, bits(state.draft), strict=True)]
+        assert changed == {"online": [True, True], "frozen": [False, False], "off": []}[mode]
+    moved = [not np.array_equal(a, b) for a, b in zip(bits(start), trajectories["off"][0][0], strict=False)]
+    assert any(moved)
+    for mode in ("frozen", "off"):
+        for (found, metrics), (expected, expected_metrics) in zip(
+            trajectories[mode], trajectories["online"], strict=True
+        ):
+            assert metrics == expected_metrics
+            for a, b in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def scored():
+    rollouts = decode(
+        tiny_model(), [[5, 9, 11], [7, 3, 2, 8, 1]], key=jr.key(0), max_new_tokens=16, samples=4, smallest_bucket=8,
+        eos_ids=range(26),
+    )  # fmt: skip
+    assert len(set(rollouts.lengths)) > 2
+    rewards = np.array([1.0, 0, 0, 1, 0, 1, 1, 1])
+    advantages = np.array([1.0, -1, -1, 1, -1.5, 0.5, 0.5, 0.5])
+    return ScoredRollouts(rollouts, rewards[:, None], rewards, advantages)
+
+
+def test_inner_iterations_reference_and_accumulation_together(scored, tiny_folder, tmp_path):
+    config = tiny_config(
+        tiny_folder, tmp_path, "grpo.num_iterations=2", "grpo.beta=0.04", "grpo.gradient_accumulation_steps=2"
+    )
+    parts = make_parts(config, tiny_tokenizer(), MedusaHeads.fresh(32, 3))
+    weights_after = []
+    for loss_type in ("dapo", "grpo", "bnpo", "dr_grpo"):
+        loss = LossSettings(beta=0.04, chunk=24, loss_type=loss_type)
+        parts = eqx.tree_at(lambda p: p.loss, parts, loss)
+        policy = tiny_model()
+        state = RunState.fresh(policy, MedusaHeads.fresh(32, 3), parts.policy_optimizer, parts.draft_optimizer)
+        reference = compute_copy(policy, "float32")
+        before = [array.copy() for array in bits(reference)]
+        policy, optimizer, weights, features, batch, metrics = train.update_policy(
+            parts, state.policy, state.policy_optimizer, reference, scored, 1e-2, 0
+        )
+        # The reference is held through donated updates, and has not moved.
+        for a, b in zip(before, bits(reference), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert metrics["sampling/sampling_logp_difference/max"] < 1e-4  # of the first iteration
+        assert metrics["kl"] > 1e-4  # of the second, after the first has moved the policy
+        assert metrics["clip_ratio/region_mean"] > 0
+        assert int(optax_count(optimizer)) == 2
+        # Features and weights are those of the last forward, for all rows: the draft learns from a pair that fits.
+        again = eqx.filter_jit(sequence_features)(weights, jnp.asarray(batch.tokens))
+        np.testing.assert_allclose(features.last, again.last, atol=1e-5)
+        assert not np.array_equal(weights.embedding, before[0])
+        assert not np.array_equal(weights.embedding, policy.embedding)
+        weights_after.append(np.asarray(policy.embedding))
+    assert all(not np.array_equal(weights_after[0], other) for other in weights_after[1:])
+
+
+def optax_count(state):
+    (count,) = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.integer)]
+    return count
+
+
+def test_a_whole_run_with_the_same_options(tmp_path):
+    settings = ["grpo.num_iterations=2", "grpo.beta=0.04", "grpo.gradient_accumulation_steps=2", "steps=2",
+                "grpo.num_generations=2", "draft.fraction=1.0",
+                "draft.loss=hybrid", "model.dtype=bfloat16",
+                "grpo.scale_rewards=batch", "grpo.delta=1.5", "grpo.epsilon_high=0.28"]  # fmt: skip
+    folder = write_tiny_folder(tmp_path / "model", num_layers=1)
+    run(tiny_config(folder, tmp_path / "run", *settings))
+    first, _ = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert first["kl"] > 0  # of the second inner iteration
+    # bfloat16 may round differently in short blocks and long ones, but not by much.
+    assert first["sampling/sampling_logp_difference/mean"] < 0.1
+    stored = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "policy.safetensors")
+    assert {array.dtype for array in stored.values()} == {np.dtype(np.float32)}  # master weights
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_not_finite_stops_before_the_weights_are_touched(bad, scored, tiny_folder, tmp_path):
+    parts = make_parts(tiny_config(tiny_folder, tmp_path), tiny_tokenizer(), MedusaHeads.fresh(32, 3))
+    policy = tiny_model()
+    state = RunState.fresh(policy, MedusaHeads.fresh(32, 3), parts.policy_optimizer, parts.draft_optimizer)
+    before = [array.copy() for array in bits(state)]
+    advantages = scored.advantages.copy()
+    advantages[3] = bad
+    poisoned = ScoredRollouts(scored.rollouts, scored.rewards_per_function, scored.rewards, advantages)
+    with pytest.raises(NonFiniteError, match="^step 17: the policy's loss is (nan|-?inf).*not touched"):
+        train.update_policy(parts, state.policy, state.policy_optimizer, None, poisoned, 1e-3, 17)
+    for a, b in zip(before, bits(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_that_diverges_says_so(tiny_folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    settings = ["grpo.learning_rate=1e38", "draft.mode=off", "save_steps=1"]
+    code, _, err = main_like(monkeypatch, capsys, "run", *as_flags(tiny_settings(tiny_folder, out, *settings)))
+    assert code == 2 and err.startswith("error: step 1: the policy's ") and "Traceback" not in err
+    # What was done before is there, as it was.
+    assert latest_checkpoint(out) == out / "checkpoints" / "step-000001"
+    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [0]

@@ -42,7 +42,8 @@ TEMPLATES = {
     ),
     "generation": (
         "{%- for m in messages -%}[{{ m.role }}] {% if m.role == 'assistant' %}"
-        "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{%- endfor -%}{{ strftime_now('%Y') }}"
+        "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{%- endfor -%}{{ strftime_now('%Y') }}"
     ),
 }
 

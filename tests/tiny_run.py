@@ -3,7 +3,7 @@
 The weights are random, but sharp enough that a draft is sometimes right and sometimes wrong.
 """
 
-import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import equinox as eqx
@@ -29,11 +29,15 @@ import signal
 
 
 def even(completion_ids, step, **kwargs):
-    """The share of even token ids. Two environment variables name the step at which a signal arrives."""
-    if str(step) == os.environ.get("TINY_RUN_KILL_AT"):
+    """The share of even token ids. Environment variables name a step at which something happens."""
+    now = lambda name: str(step) == os.environ.get(name)
+    if now("TINY_RUN_KILL_AT"):
         os.kill(os.getpid(), signal.SIGKILL)
-    if str(step) == os.environ.get("TINY_RUN_INTERRUPT_AT"):
-        os.kill(os.getpid(), signal.SIGINT)
+    if now("TINY_RUN_INTERRUPT_AT"):
+        for _ in range(int(os.environ.get("TINY_RUN_INTERRUPTS", "1"))):
+            signal.raise_signal(signal.SIGINT)
+    if now("TINY_RUN_RAISE_AT"):
+        raise ValueError("out of order")
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 '''
 
@@ -49,25 +53,29 @@ def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:
     return Tokenizer(backend, settings, chat_template, eos_ids=())
 
 
-def tiny_model(vocab_size: int = 260, *, hidden_size: int = 32, seed: int = 0, sharpness: float = 15.0) -> Transformer:
-    """Two layers of grouped-query attention; `sharpness` multiplies the logits."""
+def tiny_model(
+    vocab_size: int = 260, *, hidden_size: int = 32, num_layers: int = 2, sharpness: float = 15.0
+) -> Transformer:
+    """Grouped-query attention, untied embeddings; `sharpness` multiplies the logits."""
     config = TransformerConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=48,
-        num_layers=2,
+        num_layers=num_layers,
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
         max_position_embeddings=CONTEXT,
     )
-    model = Transformer(config, key=jr.key(seed))
-    return eqx.tree_at(lambda m: (m.embedding, m.unembedding), model, (20 * model.embedding, sharpness * model.unembedding))
+    model = Transformer(config, key=jr.key(0))
+    return eqx.tree_at(
+        lambda m: (m.embedding, m.unembedding), model, (20 * model.embedding, sharpness * model.unembedding)
+    )
 
 
-def write_tiny_folder(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+def write_tiny_folder(folder: Path, chat_template: str | None = CHAT_TEMPLATE, num_layers: int = 2) -> Path:
     """A Hugging Face folder, with the reward file `reward.py` in it."""
-    save_model(tiny_model(), folder, tiny_tokenizer(chat_template))
+    save_model(tiny_model(num_layers=num_layers), folder, tiny_tokenizer(chat_template))
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
     return folder
 
@@ -78,9 +86,9 @@ def tiny_folder(tmp_path_factory) -> Path:
     return write_tiny_folder(tmp_path_factory.mktemp("tiny") / "model")
 
 
-def tiny_arguments(folder: Path, out: Path, *settings: str) -> list[str]:
-    """Arguments of `specgrpo run`: two prompts, four samples each, 16 new tokens; later `settings` win."""
-    every = [
+def tiny_settings(folder: Path, out: Path, *settings: str) -> list[str]:
+    """A run of two prompts a step, four samples each, 16 new tokens, as `key=value`; later `settings` win."""
+    return [
         f"model.path={folder}",
         f"reward.functions=[{str(folder / 'reward.py') + ':even'!r}]",
         f"out={out}",
@@ -99,12 +107,16 @@ def tiny_arguments(folder: Path, out: Path, *settings: str) -> list[str]:
         "draft.learning_rate=1e-2",
         *settings,
     ]
-    return [argument for setting in every for argument in ("--set", setting)]
+
+
+def as_flags(settings: Iterable[str]) -> list[str]:
+    """For the command line."""
+    return [argument for setting in settings for argument in ("--set", setting)]
 
 
 def tiny_config(folder: Path, out: Path, *settings: str) -> RunConfig:
     """The same as a configuration."""
-    return load_config(None, tiny_arguments(folder, out, *settings)[1::2])
+    return load_config(None, tiny_settings(folder, out, *settings))
 
 
 def main_like(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
@@ -116,8 +128,3 @@ def main_like(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
         main()
     captured = capsys.readouterr()
     return int(info.value.code or 0), captured.out, captured.err
-
-
-def one_line(text: str) -> str:
-    """Without the line breaks of a narrow terminal."""
-    return re.sub(r"\s+", " ", text).strip()

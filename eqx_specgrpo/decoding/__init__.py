@@ -5,6 +5,14 @@ from .._sampling import (
     Sampling as Sampling,
     make_sampling as make_sampling,
 )
+from .._types import (
+    DecodeStatistics as DecodeStatistics,
+    Prompts as Prompts,
+    Rollouts as Rollouts,
+    ScoredRollouts as ScoredRollouts,
+    StopReason as StopReason,
+)
+from ._block import Block as Block
 from ._decode import (
     DecodeProgress as DecodeProgress,
     decode as decode,

@@ -143,7 +143,11 @@ def decode(
         before = np.asarray(state.accepted).sum(0), int(np.asarray(state.target_forwards).sum())
         start = time.perf_counter()
         state, rounds = _segment(
-            (target, draft, verifier, sampling, eos), state, jnp.int32(_ROUNDS_PER_SEGMENT), jnp.int32(stop_below), num_draft
+            (target, draft, verifier, sampling, eos),
+            state,
+            jnp.int32(_ROUNDS_PER_SEGMENT),
+            jnp.int32(stop_below),
+            num_draft,
         )
         accepted = np.asarray(state.accepted).sum(0) - before[0]
         seconds = time.perf_counter() - start
@@ -166,8 +170,8 @@ def _check_lengths(target: AbstractLanguageModel, prompts: Prompts) -> None:
     longest = int(np.argmax(prompts.lengths))
     if prompts.lengths[longest] >= target.max_length:
         raise UserError(
-            f"prompt {longest} has {prompts.lengths[longest]} tokens, but the model's context holds {target.max_length}, "
-            "completion included: shorten the prompt or use a model with a longer context"
+            f"prompt {longest} has {prompts.lengths[longest]} tokens, but the model's context holds "
+            f"{target.max_length}, completion included: shorten the prompt or use a model with a longer context"
         )
 
 
@@ -316,7 +320,9 @@ def teacher_forced_logprobs(
         sequences[row, :start] = prompts.tokens[prompt, :start]
         sequences[row, start : start + rollouts.tokens.shape[1]] = rollouts.tokens[row]
         index[row] = start - 1 + np.arange(rollouts.tokens.shape[1])
-    return np.asarray(_score(target, sampling, jnp.asarray(sequences), jnp.asarray(index), jnp.asarray(rollouts.tokens)))
+    return np.asarray(
+        _score(target, sampling, jnp.asarray(sequences), jnp.asarray(index), jnp.asarray(rollouts.tokens))
+    )
 
 
 @eqx.filter_jit

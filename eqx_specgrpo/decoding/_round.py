@@ -16,9 +16,7 @@ from ._verify import AbstractVerifier
 _PROPOSE, _VERIFY = 0, 1
 
 
-def round_keys(
-    row_keys: Key[Array, " rows"], positions: Int[Array, " rows"], purpose: int
-) -> Key[Array, " rows"]:
+def round_keys(row_keys: Key[Array, " rows"], positions: Int[Array, " rows"], purpose: int) -> Key[Array, " rows"]:
     """Keys of one round and purpose, one a row."""
     return jax.vmap(lambda key, position: jr.fold_in(jr.fold_in(key, position), purpose))(row_keys, positions)
 

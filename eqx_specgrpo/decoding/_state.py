@@ -49,7 +49,12 @@ class DecodeState(eqx.Module):
         return self.stop == StopReason.RUNNING
 
 
-def fits(emitted: Int[Array, "rows block"], eos_ids: Int[Array, " eos"], num_valid: Int[Array, " rows"], room: Int[Array, " rows"]) -> tuple[Int[Array, " rows"], Int[Array, " rows"]]:
+def fits(
+    emitted: Int[Array, "rows block"],
+    eos_ids: Int[Array, " eos"],
+    num_valid: Int[Array, " rows"],
+    room: Int[Array, " rows"],
+) -> tuple[Int[Array, " rows"], Int[Array, " rows"]]:
     """How many of a block's tokens are committed, and why the row stops there, if it does.
 
     **Arguments:**
@@ -67,7 +72,9 @@ def fits(emitted: Int[Array, "rows block"], eos_ids: Int[Array, " eos"], num_val
     is_eos = (emitted[:, :, None] == eos_ids[None, None]).any(-1) & (offsets < num_valid[:, None])
     until_eos = jnp.where(is_eos.any(-1), jnp.argmax(is_eos, axis=-1) + 1, emitted.shape[1] + 1)
     count = jnp.minimum(jnp.minimum(num_valid, until_eos), room)
-    stop = jnp.where(count == until_eos, StopReason.EOS, jnp.where(count >= room, StopReason.LENGTH, StopReason.RUNNING))
+    stop = jnp.where(
+        count == until_eos, StopReason.EOS, jnp.where(count >= room, StopReason.LENGTH, StopReason.RUNNING)
+    )
     return count.astype(jnp.int32), stop.astype(jnp.int32)
 
 

@@ -28,8 +28,9 @@ class Verdict(eqx.Module):
 class AbstractVerifier(eqx.Module):
     """A rule that keeps exactly the target's distribution, whatever the draft's.
 
-    A rule is its law: how likely at least `i` drafted tokens are kept, and what the token after them is drawn from. Both
-    are methods of their own, so that tests can enumerate the law of the output exactly; `verify` only draws from them.
+    A rule is its law: how likely at least `i` drafted tokens are kept, and what the token after them is drawn from.
+    Both are methods of their own, so that tests can enumerate the law of the output exactly; `verify` only draws from
+    them.
 
     All methods are for one row; the decoder uses `vmap`.
     """
@@ -45,7 +46,9 @@ class AbstractVerifier(eqx.Module):
         """
 
     @abstractmethod
-    def next_weights(self, target: Categorical, proposal: Proposal, num_accepted: Int[Array, ""]) -> Float[Array, " vocab"]:
+    def next_weights(
+        self, target: Categorical, proposal: Proposal, num_accepted: Int[Array, ""]
+    ) -> Float[Array, " vocab"]:
         """What the next token is drawn from, given how many drafted tokens were kept; need not be normalized."""
 
     def verify(self, target: Categorical, proposal: Proposal, key: Key[Array, ""]) -> Verdict:
@@ -75,7 +78,9 @@ class Rejection(AbstractVerifier):
         log_ratio = target[:length].logprob(proposal.tokens) - proposal.token_logprobs()
         return jnp.exp(jnp.cumsum(jnp.minimum(log_ratio, 0.0)))
 
-    def next_weights(self, target: Categorical, proposal: Proposal, num_accepted: Int[Array, ""]) -> Float[Array, " vocab"]:
+    def next_weights(
+        self, target: Categorical, proposal: Proposal, num_accepted: Int[Array, ""]
+    ) -> Float[Array, " vocab"]:
         target_probs = target[num_accepted].probs()
         residual = jnp.maximum(target_probs - proposal.probs_at(num_accepted, target_probs.shape[-1]), 0.0)
         # Where the distributions agree to rounding nothing is left over, and a rejection has no probability either.
@@ -93,7 +98,9 @@ class GreedyMatch(AbstractVerifier):
         matches = jnp.argmax(target.logits[:length], axis=-1) == proposal.tokens
         return jnp.cumprod(matches).astype(jnp.float32)
 
-    def next_weights(self, target: Categorical, proposal: Proposal, num_accepted: Int[Array, ""]) -> Float[Array, " vocab"]:
+    def next_weights(
+        self, target: Categorical, proposal: Proposal, num_accepted: Int[Array, ""]
+    ) -> Float[Array, " vocab"]:
         del proposal
         logits = target.logits[num_accepted]
         return jax.nn.one_hot(jnp.argmax(logits), logits.shape[-1])

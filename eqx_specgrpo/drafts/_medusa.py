@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from equinox import field
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from .._sampling import AbstractSampling
 from ..models import AbstractLanguageModel, Features, matmul
-from ._base import AbstractDraft, DraftError, Proposal
+from ._base import AbstractDraft, DraftError, Proposal, pick_rows
 
 MedusaState = Float[Array, "rows hidden"]
 
@@ -31,7 +31,12 @@ class MedusaHeads(AbstractDraft[MedusaState]):
 
     weight: Float[Array, "draft hidden hidden"]
     bias: Float[Array, "draft hidden"]
-    layers: tuple[int, ...] = field(static=True, default=())
+    layers: tuple[int, ...] = field(static=True)
+
+    def __init__(self, weight: Float[Array, "draft hidden hidden"], bias: Float[Array, "draft hidden"]):
+        self.weight = weight
+        self.bias = bias
+        self.layers = ()
 
     @staticmethod
     def fresh(hidden_size: int, num_heads: int) -> "MedusaHeads":
@@ -52,7 +57,7 @@ class MedusaHeads(AbstractDraft[MedusaState]):
 
     def init(self, target, features, tokens, lengths, capacity) -> MedusaState:
         del target, tokens, capacity
-        return _pick(features.last, lengths - 1)
+        return pick_rows(features.last, lengths - 1)
 
     @jax.named_scope("MedusaHeads.propose")
     def propose(self, target, state: MedusaState, last_token, sampling: AbstractSampling, keys, length: int):
@@ -63,7 +68,7 @@ class MedusaHeads(AbstractDraft[MedusaState]):
 
     def commit(self, target, state: MedusaState, features, block, num_accepted) -> MedusaState:
         del target, state, block
-        return _pick(features.last, num_accepted)
+        return pick_rows(features.last, num_accepted)
 
     def train_hidden(self, target, features: Features, tokens):
         del target, tokens
@@ -80,7 +85,3 @@ class MedusaHeads(AbstractDraft[MedusaState]):
         flat = matmul(hidden, self.weight[:length].reshape(length * size, size))
         per_head = flat.reshape(*hidden.shape[:-1], length, size)
         return hidden[..., None, :] + jax.nn.silu(per_head + jnp.broadcast_to(self.bias[:length], per_head.shape))
-
-
-def _pick(hidden: Float[Array, "rows seq hidden"], index: Int[Array, " rows"]) -> Float[Array, "rows hidden"]:
-    return jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]

@@ -1,5 +1,6 @@
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 
 from ._base import AbstractDraft, Proposal
@@ -8,13 +9,8 @@ from ._base import AbstractDraft, Proposal
 class NoDraft(AbstractDraft[tuple[()]]):
     """Plain decoding: nothing is guessed, every target pass yields one token. The reference for every other draft."""
 
-    @property
-    def max_length(self) -> int:
-        return 0
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return ()
+    max_length: int = eqx.field(static=True, default=0)
+    layers: tuple[int, ...] = eqx.field(static=True, default=())
 
     def check(self, target) -> None:
         del target

@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
+import jax.random as jr
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from .._errors import CheckpointError
+from .._errors import CheckpointError, UserError
 from .._tree_file import named_arrays, read_tree
 from ..models import AbstractLanguageModel
 from ._base import AbstractDraft, DraftError
+from ._hydra import HydraHeads
 from ._medusa import MedusaHeads
 
 
@@ -23,15 +24,24 @@ def save_draft(folder: Path, draft: AbstractDraft, target: AbstractLanguageModel
     - `folder`: made if it is not there.
     - `draft`: in float32.
     - `target`, `target_name`: whom it was trained for; the sizes and the name are kept with it.
+
+    **Raises:**
+
+    `UserError` if the folder can't be written, a full disk included.
     """
     about = {
         "kind": draft_kind(draft),
         "settings": draft.provenance(),
         "target": {"name": target_name, "hidden_size": target.hidden_size, "vocab_size": target.vocab_size},
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(named_arrays(draft), folder / "draft.safetensors")
-    (folder / "draft.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(named_arrays(draft), folder / "draft.safetensors")
+        (folder / "draft.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the draft could not be written to {folder}: {error}; make room there, then try again"
+        ) from error
 
 
 def load_draft(folder: Path, target: AbstractLanguageModel) -> AbstractDraft:
@@ -45,12 +55,12 @@ def load_draft(folder: Path, target: AbstractLanguageModel) -> AbstractDraft:
     path = folder / "draft.json"
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        kind, settings, made_for = about["kind"], about["settings"], about["target"]
+        made_for = dict(about["target"])
+        template = _build(about["kind"], dict(about["settings"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} can't be read as a saved draft ({error}): name a folder that `specgrpo run` has written as draft/"
         ) from error
-    template = eqx.filter_eval_shape(_build, kind, settings)
     sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
     for name, size in sizes.items():
         if made_for.get(name) != size:
@@ -73,6 +83,8 @@ def draft_kind(draft: AbstractDraft) -> str:
     match draft:
         case MedusaHeads():
             return "medusa"
+        case HydraHeads():
+            return "hydra"
         case _:
             return f"{type(draft).__module__}:{type(draft).__qualname__}"
 
@@ -81,5 +93,9 @@ def _build(kind: str, settings: dict[str, Any]) -> AbstractDraft:
     match kind:
         case "medusa":
             return MedusaHeads.fresh(settings["hidden_size"], settings["num_heads"])
+        case "hydra":
+            return HydraHeads(settings["hidden_size"], settings["num_heads"], settings["inner_size"], key=jr.key(0))
         case _:
-            raise CheckpointError(f"a draft of kind {kind!r} can't be loaded by this version: known is 'medusa'")
+            raise CheckpointError(
+                f"a draft of kind {kind!r} can't be loaded by this version: known are 'medusa' and 'hydra'"
+            )

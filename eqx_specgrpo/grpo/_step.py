@@ -25,8 +25,12 @@ class NonFiniteError(UserError):
 Module = TypeVar("Module")
 
 
-def _array(x: ArrayLike | None) -> Array | None:
-    return None if x is None else jnp.asarray(x, jnp.float32)
+def _array(x: ArrayLike) -> Array:
+    return jnp.asarray(x, jnp.float32)
+
+
+def _optional_array(x: ArrayLike | None) -> Array | None:
+    return None if x is None else _array(x)
 
 
 class LossSettings(eqx.Module):
@@ -39,8 +43,8 @@ class LossSettings(eqx.Module):
 
     temperature: Float[Array, ""] = eqx.field(converter=_array, default=1.0)
     epsilon: Float[Array, ""] = eqx.field(converter=_array, default=0.2)
-    epsilon_high: Float[Array, ""] | None = eqx.field(converter=_array, default=None)
-    delta: Float[Array, ""] | None = eqx.field(converter=_array, default=None)
+    epsilon_high: Float[Array, ""] | None = eqx.field(converter=_optional_array, default=None)
+    delta: Float[Array, ""] | None = eqx.field(converter=_optional_array, default=None)
     beta: Float[Array, ""] = eqx.field(converter=_array, default=0.0)
     loss_type: LossType = eqx.field(static=True, default="dapo")
     chunk: int = eqx.field(static=True, default=512)
@@ -162,15 +166,15 @@ def check_finite(what: str, step: int, **values: Float[Array, ""] | np.ndarray) 
     for name, value in values.items():
         if not np.isfinite(np.asarray(value)):
             raise NonFiniteError(
-                f"step {step}: the {what}'s {name} is {float(np.asarray(value))}. The weights were not touched. A lower learning "
-                "rate or a smaller max_grad_norm usually helps; in bfloat16, try float32"
+                f"step {step}: the {what}'s {name} is {float(np.asarray(value))}. The weights were not touched. "
+                "A lower learning rate or a smaller max_grad_norm usually helps; in bfloat16, try float32"
             )
 
 
 @jax.jit
 def global_norm(tree: PyTree) -> Float[Array, ""]:
     """Euclidean norm over all leaves."""
-    return optax.global_norm(tree)
+    return optax.tree.norm(tree)
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -192,5 +196,5 @@ def apply_gradients(
 
 @eqx.filter_jit
 def compute_copy(params: Module, dtype: str) -> Module:
-    """The policy (or the draft) with its matrices in the dtype to compute in; what decoding and gradients take, once a step."""
+    """The policy (or the draft) with its matrices in the dtype to compute in. Taken once a step."""
     return cast_weights(params, jnp.dtype(dtype))

@@ -165,6 +165,8 @@ def _sliding_window(read: _Reader, family: str, num_layers: int, max_positions: 
         used = read.flag("use_sliding_window")
         window = read.values.get("sliding_window", 4096) if used else None
         first = read.values.get("max_window_layers", 28)
+        if not isinstance(first, int):
+            raise read.fail(f"max_window_layers is {first!r}, but must be an integer")
         default_kinds = [
             "sliding_attention" if window is not None and layer >= first else "full_attention"
             for layer in range(num_layers)
@@ -172,6 +174,8 @@ def _sliding_window(read: _Reader, family: str, num_layers: int, max_positions: 
     else:
         window, default_kinds = None, ["full_attention"] * num_layers
     kinds = read.values.get("layer_types") or default_kinds
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise read.fail(f"layer_types is {kinds!r}, but must be a list of names")
     if set(kinds) == {"full_attention"}:
         return None
     if set(kinds) != {"sliding_attention"} or window is None:

@@ -60,7 +60,7 @@ class RewardConfig(_Section):
 
 
 class GRPOConfig(_Section):
-    """The policy's side. Names and defaults follow TRL where TRL has the option."""
+    """The policy's side. Names follow TRL where it has the option, and so do most defaults."""
 
     num_generations: int = Field(default=8, ge=2, description="completions of each prompt: the group")
     prompts_per_step: int = Field(default=4, ge=1, description="prompts of a step")
@@ -120,26 +120,35 @@ class GRPOConfig(_Section):
 class DraftConfig(_Section):
     """The draft's side: what guesses, how far ahead, and how it keeps learning."""
 
-    kind: Literal["medusa", "none"] = Field(default="medusa", description="architecture; none: plain decoding")
+    kind: Literal["medusa", "hydra", "none"] = Field(
+        default="medusa", description="architecture: independent or sequential heads; none: plain decoding"
+    )
     path: Annotated[str | None, _NoneWord] = Field(
         default=None, description="a saved draft to start from; none: fresh heads"
     )
     mode: Literal["online", "frozen", "off"] = Field(
-        default="online", description="online: distilled at every step; frozen: used as it is; off: plain decoding"
+        default="online", description="online: distilled at every step; frozen: only warmed up; off: plain decoding"
     )
     length: int = Field(default=3, ge=0, le=8, description="tokens guessed ahead in a round; 0: plain decoding")
-    verifier: Literal["rejection"] = Field(default="rejection", description="the lossless rule that checks the guesses")
+    verifier: Literal["rejection", "block"] = Field(
+        default="rejection", description="the lossless rule that checks the guesses, token by token or together"
+    )
     learning_rate: float = Field(default=1e-3, ge=0, description="of the draft's own optimizer")
     loss: Literal["kl", "hybrid"] = Field(default="kl", description="forward KL, or its hybrid with total variation")
     fraction: float = Field(default=0.25, gt=0, le=1, description="share of the rollouts that the draft learns from")
-    warmup: int = Field(default=20, ge=0, description="draft updates on the first rollouts, before step 0")
+    warmup: int = Field(default=20, ge=0, description="updates of fresh heads on the first rollouts, before step 0")
     max_grad_norm: float = Field(default=1.0, gt=0, description="the draft's gradient is clipped to this norm")
-    heads: int = Field(default=4, ge=1, le=8, description="Medusa heads held and trained")
+    heads: int = Field(default=4, ge=1, le=8, description="heads held and trained: the longest draft")
 
     @property
     def enabled(self) -> bool:
         """Whether there is a draft at all."""
         return self.kind != "none" and self.mode != "off"
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether fresh heads are trained before step 0; a draft that was saved has learned already."""
+        return self.enabled and self.path is None and self.warmup > 0
 
     @property
     def learns(self) -> bool:
@@ -153,6 +162,11 @@ class DraftConfig(_Section):
                 f"draft.length = {self.length} is more than draft.heads = {self.heads}: each head guesses one token "
                 f"ahead; set draft.heads={self.length} or a shorter draft.length"
             )
+        if self.enabled and not self.learns and self.path is None and self.warmup == 0:
+            raise ValueError(
+                "draft.mode = 'frozen' with draft.warmup = 0 and no draft.path would guess with heads that never "
+                "learned: name a saved draft in draft.path, or let draft.warmup be above 0"
+            )
         if self.path is not None and not self.enabled:
             off = "draft.kind" if self.kind == "none" else "draft.mode"
             raise ValueError(f"draft.path = {self.path!r} names a draft, but {off} says that there is none: drop one")
@@ -160,7 +174,7 @@ class DraftConfig(_Section):
 
 
 class RunConfig(_Section):
-    """All of a run. See the sections for what each key means; every default is a value TRL's users know."""
+    """All of a run. See the sections for what each key means. Defaults are TRL's where it has the option, mostly."""
 
     steps: int = Field(default=60, ge=1, description="steps in all, those before a resume included")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of everything random")

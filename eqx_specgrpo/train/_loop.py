@@ -1,9 +1,10 @@
 """A whole run: from a configuration to a trained policy, its draft, and a folder that tells the story."""
 
+import shlex
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -71,7 +72,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
         with count_compilations(progress.note) as compilations:
             progress.phase(f"loading {config.model.path or 'the embedded default model'}")
             policy, tokenizer = load_policy(config.model.path)
-            draft = make_draft(config.draft, policy)
+            draft = make_draft(config.draft, policy, config.seed)
             parts = make_parts(config, tokenizer, draft)
             # Frozen, in the dtype of computation; only held where the loss asks for it.
             reference = compute_copy(policy, config.model.dtype) if config.grpo.beta != 0 else None
@@ -80,11 +81,16 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
             folder.write_config(dump_config(config))
             del policy, draft
 
-            if start == 0 and config.draft.learns and config.draft.warmup:
+            if start == 0 and config.draft.warms_up:
                 state = _warm_up(parts, state, progress)
             with _interrupts(progress) as interrupted:
                 for step in range(start, config.steps):
-                    state = _one_step(parts, state, reference, step, folder, progress, compilations)
+                    try:
+                        state = _one_step(parts, state, reference, step, folder, progress, compilations)
+                    except UserError:
+                        if step > start:
+                            _save_finished(state, step, folder, progress)
+                        raise
                     done = step + 1
                     if interrupted() or done == config.steps or done % config.save_steps == 0:
                         progress.phase("writing the checkpoint")
@@ -93,7 +99,10 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
                         progress.close()
                         console.print(
                             f"Stopped after step {step}; nothing is lost. Go on with: "
-                            f"specgrpo run --resume --out {config.out}"
+                            f"specgrpo run --resume --out {shlex.quote(config.out)}",
+                            soft_wrap=True,  # to be copied: a line break or markup would spoil it
+                            markup=False,
+                            highlight=False,
                         )
                         return folder.path
             _finish(parts, state, folder, progress, console)
@@ -116,6 +125,15 @@ def _start_or_resume(folder: RunFolder, resume: bool, state: RunState, config: R
         )
     folder.rewind(meta["step"])
     return meta["step"], RunState.from_trees(trees)
+
+
+def _save_finished(state: RunState, step: int, folder: RunFolder, progress: RunProgress) -> None:
+    """Before an error in a step ends the run: a checkpoint of the steps before it, unless its updates had begun."""
+    if any(leaf.is_deleted() for leaf in jax.tree.leaves(eqx.filter(state, eqx.is_array))):
+        return
+    with suppress(UserError):  # A full disk, perhaps, and that may be what the run stops for.
+        saved = save_checkpoint(folder.path, step, state.trees(), {})
+        progress.note(f"the steps before are in {saved}; once the cause is mended, go on with --resume")
 
 
 def _warm_up(parts: RunParts, state: RunState, progress: RunProgress) -> RunState:
@@ -230,7 +248,7 @@ def _finish(parts: RunParts, state: RunState, folder: RunFolder, progress: RunPr
         )
     progress.close()
     console.print(summary_table(read_records(folder.metrics_path), speedup))
-    console.print(f"Run folder: {folder.path}")
+    console.print(f"Run folder: {folder.path}", soft_wrap=True, markup=False, highlight=False)
 
 
 class _Clock:

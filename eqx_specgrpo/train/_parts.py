@@ -1,23 +1,26 @@
 """From a configuration to the objects of a run. The only place that turns names into classes."""
 
-import math
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.random as jr
 import optax
 
 from .._errors import UserError
 from .._sampling import AbstractSampling, Sampling
-from ..decoding import AbstractLengthController, AbstractVerifier, FixedLength, Rejection
+from ..decoding import AbstractLengthController, AbstractVerifier, Block, FixedLength, Rejection
 from ..distill import AbstractDraftLoss, ForwardKL, LKHybrid
-from ..drafts import AbstractDraft, MedusaHeads, NoDraft, load_draft
+from ..drafts import AbstractDraft, HydraHeads, MedusaHeads, NoDraft, load_draft
 from ..grpo import LossSettings, adamw
 from ..models import AbstractLanguageModel, Tokenizer, load_pretrained
 from ..tasks import AbstractTask, Rewards
 from ._check import load_task_and_rewards
 from ._config import DraftConfig, RunConfig
+
+_DRAFT_WEIGHTS = 0x68656164  # apart from the steps' keys, which are folded in by small numbers
 
 
 class RunParts(eqx.Module):
@@ -46,8 +49,8 @@ def load_policy(path: str) -> tuple[AbstractLanguageModel, Tokenizer]:
     return load_pretrained(path or default_model_path())
 
 
-def make_draft(config: DraftConfig, target: AbstractLanguageModel) -> AbstractDraft:
-    """The draft that a run starts with."""
+def make_draft(config: DraftConfig, target: AbstractLanguageModel, seed: int = 0) -> AbstractDraft:
+    """The draft that a run starts with; `seed` is for fresh weights."""
     if not config.enabled:
         return NoDraft()
     if config.path is not None:
@@ -55,6 +58,8 @@ def make_draft(config: DraftConfig, target: AbstractLanguageModel) -> AbstractDr
     match config.kind:
         case "medusa":
             return MedusaHeads.fresh(target.hidden_size, config.heads)
+        case "hydra":
+            return HydraHeads(target.hidden_size, config.heads, key=jr.fold_in(jr.key(seed), _DRAFT_WEIGHTS))
         case "none":
             return NoDraft()
 
@@ -74,7 +79,7 @@ def make_parts(config: RunConfig, tokenizer: Tokenizer, draft: AbstractDraft) ->
         task=task,
         rewards=rewards,
         sampling=Sampling(jnp.float32(grpo.temperature)),
-        verifier=Rejection(),
+        verifier=_verifier(config.draft.verifier),
         length=FixedLength(config.draft.length if config.draft.enabled else 0),
         loss=LossSettings(
             temperature=grpo.temperature,
@@ -100,6 +105,14 @@ def make_parts(config: RunConfig, tokenizer: Tokenizer, draft: AbstractDraft) ->
     )
 
 
+def _verifier(name: Literal["rejection", "block"]) -> AbstractVerifier:
+    match name:
+        case "rejection":
+            return Rejection()
+        case "block":
+            return Block()
+
+
 def check_prompt(prompt_length: int, position: int, target: AbstractLanguageModel, max_new: int) -> None:
     """Raises if a prompt leaves no room for a completion in the model's context."""
     if prompt_length >= target.max_length:
@@ -118,8 +131,3 @@ def learning_rate(config: RunConfig, step: int) -> float:
         return grpo.learning_rate * warm
     decayed = (config.steps - step) / max(config.steps - grpo.warmup_steps, 1)
     return grpo.learning_rate * min(warm, max(0.0, min(1.0, decayed)))
-
-
-def finite_or_none(x: float) -> float | None:
-    """JSON has no NaN."""
-    return x if math.isfinite(x) else None

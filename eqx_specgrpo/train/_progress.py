@@ -1,5 +1,6 @@
 """What a user sees while a run goes on: the phase it is in, and a line a step."""
 
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -17,13 +18,19 @@ class RunProgress:
         self.console = console
         self._status: Status | None = None
         self._phase = ""
+        self._told: set[str] = set()
         self._since = time.perf_counter()
 
     def phase(self, text: str) -> None:
-        """Says what is going on now. On a terminal it replaces the line of the phase before."""
+        """Says what is going on now. On a terminal it replaces the line of the phase before; in a log, where lines
+        stay, each kind of phase is told the first time."""
         self._phase = text
         self._since = time.perf_counter()
         if not self.console.is_terminal:
+            kind = re.sub(r"\d+", "", text)
+            if kind not in self._told:
+                self._told.add(kind)
+                self.console.print(f"{text} ...", style="dim", highlight=False, markup=False)
             return
         if self._status is None:
             self._status = self.console.status(text)
@@ -56,7 +63,8 @@ class RunProgress:
     def stepped(self, step: int, steps: int, metrics: Mapping[str, Any]) -> None:
         """The line of a step."""
         self.console.print(
-            f"step {step + 1}/{steps}  reward {metrics['reward']:.3f}  length {metrics['completions/mean_length']:.0f}  "
+            f"step {step + 1}/{steps}  reward {metrics['reward']:.3f}  "
+            f"length {metrics['completions/mean_length']:.0f}  "
             f"entropy {metrics['entropy']:.2f}  acceptance length {metrics['spec/acceptance_length']:.2f}  "
             f"{metrics['spec/tokens_per_second']:.0f} tokens/s  {metrics['time/step']:.1f} s",
             highlight=False,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from .._types import Prompts, Rollouts, ScoredRollouts, StopReason
 from ..decoding import DecodeProgress, decode
@@ -124,6 +124,7 @@ def update_policy(
         batch.completion_mask, grpo.max_completion_length, num_micro_batches=len(starts)
     )
     metrics: dict[str, float] = {}
+    weights, features = policy, []
     for iteration in range(grpo.num_iterations):
         weights = compute_copy(policy, parts.config.model.dtype)
         total, features = None, []
@@ -282,8 +283,3 @@ def draft_rows(key: Key[Array, ""], rows: int, fraction: float) -> Int[np.ndarra
     """Which rollouts the draft learns from: a random share, at least one, the same number in every step."""
     chosen = max(1, min(rows, round(fraction * rows)))
     return np.sort(np.asarray(jr.permutation(key, rows))[:chosen])
-
-
-def tokens_per_second(rollouts: Rollouts, seconds: float) -> Float[np.ndarray, ""]:
-    """Completion tokens of all rows over wall-clock time."""
-    return np.float64(rollouts.lengths.sum() / max(seconds, 1e-9))

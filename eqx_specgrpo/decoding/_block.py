@@ -1,0 +1,60 @@
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from .._sampling import Categorical
+from ..drafts import Proposal
+from ._verify import AbstractVerifier
+
+
+class Block(AbstractVerifier):
+    """Block verification (Sun et al. 2024, "Block verification accelerates speculative decoding", algorithm 2).
+
+    The drafted tokens are judged together: a token that is likelier under the target makes up for one before it that is
+    less likely. Never keeps fewer tokens on average than `Rejection`, and no valid rule for one chain keeps more. For
+    point-mass drafts the two are the same.
+
+    With `P_0 = 1` and `P_i = min(1, P_{i-1} target_i / draft_i)` along the drafted chain, position `i` passes with
+    probability `h_i = s_i / (s_i + 1 - P_i)`, where `s_i` is the mass of the positive part of
+    `P_i target_{i+1} - draft_{i+1}`, and `h_K = P_K`. What is kept ends at the *last* position that passes.
+    """
+
+    def survival(self, target: Categorical, proposal: Proposal) -> Float[Array, " draft"]:
+        length = proposal.tokens.shape[0]
+        if length == 0:
+            return jnp.zeros(0)
+        chain = self._chain(target, proposal)
+        # Left over at positions 1 to K - 1, given that the chain so far is kept; the mass is never formed for all rows
+        # of the vocabulary at once beyond these.
+        target_probs = target[1:length].probs()
+        vocab = target_probs.shape[-1]
+        draft_probs = jnp.stack(
+            [proposal.probs_at(jnp.int32(i), vocab) for i in range(1, length)] or [jnp.zeros(vocab)]
+        )
+        draft_probs = draft_probs[: length - 1]
+        left = jnp.sum(jnp.maximum(chain[:-1, None] * target_probs - draft_probs, 0.0), axis=-1)
+        denominator = left + 1.0 - chain[:-1]
+        # Zero over zero where the distributions agree and the chain is kept for certain: it passes.
+        passes = jnp.where(denominator > 0, left / jnp.where(denominator > 0, denominator, 1.0), 1.0)
+        passes = jnp.concatenate([passes, chain[-1:]])
+        # At least i are kept if any of the positions from i on passes.
+        none_from = lax.cumprod(1.0 - passes, reverse=True)
+        return 1.0 - none_from
+
+    def next_weights(
+        self, target: Categorical, proposal: Proposal, num_accepted: Int[Array, ""]
+    ) -> Float[Array, " vocab"]:
+        target_probs = target[num_accepted].probs()
+        chain = jnp.concatenate([jnp.ones(1), self._chain(target, proposal)])
+        draft_probs = proposal.probs_at(num_accepted, target_probs.shape[-1])
+        residual = jnp.maximum(chain[num_accepted] * target_probs - draft_probs, 0.0)
+        return jnp.where(residual.sum() > 0, residual, target_probs)
+
+    def _chain(self, target: Categorical, proposal: Proposal) -> Float[Array, " draft"]:
+        length = proposal.tokens.shape[0]
+        ratios = jnp.exp(target[:length].logprob(proposal.tokens) - proposal.token_logprobs())
+        kept, chain = jnp.ones(()), []
+        for i in range(length):
+            kept = jnp.minimum(1.0, kept * ratios[i])
+            chain.append(kept)
+        return jnp.stack(chain) if chain else jnp.zeros(0)

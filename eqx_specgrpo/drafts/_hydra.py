@@ -1,0 +1,122 @@
+"""Sequentially dependent heads (Ankner et al. 2024, Hydra)."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .._sampling import AbstractSampling, Categorical
+from ..models import AbstractLanguageModel, Features, Linear
+from ._base import AbstractDraft, DraftError, Proposal, pick_rows
+
+HydraState = Float[Array, "rows hidden"]
+
+
+class HydraHead(eqx.Module):
+    """One step from what is known to what follows it: `h + down(silu(up([h, embedding of the newest token])))`.
+
+    Both inputs are brought to unit root mean square: embeddings are often a hundred times smaller than hidden states.
+    """
+
+    up: Linear
+    down: Linear
+
+    def __init__(self, hidden_size: int, inner_size: int, *, key: PRNGKeyArray):
+        up_key, down_key = jr.split(key)
+        self.up = Linear(2 * hidden_size, inner_size, use_bias=True, key=up_key)
+        down = Linear(inner_size, hidden_size, use_bias=True, key=down_key)
+        self.down = eqx.tree_at(lambda linear: linear.weight, down, jnp.zeros((hidden_size, inner_size)))
+
+    def __call__(
+        self, hidden: Float[Array, "*batch hidden"], embedding: Float[Array, "*batch hidden"]
+    ) -> Float[Array, "*batch hidden"]:
+        inputs = jnp.concatenate([_unit(hidden), _unit(embedding)], axis=-1)
+        return hidden + self.down(jax.nn.silu(self.up(inputs)))
+
+
+class HydraHeads(AbstractDraft[HydraState]):
+    """Medusa's heads in a chain: each sees the hidden state of the head before it and the token drafted there.
+
+    Head `k` turns the hidden state of head `k - 1` (the target's, for the first) and the embedding of the newest token
+    (the last committed one, for the first) into a hidden state, which the target's own unembedding turns into logits.
+    There is no draft cache: the hidden state is all that is carried. A fresh head adds zero, so that it repeats the
+    prediction before it.
+
+    At high entropy knowing the token that was drawn matters far more than anything else about a head.
+
+    Trained: the heads. Frozen, and not part of the module: the target's embedding and unembedding.
+
+    **Arguments:**
+
+    - `hidden_size`: the target's.
+    - `num_heads`: the most tokens drafted.
+    - `inner_size`: width of each head's hidden layer; the target's hidden size if `None`.
+    - `key`: for the first layers' weights.
+    """
+
+    heads: tuple[HydraHead, ...]
+    layers: tuple[int, ...] = eqx.field(static=True, default=())
+
+    def __init__(self, hidden_size: int, num_heads: int, inner_size: int | None = None, *, key: PRNGKeyArray):
+        inner_size = hidden_size if inner_size is None else inner_size
+        self.heads = tuple(HydraHead(hidden_size, inner_size, key=k) for k in jr.split(key, num_heads))
+        self.layers = ()
+
+    @property
+    def max_length(self) -> int:
+        return len(self.heads)
+
+    def check(self, target: AbstractLanguageModel) -> None:
+        hidden_size = self.heads[0].down.weight.shape[0]
+        if hidden_size != target.hidden_size:
+            raise DraftError(
+                f"these Hydra heads take hidden states of size {hidden_size}, but the target's have size "
+                f"{target.hidden_size}: use heads that were trained for this target, or fresh ones"
+            )
+
+    def init(self, target, features, tokens, lengths, capacity) -> HydraState:
+        del target, tokens, capacity
+        return pick_rows(features.last, lengths - 1)
+
+    @jax.named_scope("HydraHeads.propose")
+    def propose(self, target, state: HydraState, last_token, sampling: AbstractSampling, keys, length: int):
+        uniforms = jax.vmap(lambda key: jr.uniform(key, (length,)))(keys)
+        hidden, token = state, last_token
+        tokens, logits, normalizers = [], [], []
+        for head, uniform in zip(self.heads[:length], uniforms.T, strict=True):
+            hidden = head(hidden, target.embed(token))
+            distribution = sampling.distribution(target.unembed(hidden))
+            token = distribution.sample(uniform).astype(last_token.dtype)
+            tokens.append(token)
+            logits.append(distribution.logits)
+            normalizers.append(distribution.log_normalizer)
+        distribution = Categorical(jnp.stack(logits, axis=1), jnp.stack(normalizers, axis=1))
+        return Proposal(jnp.stack(tokens, axis=1), distribution), state
+
+    def commit(self, target, state: HydraState, features, block, num_accepted) -> HydraState:
+        del target, state, block
+        return pick_rows(features.last, num_accepted)
+
+    def train_hidden(self, target, features: Features, tokens):
+        hidden, outputs = features.last, []
+        for offset, head in enumerate(self.heads):
+            # At position i the features predict token i + 1; that token is what the first head is told.
+            newest = jnp.roll(tokens, -(1 + offset), axis=1)
+            hidden = head(hidden, target.embed(newest))
+            outputs.append(hidden)
+        return jnp.stack(outputs, axis=2)
+
+    def train_logits(self, target, hidden):
+        return target.unembed(hidden)
+
+    def provenance(self) -> dict[str, Any]:
+        inner_size, doubled = self.heads[0].up.weight.shape
+        return {"hidden_size": doubled // 2, "num_heads": len(self.heads), "inner_size": inner_size}
+
+
+def _unit(x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+    # A zero vector stays zero, with a finite gradient.
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-12)

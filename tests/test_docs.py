@@ -1,0 +1,157 @@
+"""The documentation is true of the code: its Python runs, its commands parse, its tables and links are in order."""
+
+import ast
+import importlib.util
+import inspect
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+import eqx_specgrpo
+from eqx_specgrpo.cli import app
+from eqx_specgrpo.tasks import Arithmetic, ReasoningGymTask
+from eqx_specgrpo.train import load_config
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(inspect.getfile(eqx_specgrpo)).parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def page_name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The code blocks of a page, without their fences."""
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=page_name)
+def test_python_blocks_run(page, capsys):
+    """In order, in one namespace: a later block may use what an earlier one has made."""
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks(page, "python"):
+        exec(compile(block, page_name(page), "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert "acceptance length" in printed
+
+
+def test_examples_of_the_readme_agree():
+    """Its reward function says 1 for the right answer of its task file, and 0 for another."""
+    namespace: dict = {}
+    reward, _ = blocks(ROOT / "README.md", "python")
+    exec(reward, namespace)
+    (line,) = blocks(ROOT / "README.md", "json")
+    answer = ast.literal_eval(line)["answer"]
+    assert namespace["correct"](["It is 16.", "It is 17."], answer=[answer, answer], prompts=None) == [1.0, 0.0]
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
+                words = shlex.split(line, comments=True)
+                if words[:1] == ["specgrpo"]:
+                    yield page_name(page), words[1:]
+
+
+def test_commands_parse():
+    """Every flag exists, and every key that is set."""
+    known = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    found = 0
+    for page, (name, *arguments) in commands():
+        found += 1
+        assert name in known, f"{page}: there is no command {name}"
+        context = known[name].make_context(name, list(arguments))
+        if name == "run":
+            load_config(None, context.params["set_"] or [])
+    assert found >= 8
+
+
+def test_the_test_command_of_the_readme_is_where_ci_looks():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    after = text.split("<!-- test-command -->\n")
+    assert len(after) == 2 and after[1].startswith("```")
+    assert "python -m pytest" in after[1].split("```")[1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page_name(page)} links to {link}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_no_placeholder_is_left(page):
+    """Figures are measured before a page is published."""
+    assert not re.findall(r"@@\w+@@", page.read_text(encoding="utf-8"))
+
+
+def test_every_page_is_on_the_map():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert page.name == "index.md" or f"({page.relative_to(ROOT / 'docs').as_posix()})" in index, page
+
+
+def test_table_of_keys_is_up_to_date():
+    path = ROOT / "docs" / "make_configuration.py"
+    spec = importlib.util.spec_from_file_location("make_configuration", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = module.PAGE.read_text(encoding="utf-8")
+    assert module.page(text) == text, "run: python docs/make_configuration.py"
+    assert "| `draft.fraction` | a number greater than 0 and at most 1 | `0.25` |" in text
+
+
+@pytest.mark.parametrize("task", [Arithmetic, ReasoningGymTask])
+def test_options_of_tasks_are_documented(task):
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    for name, parameter in inspect.signature(task.__init__).parameters.items():
+        if name not in ("self", "seed", "name") and parameter.kind is not parameter.VAR_KEYWORD:
+            assert f"| `task.{name}` |" in text, name
+
+
+def metric_patterns() -> set[str]:
+    """The names of metrics as they stand in the source; what is filled in at run time is `{}`."""
+    patterns = set()
+    for file in ("train/_step.py", "train/_loop.py", "grpo/_metrics.py"):
+        nodes = list(ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8"))))
+        fragments = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in nodes:
+            match node:
+                case ast.Constant() if id(node) in fragments:
+                    continue
+                case ast.Constant(value=str(text)):
+                    patterns.add(text)
+                case ast.JoinedStr():
+                    parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
+                    patterns.add("".join(str(part) for part in parts))
+    return patterns
+
+
+def test_table_of_metrics_is_complete():
+    """Each name in the table is in the source, and each name with a slash in the source is in the table."""
+    text = (ROOT / "docs" / "run.md").read_text(encoding="utf-8")
+    section = text.partition("## Metrics\n")[2].partition("\n## ")[0]
+    documented = {re.sub(r"\{\w+\}", "{}", name) for name in re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)}
+    patterns = metric_patterns()
+    phases = {name for name in documented if name.startswith("time/")}
+    assert {name.removeprefix("time/") for name in phases - {"time/step"}} <= patterns and "time/{}" in patterns
+    assert documented - phases <= patterns, "no longer in the source"
+    families = ("reward", "completions/", "spec/", "sampling/", "clip_ratio/", "draft/", "compile/")
+    named = {name for name in patterns if re.fullmatch(r"\w+(/[\w{}]+)+", name) and name.startswith(families)}
+    assert len(named) > 20
+    assert named - documented == set(), "not in the table of docs/run.md"
