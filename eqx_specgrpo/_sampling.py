@@ -126,7 +126,10 @@ class Sampling(AbstractSampling):
     top_p: Float[Array, ""] | None
 
     def __init__(
-        self, temperature: float | Scalar = 1.0, top_k: int | None = None, top_p: float | Scalar | None = None
+        self,
+        temperature: float | int | Scalar = 1.0,
+        top_k: int | None = None,
+        top_p: float | int | Scalar | None = None,
     ):
         if isinstance(temperature, int | float) and not temperature > 0:
             raise ValueError(f"temperature is {temperature}, but must be above 0; for greedy use GreedySampling()")

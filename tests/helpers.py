@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from eqx_specgrpo.decoding import AbstractSampling, AbstractVerifier, GreedyMatch, Rejection
+from eqx_specgrpo.decoding import AbstractSampling, AbstractVerifier, Block, GreedyMatch, Rejection
 from eqx_specgrpo.drafts import AbstractDraft, Proposal
 from eqx_specgrpo.models import (
     AbstractLanguageModel,
@@ -426,7 +426,7 @@ class OneOf(AbstractVerifier):
         return lax.switch(self.index, branches, target, proposal, num_accepted)
 
 
-LOSSLESS = [Rejection(), CutOff(threshold=0.45, look_at_token=False)]
+LOSSLESS = [Rejection(), Block(), CutOff(threshold=0.45, look_at_token=False)]
 GREEDY = [Rejection(), GreedyMatch()]
 BROKEN = [
     InvertedRatio(),

@@ -36,6 +36,7 @@ from eqx_specgrpo.decoding import (
     decode,
     teacher_forced_logprobs,
 )
+from eqx_specgrpo.decoding._state import fits
 from eqx_specgrpo.drafts import DraftError, MedusaHeads
 
 VOCAB, CONTEXT, NEW = 13, 24, 17
@@ -188,6 +189,24 @@ def test_an_end_of_sequence_at_every_offset_of_a_block(target, plain):
                 stops.add(int(rollouts.stop_reasons[row]))
     assert offsets == {0, 1, 2, 3, "first token"}
     assert stops == {StopReason.EOS, StopReason.LENGTH}
+
+
+@pytest.mark.parametrize(
+    "num_valid, room, expected",
+    [
+        (1, 9, (1, StopReason.RUNNING)),
+        (2, 9, (2, StopReason.EOS)),  # the first of two ends
+        (4, 9, (2, StopReason.EOS)),
+        (4, 2, (2, StopReason.EOS)),  # an end where the room ends is an end
+        (4, 1, (1, StopReason.LENGTH)),
+        (1, 1, (1, StopReason.LENGTH)),
+    ],
+)
+def test_what_of_a_block_is_committed(num_valid, room, expected):
+    """By hand; the second and third token are ends, and what lies beyond `num_valid` is anything."""
+    block, eos_ids = jnp.array([[3, 7, 5, 2]]), jnp.array([5, 7])
+    count, stop = fits(block, eos_ids, jnp.array([num_valid]), jnp.array([room]))
+    assert (int(count[0]), int(stop[0])) == expected
 
 
 def test_any_of_several_end_of_sequence_ids_ends_a_row(target, heads, plain):

@@ -117,8 +117,8 @@ def _output_law(verifier: AbstractVerifier, target: Tree, draft: Tree | None, le
         at_least = np.concatenate([[1.0], survival[case, index], [0.0]])
         for num in range(length + 1):
             prob = chain_probs[case, index] * (at_least[num] - at_least[num + 1])
-            assert prob >= 0, "survival increases"
-            if prob == 0:
+            assert prob > -1e-6, "survival increases, by more than rounding"
+            if prob <= 0:
                 continue
             emitted = prob * weights[case, index, num] / weights[case, index, num].sum()
             for logits in target[num + 1 :]:
