@@ -137,6 +137,7 @@ def write_tensors(tensors: dict[str, np.ndarray], folder: Path, dtype: np.dtype,
         file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         shard = {name: np.ascontiguousarray(tensors[name], dtype=stored[name]) for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors makes it readable for its owner alone
         weight_map.update({name: file for name in names})
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

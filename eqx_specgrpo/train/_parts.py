@@ -13,7 +13,7 @@ from .._errors import UserError
 from .._sampling import AbstractSampling, Sampling
 from ..decoding import AbstractLengthController, AbstractVerifier, Block, FixedLength, Rejection
 from ..distill import AbstractDraftLoss, ForwardKL, LKHybrid
-from ..drafts import AbstractDraft, HydraHeads, MedusaHeads, NoDraft, load_draft
+from ..drafts import AbstractDraft, DraftError, HydraHeads, MedusaHeads, NoDraft, draft_kind, load_draft
 from ..grpo import LossSettings, adamw
 from ..models import AbstractLanguageModel, Tokenizer, load_pretrained
 from ..tasks import AbstractTask, Rewards
@@ -54,7 +54,13 @@ def make_draft(config: DraftConfig, target: AbstractLanguageModel, seed: int = 0
     if not config.enabled:
         return NoDraft()
     if config.path is not None:
-        return load_draft(Path(config.path), target)
+        draft = load_draft(Path(config.path), target)
+        if draft_kind(draft) != config.kind:
+            raise DraftError(
+                f"the draft in {config.path} is of kind {draft_kind(draft)!r}, but draft.kind is {config.kind!r}: "
+                f"set draft.kind={draft_kind(draft)}, or name another draft"
+            )
+        return draft
     match config.kind:
         case "medusa":
             return MedusaHeads.fresh(target.hidden_size, config.heads)
