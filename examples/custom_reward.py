@@ -2,16 +2,22 @@
 
 From the command line:
 
-    specgrpo run --reward examples/custom_reward.py:digits_reward
+    specgrpo run --reward arithmetic --reward examples/custom_reward.py:digits_reward --set reward.weights=[1.0,0.2]
+
+or from Python:
+
+    python examples/custom_reward.py --steps 20
 
 A reward function is called with keyword arguments: `prompts`, `completions`, `completion_ids` and every column of the
 task. It names those it needs, and returns one number a completion, or `None` for one that it doesn't apply to.
 """
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
 from eqx_specgrpo.tasks import completion_text
+from eqx_specgrpo.train import load_config, run
 
 
 def digits_reward(completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
@@ -22,3 +28,17 @@ def digits_reward(completions: Sequence[Any], **kwargs: Any) -> list[float | Non
         digits = sum(character in "0123456789" for character in characters)
         rewards.append(digits / len(characters) if characters else None)
     return rewards
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Right answers first, and fewer words around them.")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out", default="runs/custom_reward")
+    arguments = parser.parse_args()
+    settings = {
+        "steps": arguments.steps,
+        "out": arguments.out,
+        "reward.functions": ["arithmetic", f"{__file__}:digits_reward"],
+        "reward.weights": [1.0, 0.2],
+    }
+    run(load_config(flags=settings))

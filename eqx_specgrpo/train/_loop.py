@@ -66,7 +66,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     console = console or Console()
     progress = RunProgress(console)
     load_task_and_rewards(config)
-    with RunFolder(Path(config.out), resume) as folder:
+    with RunFolder(Path(config.out), resume) as folder, progress:
         if resume:
             check_resume(load_config(folder.config_path), config)
         with count_compilations(progress.note) as compilations:

@@ -21,6 +21,12 @@ class RunProgress:
         self._told: set[str] = set()
         self._since = time.perf_counter()
 
+    def __enter__(self) -> "RunProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def phase(self, text: str) -> None:
         """Says what is going on now. On a terminal it replaces the line of the phase before; in a log, where lines
         stay, each kind of phase is told the first time."""
