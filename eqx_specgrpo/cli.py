@@ -95,9 +95,10 @@ def run(
             )
     resolved = load_config(config, overrides, flags)
     if dry_run:
-        from .train._check import load_task_and_rewards
+        from .train._check import check_places, load_task_and_rewards
 
         load_task_and_rewards(resolved)
+        check_places(resolved, resume)
         print(dump_config(resolved), end="")
         return
     from . import train

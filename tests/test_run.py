@@ -134,7 +134,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(straight, tiny_folder, t
     assert "Ctrl-C" in text
     assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [0, 1]
     assert latest_checkpoint(out) == out / "checkpoints" / "step-000002"
-    (line,) = [line for line in text.splitlines() if line.startswith("Stopped after step 1")]
+    (line,) = [line for line in text.splitlines() if line.startswith("Stopped after step 2 of 6;")]
     command = shlex.split(line.partition("Go on with: ")[2])
     assert command == ["specgrpo", "run", "--resume", "--out", str(out)]
     code, _, err = main_like(monkeypatch, capsys, *command[1:])

@@ -160,6 +160,6 @@ class AbstractDraft(eqx.Module, Generic[State]):
         """JSON-able settings from which an equal module can be built before its weights are loaded."""
 
 
-def pick_rows(values: Float[Array, "rows seq size"], index: Int[Array, " rows"]) -> Float[Array, "rows size"]:
+def pick_positions(values: Float[Array, "rows seq size"], index: Int[Array, " rows"]) -> Float[Array, "rows size"]:
     """One position of each row: where the newest features stand is different in every row."""
     return jnp.take_along_axis(values, index[:, None, None], axis=1)[:, 0]

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._sampling import AbstractSampling, Categorical
 from ..models import AbstractLanguageModel, Features, Linear
-from ._base import AbstractDraft, DraftError, Proposal, pick_rows
+from ._base import AbstractDraft, DraftError, Proposal, pick_positions
 
 HydraState = Float[Array, "rows hidden"]
 
@@ -79,7 +79,7 @@ class HydraHeads(AbstractDraft[HydraState]):
 
     def init(self, target, features, tokens, lengths, capacity) -> HydraState:
         del target, tokens, capacity
-        return pick_rows(features.last, lengths - 1)
+        return pick_positions(features.last, lengths - 1)
 
     @jax.named_scope("HydraHeads.propose")
     def propose(self, target, state: HydraState, last_token, sampling: AbstractSampling, keys, length: int):
@@ -98,7 +98,7 @@ class HydraHeads(AbstractDraft[HydraState]):
 
     def commit(self, target, state: HydraState, features, block, num_accepted) -> HydraState:
         del target, state, block
-        return pick_rows(features.last, num_accepted)
+        return pick_positions(features.last, num_accepted)
 
     def train_hidden(self, target, features: Features, tokens):
         hidden, outputs = features.last, []

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from .._sampling import AbstractSampling
 from ..models import AbstractLanguageModel, Features, matmul
-from ._base import AbstractDraft, DraftError, Proposal, pick_rows
+from ._base import AbstractDraft, DraftError, Proposal, pick_positions
 
 MedusaState = Float[Array, "rows hidden"]
 
@@ -57,18 +57,18 @@ class MedusaHeads(AbstractDraft[MedusaState]):
 
     def init(self, target, features, tokens, lengths, capacity) -> MedusaState:
         del target, tokens, capacity
-        return pick_rows(features.last, lengths - 1)
+        return pick_positions(features.last, lengths - 1)
 
     @jax.named_scope("MedusaHeads.propose")
     def propose(self, target, state: MedusaState, last_token, sampling: AbstractSampling, keys, length: int):
-        del last_token
+        del last_token  # newer than the features; these heads guess from the features alone
         distribution = sampling.distribution(target.unembed(self._heads(state, length)))
         uniforms = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
         return Proposal(distribution.sample(uniforms), distribution), state
 
     def commit(self, target, state: MedusaState, features, block, num_accepted) -> MedusaState:
         del target, state, block
-        return pick_rows(features.last, num_accepted)
+        return pick_positions(features.last, num_accepted)
 
     def train_hidden(self, target, features: Features, tokens):
         del target, tokens

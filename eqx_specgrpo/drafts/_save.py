@@ -37,6 +37,7 @@ def save_draft(folder: Path, draft: AbstractDraft, target: AbstractLanguageModel
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(named_arrays(draft), folder / "draft.safetensors")
+        (folder / "draft.safetensors").chmod(0o644)  # safetensors makes it readable for its owner alone
         (folder / "draft.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -66,12 +67,10 @@ def load_draft(folder: Path, target: AbstractLanguageModel) -> AbstractDraft:
         if made_for.get(name) != size:
             raise DraftError(
                 f"the draft in {folder} was trained for {made_for.get('name')!r} with {name} {made_for.get(name)}, but "
-                f"this target's is {size}: use a draft trained for this target, or leave draft.path out for fresh heads"
+                f"this target's is {size}: use a draft trained for this target, or start from fresh heads"
             )
     try:
-        draft, _ = read_tree(
-            folder / "draft.safetensors", template, "Restore the folder, or leave draft.path out for fresh heads"
-        )
+        draft, _ = read_tree(folder / "draft.safetensors", template, "Restore the folder, or start from fresh heads")
     except SafetensorError as error:
         raise CheckpointError(f"{folder / 'draft.safetensors'} can't be read: {error}") from error
     draft.check(target)

@@ -14,6 +14,7 @@ from ._checkpoint import (
 )
 from ._config import LinearRope as LinearRope, Llama3Rope as Llama3Rope, TransformerConfig as TransformerConfig
 from ._linear import Linear as Linear, matmul as matmul
+from ._locate import could_be_downloaded as could_be_downloaded, locate as locate
 from ._norm import RMSNorm as RMSNorm
 from ._tokenizer import Tokenizer as Tokenizer, check_tokenizer as check_tokenizer
 from ._transformer import (

@@ -25,7 +25,7 @@ def locate(path: str | Path) -> Path:
     if local.is_file():
         raise CheckpointError(f"{path} is a file; give a Hugging Face folder, a .gguf file or org/name")
     name = str(path)
-    if isinstance(path, Path) or local.suffix == ".gguf" or not _REPOSITORY.fullmatch(name) or name.startswith("."):
+    if isinstance(path, Path) or not could_be_downloaded(name):
         raise CheckpointError(f"{path} does not exist; give a Hugging Face folder, a .gguf file or org/name")
     try:
         return Path(snapshot_download(name, allow_patterns=_FILES, ignore_patterns=["*/*"]))
@@ -36,3 +36,8 @@ def locate(path: str | Path) -> Path:
             "and the network (private and gated models need `hf auth login`), or give the path of a folder that was "
             "downloaded elsewhere"
         ) from error
+
+
+def could_be_downloaded(name: str) -> bool:
+    """Whether this has the form `org/name` rather than that of a path."""
+    return bool(_REPOSITORY.fullmatch(name)) and not name.startswith(".") and not name.endswith(".gguf")

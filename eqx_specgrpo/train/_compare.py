@@ -11,8 +11,8 @@ from ._parts import RunParts
 from ._progress import RunProgress
 from ._step import next_examples, roll_out
 
-_ROUNDS = 3
-_ENOUGH_SECONDS = 20.0
+_ROUNDS = 15
+_ENOUGH_SECONDS = 10.0
 
 
 def compare_with_plain(

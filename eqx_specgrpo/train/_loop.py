@@ -10,12 +10,13 @@ from types import FrameType
 
 import equinox as eqx
 import jax
+import numpy as np
 from rich.console import Console
 
 from .._errors import UserError
 from ..drafts import NoDraft, save_draft
-from ..grpo import compute_copy
-from ..models import save_model
+from ..grpo import compute_copy, make_update_batch
+from ..models import locate, save_model
 from ._check import load_task_and_rewards
 from ._checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ._compare import compare_with_plain
@@ -39,7 +40,6 @@ from ._step import (
     update_draft,
     update_policy,
 )
-from ._update_batch import plain_batch
 
 # What a step's random numbers are for.
 _DECODE, _CHOOSE, _COMPARE = 0, 1, 2
@@ -98,7 +98,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
                     if interrupted() and done < config.steps:
                         progress.close()
                         console.print(
-                            f"Stopped after step {step}; nothing is lost. Go on with: "
+                            f"Stopped after step {done} of {config.steps}; nothing is lost. Go on with: "
                             f"specgrpo run --resume --out {shlex.quote(config.out)}",
                             soft_wrap=True,  # to be copied: a line break or markup would spoil it
                             markup=False,
@@ -144,7 +144,7 @@ def _warm_up(parts: RunParts, state: RunState, progress: RunProgress) -> RunStat
     for update in range(config.draft.warmup):
         source, within = divmod(update, _WARMUP_UPDATES_PER_ROLLOUT)
         if within == 0:
-            progress.phase(f"warming up the draft: rollouts {source}")
+            progress.phase(f"warming up the draft: batch {source + 1} of rollouts")
             _, prompts = next_examples(
                 parts.task,
                 parts.tokenizer,
@@ -155,7 +155,7 @@ def _warm_up(parts: RunParts, state: RunState, progress: RunProgress) -> RunStat
             )
             key = step_key(config.seed, -1 - source, _DECODE)
             rollouts = roll_out(parts, target, NoDraft(), prompts, key, progress.decoding)
-            batch = plain_batch(rollouts)
+            batch = make_update_batch(rollouts, np.zeros(len(rollouts.group), np.float32))
             features = features_of(target, batch, state.draft.layers)
         assert features is not None and batch is not None and rollouts is not None
         progress.phase(f"warming up the draft: update {update + 1} of {config.draft.warmup}")
@@ -180,7 +180,7 @@ def _one_step(
     config, grpo = parts.config, parts.config.grpo
     clock = _Clock()
 
-    progress.phase(f"step {step}: rollout")
+    progress.phase(f"step {step + 1}: rollout")
     examples, prompts = next_examples(
         parts.task,
         parts.tokenizer,
@@ -195,12 +195,12 @@ def _one_step(
     del target, draft
     clock.lap("rollout")
 
-    progress.phase(f"step {step}: rewards")
+    progress.phase(f"step {step + 1}: rewards")
     scored, texts = score(parts.rewards, parts.tokenizer, examples, rollouts, grpo.scale_rewards, step)
     metrics = {"step": step} | rollout_metrics(scored, parts.rewards.names)
     clock.lap("reward")
 
-    progress.phase(f"step {step}: policy update")
+    progress.phase(f"step {step + 1}: policy update")
     policy, optimizer_state, weights, features, batch, policy_metrics = update_policy(
         parts, state.policy, state.policy_optimizer, reference, scored, learning_rate(config, step), step
     )
@@ -210,7 +210,7 @@ def _one_step(
     clock.lap("update")
 
     if config.draft.learns:
-        progress.phase(f"step {step}: draft update")
+        progress.phase(f"step {step + 1}: draft update")
         rows = draft_rows(step_key(config.seed, step, _CHOOSE), len(rollouts.group), config.draft.fraction)
         state, draft_metrics = update_draft(parts, state, weights, features, batch, rollouts.lengths, rows, step)
         metrics |= draft_metrics
@@ -232,12 +232,12 @@ def _finish(parts: RunParts, state: RunState, folder: RunFolder, progress: RunPr
     """Writes policy and draft for others to load, measures what speculation gave, and sums up."""
     config = parts.config
     progress.phase("saving policy/ and draft/")
-    source = Path(config.model.path) if config.model.path else default_model_path()
+    source = locate(config.model.path) if config.model.path else default_model_path()
     save_model(state.policy, folder.policy_path, parts.tokenizer, source if source.is_dir() else None)  # pyright: ignore[reportArgumentType]
     speedup = None
     if config.draft.enabled:
         save_draft(folder.draft_path, state.draft, state.policy, config.model.path or "the embedded default model")
-        progress.phase("comparing with plain decoding")
+        progress.say("policy/ and draft/ are saved; what follows only measures, and may be stopped")
         speedup = compare_with_plain(
             parts,
             compute_copy(state.policy, config.model.dtype),
@@ -248,6 +248,11 @@ def _finish(parts: RunParts, state: RunState, folder: RunFolder, progress: RunPr
         )
     progress.close()
     console.print(summary_table(read_records(folder.metrics_path), speedup))
+    if speedup is not None and max(speedup.values()) < 1:
+        progress.say(
+            "Speculation did not pay here. Try a shorter draft (draft.length), more draft.warmup or draft.kind=hydra; "
+            "draft.mode=off decodes plainly."
+        )
     console.print(f"Run folder: {folder.path}", soft_wrap=True, markup=False, highlight=False)
 
 
@@ -279,7 +284,7 @@ def _interrupts(progress: RunProgress) -> Iterator:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        progress.note("Ctrl-C: finishing this step, then writing a checkpoint (press again to stop at once)")
+        progress.say("Ctrl-C: finishing this step, then writing a checkpoint (press again to stop at once)")
 
     try:
         before = signal.signal(signal.SIGINT, ask)

@@ -60,6 +60,11 @@ def make_draft(config: DraftConfig, target: AbstractLanguageModel, seed: int = 0
                 f"the draft in {config.path} is of kind {draft_kind(draft)!r}, but draft.kind is {config.kind!r}: "
                 f"set draft.kind={draft_kind(draft)}, or name another draft"
             )
+        if draft.max_length != config.heads:
+            raise DraftError(
+                f"the draft in {config.path} has {draft.max_length} heads, but draft.heads is {config.heads}: set "
+                f"draft.heads={draft.max_length} (and a draft.length of at most that), or name another draft"
+            )
         return draft
     match config.kind:
         case "medusa":

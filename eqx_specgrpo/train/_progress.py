@@ -36,16 +36,20 @@ class RunProgress:
             kind = re.sub(r"\d+", "", text)
             if kind not in self._told:
                 self._told.add(kind)
-                self.console.print(f"{text} ...", style="dim", highlight=False, markup=False)
+                self.say(f"{text} ...", style="dim")
             return
         if self._status is None:
             self._status = self.console.status(text)
             self._status.start()
         self._status.update(text)
 
+    def say(self, text: str, style: str = "") -> None:
+        """A line that stays as it is: not broken where a log is narrow, for whoever reads it with other tools."""
+        self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
     def note(self, text: str) -> None:
         """A line that stays, such as what was compiled."""
-        self.console.print(f"  {self._phase}: {text}", style="dim", highlight=False, markup=False)
+        self.say(f"  {self._phase}: {text}", style="dim")
 
     def decoding(self, progress: DecodeProgress) -> None:
         """The live line of a rollout."""
@@ -60,20 +64,18 @@ class RunProgress:
         """A line for every tenth update of the warm-up and the last."""
         if update % 10 == 0 or update == updates:
             expected = [v for k, v in metrics.items() if k.startswith("draft/expected_acceptance_pos_")]
-            self.console.print(
+            self.say(
                 f"warm-up {update}/{updates}  draft loss {metrics['draft/loss']:.3f}  expected acceptance by position "
-                + " ".join(f"{value:.2f}" for value in expected),
-                highlight=False,
+                + " ".join(f"{value:.2f}" for value in expected)
             )
 
     def stepped(self, step: int, steps: int, metrics: Mapping[str, Any]) -> None:
         """The line of a step."""
-        self.console.print(
+        self.say(
             f"step {step + 1}/{steps}  reward {metrics['reward']:.3f}  "
             f"length {metrics['completions/mean_length']:.0f}  "
             f"entropy {metrics['entropy']:.2f}  acceptance length {metrics['spec/acceptance_length']:.2f}  "
-            f"{metrics['spec/tokens_per_second']:.0f} tokens/s  {metrics['time/step']:.1f} s",
-            highlight=False,
+            f"{metrics['spec/tokens_per_second']:.0f} tokens/s  {metrics['time/step']:.1f} s"
         )
 
     def close(self) -> None:

@@ -49,7 +49,7 @@ class RunFolder:
         if resume and not self.config_path.exists():
             raise UserError(f"there is no run to resume in {path}: leave out --resume, or name its folder with --out")
         if not resume:
-            _check_unused(path)
+            check_unused(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(path)
@@ -59,7 +59,7 @@ class RunFolder:
             ) from None
         try:
             if not resume:
-                _check_unused(path)  # Again: another run may have come and gone before the lock was ours.
+                check_unused(path)  # Again: another run may have come and gone before the lock was ours.
             self._files: dict[Path, IO[bytes]] = {}
         except UserError:
             self._lock.close()
@@ -172,7 +172,8 @@ def _step(path: Path, number: int, record: Mapping[str, Any]) -> int:
     return step
 
 
-def _check_unused(path: Path) -> None:
+def check_unused(path: Path) -> None:
+    """Raises `UserError` if the folder holds a run, or anything else that a new run could spoil."""
     if not path.is_dir():
         return
     names = {entry.name for entry in path.iterdir()}
