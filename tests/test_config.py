@@ -130,7 +130,7 @@ def test_unknown_key_without_a_near_one_lists():
         ("grpo.mask_truncated_completions=1", "grpo.mask_truncated_completions = 1: it must be true or false"),
         ("draft.length=9", "draft.length = 9: it must be a whole number of at least 0 and at most 8"),
         ("draft.heads=9", "draft.heads = 9: it must be"),
-        ("draft.length=5", "draft.length = 5 is more than draft.heads = 4"),
+        ("draft.length=5", "draft.length = 5 is more than draft.heads = 2"),
         ("draft.mode=onlin", 'draft.mode = "onlin": it must be one of "online", "frozen", "off"'),
         ("model.dtype=float16", 'model.dtype = "float16": it must be one of "float32", "bfloat16"'),
         ("reward.functions=a", 'reward.functions = "a": it must be a list of text'),
