@@ -1,6 +1,7 @@
 """The command line: it parses, calls and prints. JAX is imported inside the commands, so that `--help` is immediate."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,7 +104,16 @@ def run(
         return
     from . import train
 
-    train.run(resolved, resume=resume, console=Console())
+    try:
+        train.run(resolved, resume=resume, console=Console())
+    except KeyboardInterrupt:
+        # In a step the first Ctrl-C only asks; here it came before the steps, after them, or a second time.
+        print(
+            f"Stopped at once. What was saved in {resolved.out} is whole; go on with: "
+            f"specgrpo run --resume --out {shlex.quote(resolved.out)}",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
 
 
 @app.command()

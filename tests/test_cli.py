@@ -365,3 +365,14 @@ def test_help_and_version_need_no_jax():
         finished = subprocess.run([sys.executable, "-c", program, argument], capture_output=True, text=True)
         assert finished.returncode == 0, finished.stderr
         assert all(word in finished.stdout for word in words)
+
+
+def test_a_stop_at_once_says_how_to_go_on(specgrpo, tiny_folder, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eqx_specgrpo.train._loop._warm_up", interrupted)
+    arguments = as_flags(tiny_settings(tiny_folder, tmp_path / "a run"))
+    code, _, err = specgrpo("run", *arguments)
+    assert code == 130
+    assert err.endswith(f"go on with: specgrpo run --resume --out '{tmp_path}/a run'\n")
