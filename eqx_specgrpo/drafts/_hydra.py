@@ -58,7 +58,7 @@ class HydraHeads(AbstractDraft[HydraState]):
     """
 
     heads: tuple[HydraHead, ...]
-    layers: tuple[int, ...] = eqx.field(static=True, default=())
+    layers: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(self, hidden_size: int, num_heads: int, inner_size: int | None = None, *, key: PRNGKeyArray):
         inner_size = hidden_size if inner_size is None else inner_size
