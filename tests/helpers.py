@@ -12,7 +12,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from eqx_specgrpo.decoding import AbstractSampling, AbstractVerifier, Block, GreedyMatch, Rejection
+from eqx_specgrpo.decoding import (
+    AbstractAcceptanceRule,
+    AbstractSampling,
+    AbstractVerifier,
+    Block,
+    GreedyMatch,
+    Rejection,
+)
 from eqx_specgrpo.drafts import AbstractDraft, Proposal
 from eqx_specgrpo.models import (
     AbstractLanguageModel,
@@ -182,22 +189,24 @@ class TabularDraft(AbstractDraft[tuple[()]]):
     def layers(self) -> tuple[int, ...]:
         return ()
 
+    @property
+    def train_length(self) -> int:
+        return 0
+
     def check(self, target):
         del target
 
     def init(self, target, features, tokens, lengths, capacity):
         return ()
 
-    def propose(self, target, state, last_token, sampling, keys, length):
-        sampling = sampling if self.sampling is None else self.sampling
-        uniforms = jax.vmap(lambda key: jr.uniform(key, (length,)))(keys)
-        tokens, distributions = [], []
-        for index in range(length):
-            distributions.append(sampling.distribution(self.table[last_token]))
-            last_token = distributions[-1].sample(uniforms[:, index])
-            tokens.append(last_token)
-        stacked = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *distributions)
-        return Proposal(jnp.stack(tokens, axis=1), stacked), state
+    def propose(self, target, state, last_token, sampler, length):
+        if self.sampling is not None:
+            sampler = eqx.tree_at(lambda s: s.sampling, sampler, self.sampling)
+        steps = []
+        for offset in range(length):
+            steps.append(sampler(self.table[last_token], offset))
+            last_token = steps[-1][0]
+        return Proposal.stack(steps), state
 
     def commit(self, target, state, features, block, num_accepted):
         return state
@@ -222,13 +231,17 @@ class PointMassDraft(AbstractDraft[tuple[()]]):
     def layers(self) -> tuple[int, ...]:
         return ()
 
+    @property
+    def train_length(self) -> int:
+        return 0
+
     def check(self, target):
         del target
 
     def init(self, target, features, tokens, lengths, capacity):
         return ()
 
-    def propose(self, target, state, last_token, sampling, keys, length):
+    def propose(self, target, state, last_token, sampler, length):
         tokens = []
         for _ in range(length):
             last_token = self.successor[last_token]
@@ -277,13 +290,17 @@ class OracleDraft(AbstractDraft[History]):
     def layers(self) -> tuple[int, ...]:
         return ()
 
+    @property
+    def train_length(self) -> int:
+        return 0
+
     def check(self, target):
         del target
 
     def init(self, target, features, tokens, lengths, capacity):
         return History(jnp.zeros((tokens.shape[0], capacity), jnp.int32), lengths * 0).append(tokens, lengths)
 
-    def propose(self, target, state, last_token, sampling, keys, length):
+    def propose(self, target, state, last_token, sampler, length):
         def step(carry, index):
             history, token = carry
             history = history.append(token[:, None], jnp.ones_like(token))
@@ -324,7 +341,7 @@ def wrong_draft(length: int) -> OracleDraft:
 #
 
 
-class InvertedRatio(AbstractVerifier):
+class InvertedRatio(AbstractAcceptanceRule):
     """Accepts with `min(1, draft / target)`."""
 
     def survival(self, target, proposal):
@@ -336,7 +353,7 @@ class InvertedRatio(AbstractVerifier):
         return Rejection().next_weights(target, proposal, num_accepted)
 
 
-class ResidualNotSubtracted(AbstractVerifier):
+class ResidualNotSubtracted(AbstractAcceptanceRule):
     """Corrects a rejected token by a draw from the target instead of the residual."""
 
     def survival(self, target, proposal):
@@ -346,7 +363,7 @@ class ResidualNotSubtracted(AbstractVerifier):
         return target[num_accepted].probs()
 
 
-class ResidualNotRenormalised(AbstractVerifier):
+class ResidualNotRenormalised(AbstractAcceptanceRule):
     """Inverts the cumulative sum of the residual as if it summed to 1, so that the last token gets what is missing."""
 
     def survival(self, target, proposal):
@@ -357,7 +374,7 @@ class ResidualNotRenormalised(AbstractVerifier):
         return weights.at[-1].add(jnp.maximum(1.0 - weights.sum(), 0.0))
 
 
-class BonusFromDraft(AbstractVerifier):
+class BonusFromDraft(AbstractAcceptanceRule):
     """Draws the token after a fully accepted draft from the draft's last distribution."""
 
     def survival(self, target, proposal):
@@ -371,7 +388,7 @@ class BonusFromDraft(AbstractVerifier):
         return jnp.where(num_accepted == length, proposal.probs_at(jnp.int32(length - 1), weights.shape[-1]), weights)
 
 
-class LastDraftTokenDropped(AbstractVerifier):
+class LastDraftTokenDropped(AbstractAcceptanceRule):
     """Counts the last drafted token as rejected whatever happens, and corrects as if it had been rejected."""
 
     def survival(self, target, proposal):
@@ -382,7 +399,7 @@ class LastDraftTokenDropped(AbstractVerifier):
         return Rejection().next_weights(target, proposal, num_accepted)
 
 
-class CutOff(AbstractVerifier):
+class CutOff(AbstractAcceptanceRule):
     """Submits only the drafted tokens before the first doubtful one; the rest counts as never drafted.
 
     **Arguments:**
@@ -412,10 +429,10 @@ class CutOff(AbstractVerifier):
         return jnp.where(was_submitted, weights, target[num_accepted].probs())
 
 
-class OneOf(AbstractVerifier):
+class OneOf(AbstractAcceptanceRule):
     """Several verifiers in one compiled program, of which `index` is in force."""
 
-    verifiers: tuple[AbstractVerifier, ...]
+    verifiers: tuple[AbstractAcceptanceRule, ...]
     index: Int[Array, ""]
 
     def survival(self, target, proposal):

@@ -14,7 +14,7 @@ from eqx_specgrpo._errors import CheckpointError
 from eqx_specgrpo._sampling import GreedySampling, Sampling
 from eqx_specgrpo._types import Prompts
 from eqx_specgrpo.decoding import Rejection, _decode as decode_module, decode_round
-from eqx_specgrpo.drafts import DraftError, MedusaHeads, NoDraft, draft_kind, load_draft, save_draft
+from eqx_specgrpo.drafts import DraftError, IndependentSampler, MedusaHeads, NoDraft, draft_kind, load_draft, save_draft
 from eqx_specgrpo.models import Features, sequence_features
 
 HIDDEN, HEADS = 16, 3
@@ -44,7 +44,8 @@ def _features(target, tokens):
 @eqx.filter_jit
 def _propose(draft, target, state, length, sampling=Sampling(1.0)):
     last_token = jnp.zeros(state.shape[0], jnp.int32)
-    return draft.propose(target, state, last_token, sampling, jr.split(jr.key(0), state.shape[0]), length)
+    sampler = IndependentSampler(sampling, jr.split(jr.key(0), state.shape[0]))
+    return draft.propose(target, state, last_token, sampler, length)
 
 
 def _sequences(target, rows, length) -> np.ndarray:
@@ -152,7 +153,8 @@ def test_no_draft_guesses_nothing(target):
     draft = NoDraft()
     features = _features(target, _sequences(target, 2, 4))
     state = draft.init(target, features, jnp.zeros((2, 4), jnp.int32), jnp.array([4, 4]), 10)
-    proposal, _ = draft.propose(target, state, jnp.zeros(2, jnp.int32), Sampling(1.0), jr.split(jr.key(0), 2), 0)
+    sampler = IndependentSampler(Sampling(1.0), jr.split(jr.key(0), 2))
+    proposal, _ = draft.propose(target, state, jnp.zeros(2, jnp.int32), sampler, 0)
     assert proposal.tokens.shape == (2, 0) and proposal.distribution is None and draft.max_length == 0
     assert draft.train_hidden(target, features, jnp.zeros((2, 4), jnp.int32)).shape == (2, 4, 0, HIDDEN)
     assert jax.tree.leaves(state) == []

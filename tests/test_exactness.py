@@ -246,7 +246,7 @@ def test_verify_draws_by_survival_and_next_weights(getkey):
     def run(keys):
         target = Categorical.from_logits(jnp.asarray(target_logits))
         proposal = Proposal(chain, Categorical.from_logits(jnp.asarray(draft_logits)))
-        verdict = jax.vmap(lambda key: verifier.verify(target, proposal, key))(keys)
+        verdict = jax.vmap(lambda key: verifier.verify(target, proposal, key, jnp.int32(0)))(keys)
         weights = jax.vmap(lambda num: verifier.next_weights(target, proposal, num))(jnp.arange(length + 1))
         return verdict, verifier.survival(target, proposal), weights
 

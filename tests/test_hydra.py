@@ -10,7 +10,7 @@ from helpers import quick_compilation, randomise, tiny_transformer
 
 from eqx_specgrpo._sampling import GreedySampling, Sampling
 from eqx_specgrpo.decoding import Block, FixedLength, decode, teacher_forced_logprobs
-from eqx_specgrpo.drafts import DraftError, HydraHeads, load_draft, save_draft
+from eqx_specgrpo.drafts import DraftError, HydraHeads, IndependentSampler, load_draft, save_draft
 from eqx_specgrpo.models import sequence_features
 
 HIDDEN, HEADS = 16, 3
@@ -45,8 +45,8 @@ def test_training_conditions_on_the_tokens_that_decoding_drafts(target, heads):
     rows, i = 6, 4
     tokens = np.array(jr.randint(jr.key(3), (rows, i + 2 + HEADS), 0, target.vocab_size), np.int32)
     state = sequence_features(target, jnp.asarray(tokens[:, : i + 1])).last[:, i]
-    keys = jr.split(jr.key(4), rows)
-    proposal, _ = heads.propose(target, state, jnp.asarray(tokens[:, i + 1]), Sampling(1.0), keys, HEADS)
+    sampler = IndependentSampler(Sampling(1.0), jr.split(jr.key(4), rows))
+    proposal, _ = heads.propose(target, state, jnp.asarray(tokens[:, i + 1]), sampler, HEADS)
     tokens[:, i + 2 :] = proposal.tokens
     features = sequence_features(target, jnp.asarray(tokens))
     trained = heads.train_logits(target, heads.train_hidden(target, features, jnp.asarray(tokens)))[:, i]
@@ -61,8 +61,8 @@ def test_training_conditions_on_the_tokens_that_decoding_drafts(target, heads):
 def test_fewer_tokens_are_the_first_of_more(target, heads):
     state = jr.normal(jr.key(5), (4, HIDDEN))
     last, keys = jnp.arange(4, dtype=jnp.int32), jr.split(jr.key(6), 4)
-    few, _ = heads.propose(target, state, last, GreedySampling(), keys, 2)
-    many, _ = heads.propose(target, state, last, GreedySampling(), keys, HEADS)
+    few, _ = heads.propose(target, state, last, IndependentSampler(GreedySampling(), keys), 2)
+    many, _ = heads.propose(target, state, last, IndependentSampler(GreedySampling(), keys), HEADS)
     np.testing.assert_array_equal(few.tokens, many.tokens[:, :2])
 
 

@@ -13,6 +13,7 @@ from .._types import (
     StopReason as StopReason,
 )
 from ._block import Block as Block
+from ._coupled import Coupled as Coupled
 from ._decode import (
     DecodeProgress as DecodeProgress,
     decode as decode,
@@ -23,9 +24,10 @@ from ._length import (
     FixedLength as FixedLength,
     SegmentObservation as SegmentObservation,
 )
-from ._round import decode_round as decode_round, round_keys as round_keys
+from ._round import decode_round as decode_round
 from ._state import DecodeState as DecodeState
 from ._verify import (
+    AbstractAcceptanceRule as AbstractAcceptanceRule,
     AbstractVerifier as AbstractVerifier,
     GreedyMatch as GreedyMatch,
     Rejection as Rejection,

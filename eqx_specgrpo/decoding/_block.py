@@ -4,10 +4,10 @@ from jaxtyping import Array, Float, Int
 
 from .._sampling import Categorical
 from ..drafts import Proposal
-from ._verify import AbstractVerifier
+from ._verify import AbstractAcceptanceRule
 
 
-class Block(AbstractVerifier):
+class Block(AbstractAcceptanceRule):
     """Block verification (Sun et al. 2024, "Block verification accelerates speculative decoding", algorithm 2).
 
     The drafted tokens are judged together: a token that is likelier under the target makes up for one before it that is

@@ -17,7 +17,7 @@ from .._types import DecodeStatistics, Prompts, Rollouts, StopReason
 from ..drafts import AbstractDraft, NoDraft, Proposal
 from ..models import AbstractLanguageModel, take_rows
 from ._length import AbstractLengthController, FixedLength, SegmentObservation
-from ._round import _VERIFY, decode_round, round_keys
+from ._round import decode_round
 from ._state import DecodeState, commit
 from ._verify import AbstractVerifier, GreedyMatch, Rejection
 
@@ -215,7 +215,7 @@ def _prefill(
     distribution = sampling.distribution(logits)
     nothing = Proposal(jnp.zeros((rows, 0), jnp.int32), None)
     lengths = lengths[prompt_of_row]
-    verdict = jax.vmap(verifier.verify)(distribution, nothing, round_keys(keys, lengths, _VERIFY))
+    verdict = jax.vmap(verifier.verify)(distribution, nothing, keys, lengths)
     first = verdict.next_token[:, None].astype(jnp.int32)
     zeros = jnp.zeros(rows, jnp.int32)
     counts = jnp.zeros((rows, draft.max_length), jnp.int32)

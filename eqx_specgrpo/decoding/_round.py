@@ -2,23 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-import jax.random as jr
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int
 
 from .._sampling import AbstractSampling
 from ..drafts import AbstractDraft, NoDraft
 from ..models import AbstractLanguageModel
 from ._state import DecodeState, commit
 from ._verify import AbstractVerifier
-
-# What a random number is for. A round's keys derive from the absolute position of its first new token, which no other
-# round of the row shares: no number is used twice, whatever the order of rows, the bucket or the draft length.
-_PROPOSE, _VERIFY = 0, 1
-
-
-def round_keys(row_keys: Key[Array, " rows"], positions: Int[Array, " rows"], purpose: int) -> Key[Array, " rows"]:
-    """Keys of one round and purpose, one a row."""
-    return jax.vmap(lambda key, position: jr.fold_in(jr.fold_in(key, position), purpose))(row_keys, positions)
 
 
 def decode_round(
@@ -36,9 +26,9 @@ def decode_round(
     # Propose: the draft guesses `length` tokens after the last committed one. Length 0 never touches the draft here.
     proposer = draft if length > 0 else NoDraft()
     with jax.named_scope("propose"):
-        keys = round_keys(state.keys, next_position, _PROPOSE)
+        sampler = verifier.sampler(sampling, state.keys, next_position)
         draft_state = state.draft if length > 0 else ()
-        proposal, draft_state = proposer.propose(target, draft_state, state.last_token, sampling, keys, length)
+        proposal, draft_state = proposer.propose(target, draft_state, state.last_token, sampler, length)
         draft_state = draft_state if length > 0 else state.draft
 
     # Check: one pass of the target over the last committed token and the guesses.
@@ -51,7 +41,7 @@ def decode_round(
 
     # Verify: how many guesses stand, and the token that follows them.
     with jax.named_scope("verify"):
-        verdict = jax.vmap(verifier.verify)(distribution, proposal, round_keys(state.keys, next_position, _VERIFY))
+        verdict = jax.vmap(verifier.verify)(distribution, proposal, state.keys, next_position)
         guesses = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
         is_guess = jnp.arange(length + 1)[None] < verdict.num_accepted[:, None]
         emitted = jnp.where(is_guess, guesses, verdict.next_token[:, None])

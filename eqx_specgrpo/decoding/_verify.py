@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, Key
 
-from .._sampling import Categorical, sample_weights
-from ..drafts import Proposal
+from .._sampling import AbstractSampling, Categorical, first_argmax, sample_weights
+from ..drafts import AbstractSampler, IndependentSampler, Proposal
 
 
 class Verdict(eqx.Module):
@@ -28,21 +28,62 @@ class Verdict(eqx.Module):
 class AbstractVerifier(eqx.Module):
     """A rule that keeps exactly the target's distribution, whatever the draft's.
 
-    A rule is its law: how likely at least `i` drafted tokens are kept, and what the token after them is drawn from.
-    Both are methods of their own, so that tests can enumerate the law of the output exactly; `verify` only draws from
-    them.
+    A rule says how drafted tokens are drawn, and what becomes of them. It is given a key for each row's whole
+    completion and an absolute position, and derives all its random numbers from them: nothing depends on the order of
+    rows or on how they are batched.
+    """
 
-    All methods are for one row; the decoder uses `vmap`.
+    @abstractmethod
+    def sampler(
+        self, sampling: AbstractSampling, keys: Key[Array, " rows"], positions: Int[Array, " rows"]
+    ) -> AbstractSampler:
+        """What draws the tokens of one round's drafts.
+
+        **Arguments:**
+
+        - `sampling`: temperature and truncation.
+        - `keys`: one a row.
+        - `positions`: absolute position of each row's first drafted token.
+        """
+
+    @abstractmethod
+    def verify(self, target: Categorical, proposal: Proposal, key: Key[Array, ""], position: Int[Array, ""]) -> Verdict:
+        """Decides how many tokens are kept, and the token after them. For one row; the decoder uses `vmap`.
+
+        **Arguments:**
+
+        - `target`: the target's distributions at the draft's positions and the one after, `draft + 1` in all.
+        - `proposal`: the drafted tokens and their distributions.
+        - `key`, `position`: the row's, as for `sampler`.
+        """
+
+
+# What a random number is for. The numbers of a round derive from the absolute position of its first new token, which no
+# other round of the row shares: no number is used twice, whatever the order of rows, the bucket or the draft length.
+_PROPOSE, _VERIFY = 0, 1
+
+
+def _round_key(key: Key[Array, ""], position: Int[Array, ""], purpose: int) -> Key[Array, ""]:
+    return jr.fold_in(jr.fold_in(key, position), purpose)
+
+
+class AbstractAcceptanceRule(AbstractVerifier):
+    """A rule that is given by its law: how likely at least `i` drafted tokens are kept, and what the token after them
+    is drawn from.
+
+    Both are methods of their own, so that tests can enumerate the law of the output exactly; `verify` only draws from
+    them. Tokens are drafted with random numbers of their own.
     """
 
     @abstractmethod
     def survival(self, target: Categorical, proposal: Proposal) -> Float[Array, " draft"]:
         """Probability, given the drafted tokens, that at least 1, 2, ... of them are kept. Never increasing.
 
+        For one row.
+
         **Arguments:**
 
-        - `target`: the target's distributions at the draft's positions and the one after, `draft + 1` in all.
-        - `proposal`: the drafted tokens and their distributions.
+        - `target`, `proposal`: as for `verify`.
         """
 
     @abstractmethod
@@ -51,22 +92,17 @@ class AbstractVerifier(eqx.Module):
     ) -> Float[Array, " vocab"]:
         """What the next token is drawn from, given how many drafted tokens were kept; need not be normalized."""
 
-    def verify(self, target: Categorical, proposal: Proposal, key: Key[Array, ""]) -> Verdict:
-        """Draws how many tokens are kept, and the token after them.
+    def sampler(self, sampling, keys, positions) -> AbstractSampler:
+        return IndependentSampler(sampling, jax.vmap(lambda k, p: _round_key(k, p, _PROPOSE))(keys, positions))
 
-        **Arguments:**
-
-        - `target`: see `survival`.
-        - `proposal`: see `survival`.
-        - `key`: used for nothing else; two uniform numbers are drawn from it.
-        """
-        uniform_accept, uniform_next = jr.uniform(key, (2,))
+    def verify(self, target, proposal, key, position) -> Verdict:
+        uniform_accept, uniform_next = jr.uniform(_round_key(key, position, _VERIFY), (2,))
         num_accepted = jnp.sum(uniform_accept < self.survival(target, proposal), dtype=jnp.int32)
         next_token = sample_weights(self.next_weights(target, proposal, num_accepted), uniform_next)
         return Verdict(num_accepted, next_token)
 
 
-class Rejection(AbstractVerifier):
+class Rejection(AbstractAcceptanceRule):
     """Token-wise rejection sampling (Leviathan et al. 2023, algorithm 1; Chen et al. 2023).
 
     A drafted token is kept with probability `min(1, target / draft)`; the first one that is not is replaced by a draw
@@ -87,7 +123,7 @@ class Rejection(AbstractVerifier):
         return jnp.where(residual.sum() > 0, residual, target_probs)
 
 
-class GreedyMatch(AbstractVerifier):
+class GreedyMatch(AbstractAcceptanceRule):
     """Keeps drafted tokens as long as they are the target's most likely ones. For `GreedySampling` only.
 
     The same tokens as `Rejection` gives for a point-mass target, without a division or a uniform number.
@@ -95,7 +131,7 @@ class GreedyMatch(AbstractVerifier):
 
     def survival(self, target: Categorical, proposal: Proposal) -> Float[Array, " draft"]:
         length = proposal.tokens.shape[0]
-        matches = jnp.argmax(target.logits[:length], axis=-1) == proposal.tokens
+        matches = first_argmax(target.logits[:length]) == proposal.tokens
         return jnp.cumprod(matches).astype(jnp.float32)
 
     def next_weights(
@@ -103,4 +139,4 @@ class GreedyMatch(AbstractVerifier):
     ) -> Float[Array, " vocab"]:
         del proposal
         logits = target.logits[num_accepted]
-        return jax.nn.one_hot(jnp.argmax(logits), logits.shape[-1])
+        return jax.nn.one_hot(first_argmax(logits), logits.shape[-1])

@@ -87,7 +87,7 @@ def draft_gradients(
     features, target = lax.stop_gradient((batch.features, target))
     params, static = eqx.partition(draft, eqx.is_inexact_array)
     rows, seq = batch.tokens.shape
-    num_draft = draft.max_length
+    num_draft = draft.train_length
     positions = jnp.minimum(batch.prompt_lengths[:, None] - 1 + jnp.arange(new)[None], seq - 1)
     offsets = jnp.arange(new)[None, :, None] + 1 + jnp.arange(num_draft)[None, None]
     mask = offsets < batch.completion_lengths[:, None, None]

@@ -1,16 +1,18 @@
 """What a draft is to the decoder and to distillation."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from .._errors import UserError
-from .._sampling import AbstractSampling, Categorical
+from .._sampling import Categorical
 from ..models import AbstractLanguageModel, Features
+from ._sampler import AbstractSampler
 
 State = TypeVar("State")
 
@@ -32,6 +34,12 @@ class Proposal(eqx.Module):
     tokens: Int[Array, "*rows draft"]
     distribution: Categorical | None
 
+    @staticmethod
+    def stack(steps: Sequence[tuple[Int[Array, " rows"], Categorical]]) -> "Proposal":
+        """A chain from what a sampler returned for each of its positions in turn."""
+        tokens, distributions = zip(*steps, strict=True)
+        return Proposal(jnp.stack(tokens, axis=1), jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *distributions))
+
     def token_logprobs(self) -> Float[Array, "*rows draft"]:
         """Log-probability that each token had of being drafted; 0 for point masses."""
         if self.distribution is None:
@@ -50,7 +58,7 @@ class Proposal(eqx.Module):
         if self.distribution is None:
             probs = jax.nn.one_hot(self.tokens[safe], vocab)
         else:
-            probs = self.distribution[safe].probs()
+            probs = self.distribution[safe].probs(vocab)
         return jnp.where(index < length, probs, 0.0)
 
 
@@ -67,10 +75,13 @@ class AbstractDraft(eqx.Module, Generic[State]):
     Subclasses have:
 
     - `max_length`: the most tokens that `propose` can be asked for.
+    - `train_length`: how many draft positions `train_hidden` returns: `max_length` where each has weights of its own, 1
+        where all share them and one is enough to learn from, 0 where nothing can be trained.
     - `layers`: the target's layers whose outputs are needed in `Features.layers`, besides `Features.last`.
     """
 
     max_length: eqx.AbstractVar[int]
+    train_length: eqx.AbstractVar[int]
     layers: eqx.AbstractVar[tuple[int, ...]]
 
     @abstractmethod
@@ -101,8 +112,7 @@ class AbstractDraft(eqx.Module, Generic[State]):
         target: AbstractLanguageModel,
         state: State,
         last_token: Int[Array, " rows"],
-        sampling: AbstractSampling,
-        keys: Key[Array, " rows"],
+        sampler: AbstractSampler,
         length: int,
     ) -> tuple[Proposal, State]:
         """Drafts `length` tokens a row, `1 <= length <= max_length`.
@@ -110,9 +120,9 @@ class AbstractDraft(eqx.Module, Generic[State]):
         **Arguments:**
 
         - `last_token`: the last committed token.
-        - `sampling`: turns draft logits into the distribution to draw from. Any distribution is lossless, as long as
-            the tokens are drawn from the one that is returned; the target's own settings accept most.
-        - `keys`: one a row, fresh in every round.
+        - `sampler`: draws tokens from draft logits; see [`eqx_specgrpo.drafts.AbstractSampler`][]. Any logits are
+            lossless, as long as the tokens are those that it drew; the target's own are accepted most. A draft that
+            chooses its tokens without chance does not need it.
         """
 
     @abstractmethod
@@ -140,8 +150,9 @@ class AbstractDraft(eqx.Module, Generic[State]):
     ) -> Float[Array, "rows seq draft draft_hidden"]:
         """What `train_logits` unembeds, for every position and draft offset of whole sequences.
 
-        At position `i`, where the features predict token `i + 1`, offset `k` (from 0) stands for the draft's prediction
-        of token `i + 2 + k`, which the target predicts from its own features at position `i + 1 + k`.
+        At position `i`, where the features predict token `i + 1`, offset `k` (from 0, below `train_length`) stands for
+        the draft's prediction of token `i + 2 + k`, which the target predicts from its own features at position
+        `i + 1 + k`.
 
         **Arguments:**
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._sampling import AbstractSampling, Categorical
 from ..models import AbstractLanguageModel, Features, Linear
 from ._base import AbstractDraft, DraftError, Proposal, pick_positions
+from ._sampler import AbstractSampler
 
 HydraState = Float[Array, "rows hidden"]
 
@@ -69,6 +69,10 @@ class HydraHeads(AbstractDraft[HydraState]):
     def max_length(self) -> int:
         return len(self.heads)
 
+    @property
+    def train_length(self) -> int:
+        return self.max_length
+
     def check(self, target: AbstractLanguageModel) -> None:
         hidden_size = self.heads[0].down.weight.shape[0]
         if hidden_size != target.hidden_size:
@@ -82,19 +86,13 @@ class HydraHeads(AbstractDraft[HydraState]):
         return pick_positions(features.last, lengths - 1)
 
     @jax.named_scope("HydraHeads.propose")
-    def propose(self, target, state: HydraState, last_token, sampling: AbstractSampling, keys, length: int):
-        uniforms = jax.vmap(lambda key: jr.uniform(key, (length,)))(keys)
-        hidden, token = state, last_token
-        tokens, logits, normalizers = [], [], []
-        for head, uniform in zip(self.heads[:length], uniforms.T, strict=True):
+    def propose(self, target, state: HydraState, last_token, sampler: AbstractSampler, length: int):
+        hidden, token, steps = state, last_token, []
+        for offset, head in enumerate(self.heads[:length]):
             hidden = head(hidden, target.embed(token))
-            distribution = sampling.distribution(target.unembed(hidden))
-            token = distribution.sample(uniform).astype(last_token.dtype)
-            tokens.append(token)
-            logits.append(distribution.logits)
-            normalizers.append(distribution.log_normalizer)
-        distribution = Categorical(jnp.stack(logits, axis=1), jnp.stack(normalizers, axis=1))
-        return Proposal(jnp.stack(tokens, axis=1), distribution), state
+            token, distribution = sampler(target.unembed(hidden), offset)
+            steps.append((token, distribution))
+        return Proposal.stack(steps), state
 
     def commit(self, target, state: HydraState, features, block, num_accepted) -> HydraState:
         del target, state, block

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from equinox import field
 from jaxtyping import Array, Float
 
-from .._sampling import AbstractSampling
 from ..models import AbstractLanguageModel, Features, matmul
 from ._base import AbstractDraft, DraftError, Proposal, pick_positions
+from ._sampler import AbstractSampler
 
 MedusaState = Float[Array, "rows hidden"]
 
@@ -47,6 +47,10 @@ class MedusaHeads(AbstractDraft[MedusaState]):
     def max_length(self) -> int:
         return self.weight.shape[0]
 
+    @property
+    def train_length(self) -> int:
+        return self.max_length
+
     def check(self, target: AbstractLanguageModel) -> None:
         hidden_size = self.weight.shape[-1]
         if hidden_size != target.hidden_size:
@@ -60,11 +64,9 @@ class MedusaHeads(AbstractDraft[MedusaState]):
         return pick_positions(features.last, lengths - 1)
 
     @jax.named_scope("MedusaHeads.propose")
-    def propose(self, target, state: MedusaState, last_token, sampling: AbstractSampling, keys, length: int):
+    def propose(self, target, state: MedusaState, last_token, sampler: AbstractSampler, length: int):
         del last_token  # newer than the features; these heads guess from the features alone
-        distribution = sampling.distribution(target.unembed(self._heads(state, length)))
-        uniforms = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
-        return Proposal(distribution.sample(uniforms), distribution), state
+        return Proposal(*sampler.chain(target.unembed(self._heads(state, length)))), state
 
     def commit(self, target, state: MedusaState, features, block, num_accepted) -> MedusaState:
         del target, state, block

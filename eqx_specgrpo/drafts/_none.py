@@ -10,6 +10,7 @@ class NoDraft(AbstractDraft[tuple[()]]):
     """Plain decoding: nothing is guessed, every target pass yields one token. The reference for every other draft."""
 
     max_length: int = eqx.field(static=True, default=0)
+    train_length: int = eqx.field(static=True, default=0)
     layers: tuple[int, ...] = eqx.field(static=True, default=())
 
     def check(self, target) -> None:
@@ -19,8 +20,8 @@ class NoDraft(AbstractDraft[tuple[()]]):
         del target, features, tokens, lengths, capacity
         return ()
 
-    def propose(self, target, state, last_token, sampling, keys, length):
-        del target, sampling, keys, length
+    def propose(self, target, state, last_token, sampler, length):
+        del target, sampler, length
         return Proposal(jnp.zeros((last_token.shape[0], 0), last_token.dtype), None), state
 
     def commit(self, target, state, features, block, num_accepted) -> tuple[()]:

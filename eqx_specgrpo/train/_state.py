@@ -43,7 +43,7 @@ class RunState(eqx.Module):
             policy_optimizer.init(eqx.filter(policy, eqx.is_inexact_array)),
             draft,
             draft_optimizer.init(eqx.filter(draft, eqx.is_inexact_array)),
-            jnp.zeros(draft.max_length),
+            jnp.zeros(draft.train_length),
         )
 
     def trees(self) -> dict[str, Any]:

@@ -1,0 +1,31 @@
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+
+from ..drafts import AbstractSampler, CoupledSampler
+from ._verify import AbstractVerifier, Verdict
+
+
+class Coupled(AbstractVerifier):
+    """Shared noise (Daliri, Musco and Suresh 2024, "Coupling without communication and drafter-invariant speculative
+    decoding", section 4).
+
+    The target's token at a position is the winner of a race whose clocks are a function of the row and the position
+    alone. The draft runs its own race with the same clocks, and what it drew is kept as long as the target drew the
+    same. So every token is the one that plain decoding would have drawn: with any draft, any length, or none, the
+    output is the same but for rounding, where two tokens are as good as tied.
+
+    A drafted token is kept with probability at least `(1 - TV) / (1 + TV)`, against `1 - TV` for `Rejection`. The
+    draft's distribution is not needed, only its tokens.
+    """
+
+    def sampler(self, sampling, keys, positions) -> AbstractSampler:
+        return CoupledSampler(sampling, keys, positions)
+
+    def verify(self, target, proposal, key, position) -> Verdict:
+        length = proposal.tokens.shape[0]
+        keys = jax.vmap(jr.fold_in, in_axes=(None, 0))(key, position + jnp.arange(length + 1))
+        drawn = target.race(keys)
+        kept = jnp.cumprod(drawn[:length] == proposal.tokens)
+        num_accepted = kept.sum(dtype=jnp.int32)
+        return Verdict(num_accepted, drawn[num_accepted])
