@@ -116,17 +116,15 @@ def test_the_decoding_loop_copies_no_cache():
         tiny_transformer(max_position_embeddings=capacity, head_dim=32, num_layers=1),
         MedusaHeads.fresh(16, 3),
     )
-    modules = (target, heads, Rejection(), Sampling())
-    eos = jnp.array([0], jnp.int32)
+    modules = (target, heads, Rejection(), Sampling(), jnp.array([0], jnp.int32))
+    row_ids, twos = jnp.arange(4, dtype=jnp.int32), jnp.array([2, 2], jnp.int32)
 
     def prefill(tokens, lengths, limits, key):
-        return decode_module._prefill(
-            modules, tokens, lengths, limits, eos, key, samples=2, new=64, capacity=capacity, cache_dtype="float32"
-        )
+        sizes = dict(new=64, capacity=capacity, cache_dtype="float32", keep_prompts=False)
+        return decode_module._prefill(modules, tokens, lengths, limits, key, row_ids, row_ids // 2, **sizes)[0]
 
-    twos = jnp.array([2, 2], jnp.int32)
     state = jax.tree.map(_anything, eqx.filter_eval_shape(prefill, jnp.ones((2, 16), jnp.int32), twos, twos, jr.key(0)))
-    compiled = decode_module._segment.lower((*modules, eos), state, twos[0], twos[1], 3).compile().compiled
+    compiled = decode_module._segment.lower(modules, state, twos[0], twos[1], 3).compile().compiled
     hlo = compiled.as_text()
     layer = state.cache[0].keys
     shape = f"f32[{','.join(map(str, layer.shape))}]"

@@ -32,7 +32,7 @@ from eqx_specgrpo.decoding import (
     GreedySampling,
     Sampling,
     SegmentObservation,
-    _decode as decode_module,
+    SegmentPlan,
     decode,
     teacher_forced_logprobs,
 )
@@ -233,25 +233,28 @@ class CyclingLength(AbstractLengthController[tuple[int, ...]]):
         return (0,)
 
     def choose(self, state, rows):
-        self.observations.append(None)
-        return [0, 1, 2, 4][(len(self.observations) - 1) % 4]
+        return SegmentPlan([0, 1, 2, 4][len(self.observations) % 4], max_rounds=1)
 
     def update(self, state, observation):
-        self.observations[-1] = observation
+        self.observations.append(observation)
         return state
 
 
-def test_the_draft_length_may_change_from_segment_to_segment(target, heads, plain, monkeypatch):
-    monkeypatch.setattr(decode_module, "_ROUNDS_PER_SEGMENT", 1)
-    observations: list[SegmentObservation | None] = []
+def test_the_draft_length_may_change_from_segment_to_segment(target, heads, plain):
+    observations: list[SegmentObservation] = []
     rollouts = _decode(target, sampling=GREEDY, draft=heads, length=CyclingLength(observations))
     _assert_same_completions(rollouts, plain)
-    # A controller learns from the second segment of a kind on: the first may have compiled.
-    assert observations[:4] == [None] * 4 and len(observations) > 6
-    for index, seen in enumerate(observations[4:], start=4):
-        assert seen.rows == 6 and seen.rounds == 1 and seen.length == [0, 1, 2, 4][index % 4] == len(seen.accepted)
-        assert 1 <= seen.active_rounds <= 6 and seen.seconds > 0
+    assert len(observations) > 6
+    for index, seen in enumerate(observations):
+        assert seen.rows == 6 and seen.rounds == 1
+        assert seen.plan.length == [0, 1, 2, 4][index % 4] == len(seen.accepted)
+        assert 1 <= seen.active_rounds <= 6
         assert all(0 <= accepted <= seen.active_rounds for accepted in seen.accepted)
+        assert seen.active_rounds <= seen.tokens <= seen.active_rounds + sum(seen.accepted)
+        # A segment that compiled a program has no time.
+        assert seen.seconds is None or seen.seconds > 0
+    assert all(seen.seconds is not None for seen in observations[4:])
+    assert sum(seen.tokens for seen in observations) + 6 == rollouts.lengths.sum()
 
 
 #
@@ -352,3 +355,36 @@ def test_bad_input_gets_a_sentence(target, heads):
         _decode(target, draft=MedusaHeads.fresh(8, 2))
     with pytest.raises(ValueError, match="lengths are 0 to 8"):
         FixedLength(9)
+
+
+#
+# Refilling
+#
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 4])
+def test_rows_that_waited_are_the_same_rows(target, heads, sampled, max_rows):
+    progress: list[DecodeProgress] = []
+    rollouts = _decode(target, draft=heads, max_rows=max_rows, on_progress=progress.append)
+    _assert_same_completions(rollouts, sampled)
+    np.testing.assert_array_equal(rollouts.statistics.emitted, sampled.statistics.emitted)
+    assert max(report.active for report in progress) == max_rows
+    assert progress[-1].tokens == sampled.lengths.sum()
+
+
+def test_those_expected_to_be_longest_start_first(target, heads, sampled):
+    order = []
+
+    def watch(progress):
+        order.append(progress.tokens)
+
+    prompts = _prompts()
+    rollouts = _decode(
+        target, prompts, draft=heads, max_rows=2, expected_lengths=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], on_progress=watch
+    )
+    _assert_same_completions(rollouts, sampled)
+    by_default = []
+    _decode(target, prompts, draft=heads, max_rows=2, on_progress=lambda progress: by_default.append(progress.tokens))
+    assert order != by_default and order[-1] == by_default[-1]
+    with pytest.raises(ValueError, match="expected_lengths has 1 values for 6 prompts"):
+        _decode(target, prompts, draft=heads, expected_lengths=[3.0])

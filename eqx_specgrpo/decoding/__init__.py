@@ -12,19 +12,19 @@ from .._types import (
     ScoredRollouts as ScoredRollouts,
     StopReason as StopReason,
 )
+from ._adaptive import AdaptiveLength as AdaptiveLength, AdaptiveState as AdaptiveState
 from ._block import Block as Block
 from ._coupled import Coupled as Coupled
-from ._decode import (
-    DecodeProgress as DecodeProgress,
-    decode as decode,
-    teacher_forced_logprobs as teacher_forced_logprobs,
-)
+from ._decode import DecodeProgress as DecodeProgress, decode as decode
 from ._length import (
     AbstractLengthController as AbstractLengthController,
+    Expectation as Expectation,
     FixedLength as FixedLength,
     SegmentObservation as SegmentObservation,
+    SegmentPlan as SegmentPlan,
 )
 from ._round import decode_round as decode_round
+from ._score import teacher_forced_logprobs as teacher_forced_logprobs
 from ._state import DecodeState as DecodeState
 from ._verify import (
     AbstractAcceptanceRule as AbstractAcceptanceRule,

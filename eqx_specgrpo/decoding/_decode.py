@@ -2,26 +2,26 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 from jax import lax
-from jaxtyping import Array, DTypeLike, Float, Int, Key
+from jaxtyping import Array, DTypeLike, Int, Key
 
+from .._compile import count_compilations
 from .._errors import UserError
 from .._sampling import AbstractSampling, GreedySampling, Sampling
-from .._types import DecodeStatistics, Prompts, Rollouts, StopReason
-from ..drafts import AbstractDraft, NoDraft, Proposal
-from ..models import AbstractLanguageModel, take_rows
-from ._length import AbstractLengthController, FixedLength, SegmentObservation
+from .._types import DecodeStatistics, Prompts, Rollouts
+from ..drafts import AbstractDraft, NoDraft
+from ..models import AbstractLanguageModel
+from ._length import AbstractLengthController, FixedLength, SegmentObservation, SegmentPlan
 from ._round import decode_round
-from ._state import DecodeState, commit
+from ._start import Modules, PromptState, prompt_pass, start_rows
+from ._state import DecodeState
 from ._verify import AbstractVerifier, GreedyMatch, Rejection
-
-_ROUNDS_PER_SEGMENT = 64
 
 
 class DecodeProgress(eqx.Module):
@@ -46,14 +46,18 @@ def decode(
     draft: AbstractDraft | None = None,
     verifier: AbstractVerifier | None = None,
     length: AbstractLengthController | None = None,
+    length_state: Any = None,
     sampling: AbstractSampling | None = None,
     key: Key[Array, ""],
     max_new_tokens: int,
     eos_ids: Sequence[int] = (),
     samples: int = 1,
+    max_rows: int | None = None,
+    expected_lengths: Sequence[float] | None = None,
     smallest_bucket: int = 4,
     cache_dtype: DTypeLike | None = None,
     on_progress: Callable[[DecodeProgress], None] | None = None,
+    on_segment: Callable[[SegmentObservation, Any], None] | None = None,
 ) -> Rollouts:
     """Generates completions, speculatively and without changing their distribution.
 
@@ -74,10 +78,15 @@ def decode(
 
     - `verifier`: by default `Rejection`, or `GreedyMatch` under `GreedySampling`.
     - `length`: how many tokens to draft; by default 3 or the draft's most.
+    - `length_state`: what a controller learned in an earlier call, see `on_segment`; by default it starts anew.
+    - `max_rows`: decode at most so many rows at a time; as rows finish, waiting ones take their place. By default all.
+    - `expected_lengths`: of the completions of each prompt; rows that are expected to be longest start first, so that
+        few are left at the end.
     - `smallest_bucket`: when rows finish, the batch is shrunk to the next power of two, but not below this.
     - `cache_dtype`: of keys and values; by default float32 on CPU (where a bfloat16 write would convert the whole
         cache) and bfloat16 elsewhere.
     - `on_progress`: called between segments.
+    - `on_segment`: called after each segment with what was seen of it and the controller's new state.
 
     **Returns:**
 
@@ -96,74 +105,104 @@ def decode(
     if not isinstance(prompts, Prompts):
         prompts = Prompts.from_lists(prompts)
     prompts = Prompts(np.asarray(prompts.tokens), np.asarray(prompts.lengths))
-    if samples < 1 or max_new_tokens < 1:
-        raise ValueError(f"samples ({samples}) and max_new_tokens ({max_new_tokens}) must be at least 1")
+    if samples < 1 or max_new_tokens < 1 or (max_rows is not None and max_rows < 1):
+        raise ValueError(
+            f"samples ({samples}), max_new_tokens ({max_new_tokens}) and max_rows ({max_rows}) must be at least 1"
+        )
     _check_lengths(target, prompts)
     draft.check(target)
-    length_state = length.init(draft.max_length)
+    length_state = length.init(draft.max_length) if length_state is None else length_state
 
+    modules = (target, draft, verifier, sampling, jnp.asarray(sorted(set(eos_ids)) or [-1], jnp.int32))
     num_rows = len(prompts.lengths) * samples
-    width = prompts.tokens.shape[1]
-    block = draft.max_length + 1
+    width, block = prompts.tokens.shape[1], draft.max_length + 1
     if cache_dtype is None:
         cache_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    eos = jnp.asarray(sorted(set(eos_ids)) or [-1], jnp.int32)
-    state = _prefill(
-        (target, draft, verifier, sampling),
+    order = _order(prompts, samples, expected_lengths)
+    row_ids, waiting = np.split(order, [num_rows if max_rows is None else min(max_rows, num_rows)])
+    state, prompt_state = _prefill(
+        modules,
         jnp.asarray(prompts.tokens),
         jnp.asarray(prompts.lengths),
         jnp.asarray(np.minimum(max_new_tokens, target.max_length - prompts.lengths), jnp.int32),
-        eos,
         key,
-        samples=samples,
+        jnp.asarray(row_ids),
+        jnp.asarray(row_ids // samples),
         new=max_new_tokens + block,
         capacity=width + max_new_tokens + block,
         cache_dtype=jnp.dtype(cache_dtype).name,
+        keep_prompts=len(waiting) > 0,
     )
     output = _Output(num_rows, max_new_tokens, draft.max_length)
-    row_ids = np.arange(num_rows)
-    seen: set[tuple[int, int]] = set()
     while True:
         active = np.asarray(state.active)
         if on_progress is not None:
             done = output.tokens_of_others(row_ids)
             on_progress(DecodeProgress(int(active.sum()), num_rows, done + int(np.asarray(state.num_new).sum())))
+        admission = _admission(len(row_ids), len(waiting))
+        if admission and int((~active).sum()) >= admission:
+            output.take(row_ids, state)
+            slots = np.flatnonzero(~active)[:admission]
+            admitted, waiting = np.split(waiting, [admission])
+            row_ids = row_ids.copy()
+            row_ids[slots] = admitted
+            which = (jnp.asarray(slots), jnp.asarray(admitted), jnp.asarray(admitted // samples))
+            state = _admit((modules, prompt_state, key, *which), state)
+            continue
         if not active.any():
             output.take(row_ids, state)
             break
         bucket = _bucket(int(active.sum()), smallest_bucket)
-        if bucket < len(row_ids):
+        if not admission and bucket < len(row_ids):
             output.take(row_ids, state)
             # Active rows first; finished ones only fill the bucket up.
             keep = np.argsort(~active, kind="stable")[:bucket]
             row_ids = row_ids[keep]
             state = _take_rows(state, jnp.asarray(keep))
-        num_draft = length.choose(length_state, len(row_ids))
-        stop_below = _shrink_below(len(row_ids), smallest_bucket)
-        before = np.asarray(state.accepted).sum(0), int(np.asarray(state.target_forwards).sum())
-        start = time.perf_counter()
-        state, rounds = _segment(
-            (target, draft, verifier, sampling, eos),
-            state,
-            jnp.int32(_ROUNDS_PER_SEGMENT),
-            jnp.int32(stop_below),
-            num_draft,
-        )
-        accepted = np.asarray(state.accepted).sum(0) - before[0]
-        seconds = time.perf_counter() - start
-        # The first segment of a shape may have compiled, so its time says nothing.
-        if (len(row_ids), num_draft) in seen:
-            observation = SegmentObservation(
-                rows=len(row_ids),
-                length=num_draft,
-                rounds=int(rounds),
-                seconds=seconds,
-                accepted=tuple(accepted[:num_draft].tolist()),
-                active_rounds=int(np.asarray(state.target_forwards).sum()) - before[1],
-            )
-            length_state = length.update(length_state, observation)
-        seen.add((len(row_ids), num_draft))
+        plan = length.choose(length_state, len(row_ids))
+        stop_below = len(row_ids) - admission if admission else _shrink_below(len(row_ids), smallest_bucket)
+        state, observation = _observed_segment(modules, state, plan, stop_below)
+        length_state = length.update(length_state, observation)
+        if on_segment is not None:
+            on_segment(observation, length_state)
     return output.rollouts(prompts, samples)
+
+
+def _observed_segment(
+    modules: Modules, state: DecodeState, plan: SegmentPlan, stop_below: int
+) -> tuple[DecodeState, SegmentObservation]:
+    accepted, forwards, tokens = (np.asarray(x).sum(0) for x in (state.accepted, state.target_forwards, state.num_new))
+    rows = len(state.num_new)
+    start = time.perf_counter()
+    with count_compilations() as compilations:
+        state, rounds = _segment(modules, state, jnp.int32(plan.max_rounds), jnp.int32(stop_below), plan.length)
+        rounds = int(rounds)
+    seconds = time.perf_counter() - start
+    return state, SegmentObservation(
+        rows=rows,
+        plan=plan,
+        rounds=rounds,
+        seconds=None if compilations.seconds else seconds,
+        accepted=tuple((np.asarray(state.accepted).sum(0) - accepted)[: plan.length].tolist()),
+        active_rounds=int(np.asarray(state.target_forwards).sum() - forwards),
+        tokens=int(np.asarray(state.num_new).sum() - tokens),
+    )
+
+
+def _order(prompts: Prompts, samples: int, expected_lengths: Sequence[float] | None) -> Int[np.ndarray, " rows"]:
+    """Row ids in the order in which they start."""
+    if expected_lengths is None:
+        return np.arange(len(prompts.lengths) * samples)
+    if len(expected_lengths) != len(prompts.lengths):
+        raise ValueError(f"expected_lengths has {len(expected_lengths)} values for {len(prompts.lengths)} prompts")
+    return np.argsort(-np.repeat(np.asarray(expected_lengths, float), samples), kind="stable")
+
+
+def _admission(rows: int, waiting: int) -> int:
+    """How many waiting rows are admitted at once, when so many places are free: a power of two, so that few programs
+    are compiled, and about a quarter of the rows, so that the device is not stopped for each."""
+    most = min(max(1, rows // 4), waiting)
+    return 1 << (most.bit_length() - 1) if most else 0
 
 
 def _check_lengths(target: AbstractLanguageModel, prompts: Prompts) -> None:
@@ -187,64 +226,46 @@ def _shrink_below(rows: int, smallest: int) -> int:
 
 @eqx.filter_jit
 def _prefill(
-    modules: tuple[AbstractLanguageModel, AbstractDraft, AbstractVerifier, AbstractSampling],
+    modules: Modules,
     tokens: Int[Array, "prompts seq"],
     lengths: Int[Array, " prompts"],
     limits: Int[Array, " prompts"],
-    eos_ids: Int[Array, " eos"],
     key: Key[Array, ""],
+    row_ids: Int[Array, " rows"],
+    prompt_of_row: Int[Array, " rows"],
     *,
-    samples: int,
     new: int,
     capacity: int,
     cache_dtype: str,
-) -> DecodeState:
-    """One pass over the prompts, shared by the samples of each, and the first token of every row."""
-    target, draft, verifier, sampling = modules
-    num_prompts, width = tokens.shape
-    cache = target.init_cache(num_prompts, capacity, jnp.dtype(cache_dtype))
-    positions = jnp.broadcast_to(jnp.arange(width)[None], tokens.shape)
-    features, cache = target.hidden(tokens, positions, cache, layers=draft.layers)
-    last = jnp.take_along_axis(features.last, (lengths - 1)[:, None, None], axis=1)
-    draft_state = draft.init(target, features, tokens, lengths, capacity)
+    keep_prompts: bool,
+) -> tuple[DecodeState, PromptState | None]:
+    """The prompts' pass and the first rows; for rows that have to wait, the prompts are kept."""
+    prompt_state = prompt_pass(modules[0], modules[1], tokens, lengths, limits, capacity, new, jnp.dtype(cache_dtype))
+    state = start_rows(modules, prompt_state, key, row_ids, prompt_of_row)
+    return state, prompt_state if keep_prompts else None
 
-    rows = num_prompts * samples
-    prompt_of_row = jnp.repeat(jnp.arange(num_prompts), samples)
-    keys = jax.vmap(lambda row: jr.fold_in(key, row))(jnp.arange(rows))
-    logits = target.unembed(last)[prompt_of_row]
-    distribution = sampling.distribution(logits)
-    nothing = Proposal(jnp.zeros((rows, 0), jnp.int32), None)
-    lengths = lengths[prompt_of_row]
-    verdict = jax.vmap(verifier.verify)(distribution, nothing, keys, lengths)
-    first = verdict.next_token[:, None].astype(jnp.int32)
-    zeros = jnp.zeros(rows, jnp.int32)
-    counts = jnp.zeros((rows, draft.max_length), jnp.int32)
-    draft_state = jax.tree.map(lambda x: x[prompt_of_row], draft_state)
-    state = DecodeState(
-        tokens=jnp.zeros((rows, new), jnp.int32),
-        logprobs=jnp.zeros((rows, new)),
-        num_new=zeros,
-        last_token=zeros,
-        prompt_lengths=lengths,
-        limits=limits[prompt_of_row],
-        stop=jnp.full(rows, StopReason.RUNNING, jnp.int32),
-        keys=keys,
-        cache=take_rows(cache, prompt_of_row),
-        draft=draft_state,
-        target_forwards=zeros,
-        drafted=counts,
-        accepted=counts,
-        emitted=zeros,
-    )
-    logprobs = sampling.logprobs(logits, distribution, first)
-    state = commit(state, first, logprobs, zeros + 1, eos_ids, state.cache, draft_state)
-    # The prompt's pass is no round: it would have to be made for plain decoding as well.
-    return eqx.tree_at(lambda s: (s.target_forwards, s.emitted), state, (zeros, zeros))
+
+@eqx.filter_jit(donate="all-except-first")
+def _admit(
+    context: tuple[
+        Modules,
+        PromptState,
+        Key[Array, ""],
+        Int[Array, " admitted"],
+        Int[Array, " admitted"],
+        Int[Array, " admitted"],
+    ],
+    state: DecodeState,
+) -> DecodeState:
+    """Starts waiting rows in the places of finished ones. DONATES the state."""
+    modules, prompt_state, key, slots, row_ids, prompt_of_row = context
+    fresh = start_rows(modules, prompt_state, key, row_ids, prompt_of_row)
+    return jax.tree.map(lambda old, new: old.at[slots].set(new), state, fresh)
 
 
 @eqx.filter_jit(donate="all-except-first")
 def _segment(
-    modules: tuple[AbstractLanguageModel, AbstractDraft, AbstractVerifier, AbstractSampling, Int[Array, " eos"]],
+    modules: Modules,
     state: DecodeState,
     max_rounds: Int[Array, ""],
     stop_below: Int[Array, ""],
@@ -302,32 +323,3 @@ class _Output:
         group = np.repeat(np.arange(len(prompts.lengths), dtype=np.int32), samples)
         statistics = DecodeStatistics(self.target_forwards, self.drafted, self.accepted, self.emitted)
         return Rollouts(prompts, group, self.tokens, self.lengths, self.logprobs, self.stop, statistics)
-
-
-def teacher_forced_logprobs(
-    target: AbstractLanguageModel, sampling: AbstractSampling, rollouts: Rollouts
-) -> Float[np.ndarray, "rows new"]:
-    """The target's log-probabilities of the completions, from one plain forward without a cache.
-
-    What the decoder reported must agree with this to rounding: the smoke alarm of losslessness.
-    """
-    prompts, group = rollouts.prompts, rollouts.group
-    width = prompts.tokens.shape[1] + rollouts.tokens.shape[1]
-    sequences = np.zeros((len(group), width), np.int32)
-    index = np.zeros(rollouts.tokens.shape, np.int32)
-    for row, prompt in enumerate(group):
-        start = int(prompts.lengths[prompt])
-        sequences[row, :start] = prompts.tokens[prompt, :start]
-        sequences[row, start : start + rollouts.tokens.shape[1]] = rollouts.tokens[row]
-        index[row] = start - 1 + np.arange(rollouts.tokens.shape[1])
-    return np.asarray(
-        _score(target, sampling, jnp.asarray(sequences), jnp.asarray(index), jnp.asarray(rollouts.tokens))
-    )
-
-
-@eqx.filter_jit
-def _score(target, sampling, sequences, index, tokens):
-    positions = jnp.broadcast_to(jnp.arange(sequences.shape[1])[None], sequences.shape)
-    features, _ = target.hidden(sequences, positions, target.no_cache())
-    logits = target.unembed(jnp.take_along_axis(features.last, index[:, :, None], axis=1))
-    return sampling.logprobs(logits, sampling.distribution(logits), tokens)

@@ -10,6 +10,36 @@ import equinox as eqx
 
 State = TypeVar("State")
 
+LONGEST = 8
+
+
+class Expectation(eqx.Module):
+    """What a controller expects of a segment.
+
+    **Arguments:**
+
+    - `tokens_per_round`: acceptance length, a row.
+    - `seconds_per_round`: wall-clock time.
+    """
+
+    tokens_per_round: float
+    seconds_per_round: float
+
+
+class SegmentPlan(eqx.Module):
+    """What the next segment is to do.
+
+    **Arguments:**
+
+    - `length`: tokens drafted a round; 0 is plain decoding.
+    - `max_rounds`: the segment ends after so many rounds, or earlier when rows can be shrunk away or refilled.
+    - `expected`: what is expected of it, or `None`.
+    """
+
+    length: int
+    max_rounds: int
+    expected: Expectation | None = None
+
 
 class SegmentObservation(eqx.Module):
     """What the host saw of one decoding segment.
@@ -17,31 +47,34 @@ class SegmentObservation(eqx.Module):
     **Arguments:**
 
     - `rows`: rows of the compiled program, finished ones included.
-    - `length`: tokens drafted a round.
+    - `plan`: what was asked for.
     - `rounds`: rounds run.
-    - `seconds`: wall-clock time; compilation is not part of it.
+    - `seconds`: wall-clock time, or `None` if a program was compiled within it.
     - `accepted`: for each draft position, accepted tokens summed over rows and rounds.
     - `active_rounds`: rounds summed over the rows that were still active in them.
+    - `tokens`: tokens emitted, over all rows.
     """
 
     rows: int
-    length: int
+    plan: SegmentPlan
     rounds: int
-    seconds: float
+    seconds: float | None
     accepted: tuple[int, ...]
     active_rounds: int
+    tokens: int
 
 
 class AbstractLengthController(eqx.Module, Generic[State]):
-    """Chooses the draft length of each segment, on the host."""
+    """Chooses the draft length of each segment, on the host. What it learns is a state of its own, which may be carried
+    from one call of `decode` to the next."""
 
     @abstractmethod
     def init(self, max_length: int) -> State:
         """The state before the first segment; `max_length` is the draft's. Raises if they do not fit."""
 
     @abstractmethod
-    def choose(self, state: State, rows: int) -> int:
-        """The length for the next segment with so many rows; 0 is plain decoding."""
+    def choose(self, state: State, rows: int) -> SegmentPlan:
+        """The plan for the next segment with so many rows."""
 
     @abstractmethod
     def update(self, state: State, observation: SegmentObservation) -> State:
@@ -59,18 +92,18 @@ class FixedLength(AbstractLengthController[int]):
     length: int = eqx.field(static=True)
 
     def __check_init__(self):
-        if not 0 <= self.length <= 8:
+        if not 0 <= self.length <= LONGEST:
             raise ValueError(
-                f"a draft length of {self.length} was asked for, but lengths are 0 to 8: longer chains lose more in "
-                "verification than they gain"
+                f"a draft length of {self.length} was asked for, but lengths are 0 to {LONGEST}: longer chains lose "
+                "more in verification than they gain"
             )
 
     def init(self, max_length: int) -> int:
         return min(self.length, max_length)
 
-    def choose(self, state: int, rows: int) -> int:
+    def choose(self, state: int, rows: int) -> SegmentPlan:
         del rows
-        return state
+        return SegmentPlan(state, max_rounds=64)
 
     def update(self, state: int, observation: SegmentObservation) -> int:
         del observation

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from .._compile import count_compilations
 from .._errors import UserError
 from ..drafts import NoDraft, save_draft
 from ..grpo import compute_copy, make_update_batch
@@ -20,7 +21,6 @@ from ..models import locate, save_model
 from ._check import load_task_and_rewards
 from ._checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ._compare import compare_with_plain
-from ._compile import count_compilations
 from ._config import RunConfig
 from ._load_config import check_resume, dump_config, load_config
 from ._parts import RunParts, default_model_path, learning_rate, load_policy, make_draft, make_parts

@@ -1,4 +1,4 @@
-"""What JAX compiles, and how long it takes, as a run sees it."""
+"""What JAX compiles, and how long it takes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ class CompileCounter:
     count: int
     seconds: float
 
-    def __init__(self, tell: Callable[[str], None]):
+    def __init__(self, tell: Callable[[str], None] | None):
         self._tell = tell
         self.count = 0
         self.seconds = 0.0
@@ -34,11 +34,12 @@ class CompileCounter:
         self.seconds += duration_secs
         if duration_secs >= _WORTH_TELLING:
             self.count += 1
-            self._tell(f"compiled {details.get('fun_name', 'a program')} in {duration_secs:.1f} s")
+            if self._tell is not None:
+                self._tell(f"compiled {details.get('fun_name', 'a program')} in {duration_secs:.1f} s")
 
 
 @contextmanager
-def count_compilations(tell: Callable[[str], None]) -> Iterator[CompileCounter]:
+def count_compilations(tell: Callable[[str], None] | None = None) -> Iterator[CompileCounter]:
     """Attaches a counter for the length of a `with` block."""
     counter = CompileCounter(tell)
     jax.monitoring.register_event_duration_secs_listener(counter)
