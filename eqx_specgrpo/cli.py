@@ -1,8 +1,11 @@
 """The command line: it parses, calls and prints. JAX is imported inside the commands, so that `--help` is immediate."""
 
 import json
+import os
+import platform
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,13 +28,30 @@ app = typer.Typer(
 
 def main() -> None:
     """Runs the command line. A `UserError` is its message and exit code 2; any other exception is ours, and shown."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    _keep_compiled_programs()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        console.print(f"[bold yellow]warning:[/] {escape(str(message))}")
+
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            app()
     except UserError as error:
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
         for line in str(error).splitlines():
             console.print(f"[bold red]error:[/] {escape(line)}")
         sys.exit(error.exit_code)
+
+
+def _keep_compiled_programs() -> None:
+    """Lets JAX keep what it compiles, so that a second start is quick; the user's own settings come first.
+
+    A folder a machine, because programs are made for the processor, and home folders are shared.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "eqx_specgrpo" / platform.node()))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
 def _print_version(wanted: bool) -> bool:
@@ -65,6 +85,10 @@ def run(
         list[str] | None,
         typer.Option(help="Built-in name, package.module:function or file.py:function. Repeatable."),
     ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(help="Folder of a saved draft (draft.path), or a kind or file.py:Class (draft.kind)."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps in all, those before a resume included.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
@@ -74,9 +98,10 @@ def run(
     ] = False,
 ) -> None:
     """Train a policy with GRPO, its rollouts decoded speculatively by a draft that keeps learning."""
-    from .train._load_config import dump_config, load_config
+    from .train._load_config import draft_flags, dump_config, load_config
 
-    flags = {
+    flags = {} if draft is None else draft_flags(draft)
+    flags |= {
         "model.path": model,
         "task.name": task,
         "reward.functions": reward or None,
@@ -117,11 +142,69 @@ def run(
 
 
 @app.command()
+def distill(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG.toml", help="Configuration; without one, the embedded default.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder to write the draft to.")] = ...,  # pyright: ignore[reportArgumentType]
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set draft.fraction=0.5. Repeatable."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder, .gguf file or org/name (model.path).")] = None,
+    task: Annotated[str | None, typer.Option(help="arithmetic, FILE.jsonl or reasoning_gym:NAME (task.name).")] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="A kind, file.py:Class, or the folder of a saved draft to go on with.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="The most updates; 300 without --minutes.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="The most time, compilation included; 10 without --steps.")
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(help="Prompts a batch of rollouts (grpo.prompts_per_step).")] = None,
+    max_new: Annotated[
+        int | None, typer.Option(help="Longest completion, in tokens (grpo.max_completion_length).")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling (grpo.temperature).")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="At its height (draft.learning_rate).")] = None,
+    loss: Annotated[str | None, typer.Option(help="kl, reverse_kl, tv, hybrid or e2e_tv (draft.loss).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+) -> None:
+    """Train a draft on the model's own completions of a task, for `specgrpo run --draft` and `generate --draft`."""
+    from .train._load_config import draft_flags, load_config
+
+    flags = {} if draft is None else draft_flags(draft)
+    flags |= {
+        "model.path": model,
+        "task.name": task,
+        "grpo.prompts_per_step": prompts,
+        "grpo.max_completion_length": max_new,
+        "grpo.temperature": temperature,
+        "draft.learning_rate": learning_rate,
+        "draft.loss": loss,
+        "out": str(out),
+        "seed": seed,
+    }
+    resolved = load_config(config, set_ or [], flags)
+    from . import train
+
+    try:
+        train.distill(resolved, steps=steps, minutes=minutes, console=Console())
+    except KeyboardInterrupt:
+        print(
+            f"Stopped at once. What was saved in {resolved.out}, if anything, is whole; go on with it by --draft.",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
+
+
+@app.command()
 def generate(
     prompt: Annotated[str, typer.Option(help="The prompt's text.")],
     model: Annotated[str, typer.Option(help="Folder, .gguf file or org/name; without it, the embedded model.")] = "",
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    draft: Annotated[str | None, typer.Option(help="Folder of a saved draft; without it, plain decoding.")] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Folder of a saved draft, a kind, or file.py:Class; without it, plain decoding.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
     top_p: Annotated[
@@ -162,6 +245,104 @@ def generate(
             f"{completion['acceptance_length']:.2f}, stopped by {completion['stop_reason']}]",
             file=sys.stderr,
         )
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Option(help="Folder, .gguf file or org/name; without it, the embedded model.")] = "",
+    draft: Annotated[str, typer.Option(help="Folder of a saved draft, a kind, or file.py:Class.")] = "medusa",
+    rows: Annotated[int, typer.Option(min=2, help="Completions to compare with plain decoding's.")] = 8,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling and of fresh weights.")] = 0,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Prove, as far as can be, that a draft leaves a model's distribution as it is; exit code 1 if it does not."""
+    from . import train
+
+    certificate = train.verify_pair(
+        model=model, draft=draft, rows=rows, tokens=tokens, seed=seed, console=Console(stderr=True)
+    )
+    if json_:
+        print(json.dumps(certificate.to_json()))
+    else:
+        console = Console()
+        console.print(certificate.table())
+        console.print(certificate.verdict(), highlight=False, soft_wrap=True)
+    if not certificate.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG.toml", help="Configuration; without one, the embedded default.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder, .gguf file or org/name (model.path).")] = None,
+    task: Annotated[str | None, typer.Option(help="arithmetic, FILE.jsonl or reasoning_gym:NAME (task.name).")] = None,
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder of a saved draft, a kind, or file.py:Class; ngram+ before it: behind a lookup. "
+            "Repeatable; without it, ngram and medusa."
+        ),
+    ] = None,
+    rows: Annotated[str, typer.Option(help="Completions decoded together.")] = "4,8,16",
+    lengths: Annotated[str, typer.Option(help="Tokens drafted a round; 0 is always measured.")] = "1,2,3,4",
+    adaptive: Annotated[bool, typer.Option("--adaptive", help="Also let a controller choose the length.")] = False,
+    verifiers: Annotated[str, typer.Option(help="Of rejection, block, coupled; at temperature 0 also greedy.")] = "",
+    new: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 128,
+    samples: Annotated[int, typer.Option(help="Completions of a prompt; divides the rows.")] = 4,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among the likeliest tokens that make up this probability.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="How often everything is measured; medians are reported.")] = 5,
+    minutes: Annotated[
+        float, typer.Option(help="To get a draft that is not saved ready, its share of generating included.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (model.dtype).")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set task.high=99. Repeatable."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the figures as well.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object, raw figures included.")] = False,
+) -> None:
+    """Measure drafts against plain decoding: acceptance, tokens a second, and the ratio, interleaved in one process."""
+    from . import train
+
+    settings = train.BenchSettings(
+        rows=train.whole_numbers("--rows", rows),
+        lengths=train.whole_numbers("--lengths", lengths),
+        adaptive=adaptive,
+        verifiers=tuple(verifiers.split(",")) if verifiers else (),
+        new=new,
+        samples=samples,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        rounds=rounds,
+        minutes=minutes,
+    )
+    flags = {"model.path": model, "task.name": task, "seed": seed, "model.dtype": dtype}
+    try:
+        result = train.bench(
+            settings, draft or (), path=config, overrides=set_ or [], flags=flags, console=Console(stderr=True)
+        )
+    except KeyboardInterrupt:
+        print("Stopped before everything was measured; there is nothing to report.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if json_:
+        print(json.dumps(result.to_json()))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        console.print(result.table())
+        console.print(result.footnote(), highlight=False)
+    if plot is not None:
+        title = f"{result.model['name']}, {result.policy['entropy']:.2f} nats a token"
+        print(train.plot_bench(result.results(), plot, title), file=sys.stderr)
 
 
 @app.command()

@@ -17,10 +17,12 @@ from eqx_specgrpo.decoding import (
     AbstractSampling,
     AbstractVerifier,
     Block,
+    Coupled,
     GreedyMatch,
     Rejection,
+    Verdict,
 )
-from eqx_specgrpo.drafts import AbstractDraft, Proposal
+from eqx_specgrpo.drafts import AbstractDraft, CoupledSampler, Proposal
 from eqx_specgrpo.models import (
     AbstractLanguageModel,
     Features,
@@ -140,8 +142,9 @@ class TabularModel(AbstractLanguageModel):
         before = jnp.where(is_before.any(-1), before, self.vocab_size)
         return Features((before * self.vocab_size + tokens).astype(jnp.float32)[..., None]), (layer_cache,)
 
-    def unembed(self, hidden):
-        return self.table.reshape(-1, self.vocab_size)[hidden[..., 0].astype(jnp.int32)]
+    def unembed(self, hidden, ids=None):
+        logits = self.table.reshape(-1, self.vocab_size)[hidden[..., 0].astype(jnp.int32)]
+        return logits if ids is None else logits[..., ids]
 
     def embed(self, tokens):
         return tokens[..., None].astype(jnp.float32)
@@ -415,7 +418,8 @@ class CutOff(AbstractAcceptanceRule):
     def _submitted(self, proposal):
         if proposal.distribution is None:
             return jnp.ones(proposal.tokens.shape[0], bool)
-        looked_at = proposal.token_logprobs() if self.look_at_token else jnp.log(proposal.distribution.probs().max(-1))
+        largest = proposal.distribution.logits.max(-1) - proposal.distribution.log_normalizer
+        looked_at = proposal.token_logprobs() if self.look_at_token else largest
         return jnp.cumprod(jnp.exp(looked_at) > self.threshold).astype(bool)
 
     def survival(self, target, proposal):
@@ -429,18 +433,61 @@ class CutOff(AbstractAcceptanceRule):
         return jnp.where(was_submitted, weights, target[num_accepted].probs())
 
 
-class OneOf(AbstractAcceptanceRule):
-    """Several verifiers in one compiled program, of which `index` is in force."""
-
-    verifiers: tuple[AbstractAcceptanceRule, ...]
-    index: Int[Array, ""]
+class FirstFailingBlock(AbstractAcceptanceRule):
+    """Block verification that keeps what is before the first position that fails, instead of up to the last that
+    passes."""
 
     def survival(self, target, proposal):
-        return lax.switch(self.index, [verifier.survival for verifier in self.verifiers], target, proposal)
+        # P(at least i) of `Block` is 1 - (1 - h_i)(1 - h_{i+1})...: the single h are found from it.
+        none_from = jnp.append(1.0 - Block().survival(target, proposal), 1.0)
+        passes = 1.0 - none_from[:-1] / jnp.maximum(none_from[1:], 1e-30)
+        return jnp.cumprod(passes)
 
     def next_weights(self, target, proposal, num_accepted):
-        branches = [verifier.next_weights for verifier in self.verifiers]
-        return lax.switch(self.index, branches, target, proposal, num_accepted)
+        return Block().next_weights(target, proposal, num_accepted)
+
+
+class NoFallback(AbstractAcceptanceRule):
+    """Has nothing to draw from where the residual is zero everywhere."""
+
+    def survival(self, target, proposal):
+        return Rejection().survival(target, proposal)
+
+    def next_weights(self, target, proposal, num_accepted):
+        target_probs = target[num_accepted].probs()
+        return jnp.maximum(target_probs - proposal.probs_at(num_accepted, target_probs.shape[-1]), 0.0)
+
+
+class Opaque(AbstractVerifier):
+    """A rule that does not state its law: it can only be judged by what it draws."""
+
+    rule: AbstractAcceptanceRule
+
+    def sampler(self, sampling, keys, positions):
+        return self.rule.sampler(sampling, keys, positions)
+
+    def verify(self, target, proposal, key, position) -> Verdict:
+        return self.rule.verify(target, proposal, key, position)
+
+
+class NoiseOfTheRound(AbstractVerifier):
+    """Wrong for a coupling: the noise of a position depends on where its round began."""
+
+    def sampler(self, sampling, keys, positions):
+        return CoupledSampler(sampling, keys, 100 * positions)
+
+    def verify(self, target, proposal, key, position) -> Verdict:
+        return Coupled().verify(target, proposal, key, 100 * position)
+
+
+class NoiseOfTheRow(AbstractVerifier):
+    """Wrong: all rounds of a row share their noise."""
+
+    def sampler(self, sampling, keys, positions):
+        return CoupledSampler(sampling, keys, 0 * positions)
+
+    def verify(self, target, proposal, key, position) -> Verdict:
+        return Coupled().verify(target, proposal, key, 0 * position)
 
 
 LOSSLESS = [Rejection(), Block(), CutOff(threshold=0.45, look_at_token=False)]
@@ -452,9 +499,5 @@ BROKEN = [
     BonusFromDraft(),
     LastDraftTokenDropped(),
     CutOff(threshold=0.3, look_at_token=True),
+    FirstFailingBlock(),
 ]
-
-
-def verifier_name(verifier: AbstractVerifier) -> str:
-    """For parametrised tests."""
-    return type(verifier).__name__

@@ -65,7 +65,7 @@ def start(folder: Path, out: Path, *settings: str) -> list[str]:
         ("steps=many", ("steps", "many", "whole number")),
         ("grpo.num_generations=1", ("grpo.num_generations", "at least 2", "group of one")),
         ("grpo.gradient_accumulation_steps=3", ("grpo.gradient_accumulation_steps = 3", "divisor")),
-        ("draft.length=4", ("draft.length = 4", "draft.heads")),
+        ("draft.length=4", ("draft.length = 4", "draft.max_length = 3")),
         ("task.name=arithmetics", ("arithmetics", "arithmetic")),
         ("task.low=90", ("low", "high")),
         ("reward.functions=['no_such_reward']", ("no_such_reward",)),
@@ -175,6 +175,22 @@ def test_bad_rewards(refused, specgrpo, tiny_folder, tmp_path):
     message = refused(*start(tiny_folder, out))
     assert f"the folder {out} already holds a run" in message and "--resume" in message
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == everything
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("draft.kind=hydra", ("is of kind 'medusa', but draft.kind is 'hydra'", "draft.kind=medusa")),
+        ("draft.max_length=4", ("has a max_length of 3, but draft.max_length is 4", "draft.max_length=3")),
+        ("draft.length=9", ("draft.length = 9", "at most 8")),
+        ("draft.length=5", ("draft.length = 5 is more than draft.max_length = 3",)),
+        ("draft.mode=off", ("names a draft, but draft.mode says that there is none",)),
+    ],
+)
+def test_a_saved_draft_that_is_not_what_was_asked_for(setting, words, refused, tiny_folder, tiny_draft, tmp_path):
+    settings = [text for text in tiny_settings(tiny_folder, tmp_path / "run") if not text.startswith("draft.max_")]
+    message = refused("run", *as_flags([*settings, "steps=1", setting]), "--draft", tiny_draft)
+    assert all(word in message for word in words), message
 
 
 def test_bad_resumes(refused, tiny_folder, tmp_path):

@@ -1,3 +1,4 @@
+import json
 import tomllib
 
 import pytest
@@ -7,7 +8,7 @@ from typer.testing import CliRunner
 from eqx_specgrpo._errors import ConfigError, UserError
 from eqx_specgrpo.cli import app, main
 from eqx_specgrpo.train._config import RunConfig
-from eqx_specgrpo.train._load_config import check_resume, dump_config, load_config
+from eqx_specgrpo.train._load_config import check_resume, draft_flags, dump_config, load_config
 from eqx_specgrpo.train._toml import toml_value
 
 
@@ -129,8 +130,12 @@ def test_unknown_key_without_a_near_one_lists():
         ("grpo.loss_type=ppo", 'grpo.loss_type = "ppo": it must be one of "dapo", "grpo", "bnpo", "dr_grpo"'),
         ("grpo.mask_truncated_completions=1", "grpo.mask_truncated_completions = 1: it must be true or false"),
         ("draft.length=9", "draft.length = 9: it must be a whole number of at least 0 and at most 8"),
-        ("draft.heads=9", "draft.heads = 9: it must be"),
-        ("draft.length=5", "draft.length = 5 is more than draft.heads = 2"),
+        ("draft.max_length=9", "draft.max_length = 9: it must be"),
+        ("draft.length=5", "draft.length = 5 is more than draft.max_length = 2"),
+        ("draft.kind=medus", "draft.kind = 'medus': there is no such draft. Did you mean 'medusa'?"),
+        ("draft.kind=file.py", "(Or a class of your own as file.py:Class or package.module:Class.)"),
+        ("draft.verifier=typical", 'draft.verifier = "typical": it must be one of "rejection", "block", "coupled"'),
+        ("draft.loss=mse", 'draft.loss = "mse": it must be one of "kl", "reverse_kl", "tv", "hybrid", "e2e_tv"'),
         ("draft.mode=onlin", 'draft.mode = "onlin": it must be one of "online", "frozen", "off"'),
         ("model.dtype=float16", 'model.dtype = "float16": it must be one of "float32", "bfloat16"'),
         ("reward.functions=a", 'reward.functions = "a": it must be a list of text'),
@@ -155,6 +160,17 @@ def test_contradictions():
     assert "reward.weights has 1 values for 2 functions" in fails("reward.functions=['a', 'b']", "reward.weights=[1]")
     assert "draft.kind says that there is none" in fails("draft.kind=none", "draft.path=x")
     assert "draft.mode says that there is none" in fails("draft.mode=off", "draft.path=x")
+    assert "puts an n-gram lookup in front" in fails("draft.ngram=true", "draft.kind=ngram")
+    assert "name it in draft.model" in fails("draft.kind=model")
+    assert "draft.num_layers = 2 is an option of kind 'layer_skip', but draft.kind is 'medusa'" in fails(
+        "draft.num_layers=2"
+    )
+    assert "draft.min_ngram = 2 is an option of kind 'ngram'" in fails("draft.min_ngram=2")
+    assert "draft.train_length = 3 is more than draft.max_length = 2" in fails(
+        "draft.kind=eagle", "draft.train_length=3"
+    )
+    assert "never learned" in fails("draft.mode=frozen", "draft.warmup=0")
+    assert load_config(None, ["draft.mode=frozen", "draft.warmup=0", "draft.kind=ngram"]).draft.enabled
     assert "grpo holds a value" in fails("grpo=1", "grpo.beta=1")
     assert len(fails("steps=0", "seed=-1", "draft.length=9").splitlines()) == 3
 
@@ -167,6 +183,57 @@ def test_draft_modes():
     assert states() == (True, True)
     assert states("draft.mode=frozen") == (True, False)
     assert states("draft.mode=off") == states("draft.kind=none") == (False, False)
+
+
+def saved(folder, kind="hydra", max_length=5, settings=None):
+    folder.mkdir()
+    target = {"name": "a model", "hidden_size": 8, "vocab_size": 9, "fingerprint": "00"}
+    about = {"kind": kind, "max_length": max_length, "settings": settings or {}, "target": target}
+    (folder / "draft.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_a_saved_draft_says_what_it_is(tmp_path):
+    """Where the layer that names it says nothing else; and a longer draft than it can make is asked for by nobody."""
+
+    def draft(*overrides, flags=None, path=None):
+        return load_config(path, overrides, flags).draft
+
+    long, short = saved(tmp_path / "long"), saved(tmp_path / "short", max_length=1)
+    found = draft(f"draft.path={long}")
+    assert (found.kind, found.max_length, found.ngram, found.path) == ("hydra", 5, False, str(long))
+    assert draft("model.path=x", f"draft.path={short}").length == 1
+    assert draft(f"draft.path={long}", "draft.kind=medusa").kind == "medusa"  # refused when it is loaded
+    parts = {"first": {"kind": "ngram"}, "then": {"kind": "eagle"}}
+    both = saved(tmp_path / "both", "fallback", 3, parts)
+    assert (draft(f"draft.path={both}").kind, draft(f"draft.path={both}").ngram) == ("eagle", True)
+    # In a file, too; a flag that names another draft takes the options of the file's along.
+    file = tmp_path / "c.toml"
+    file.write_text(f'[draft]\nkind = "layer_skip"\nnum_layers = 2\nlength = 2\npath = "{long}"')
+    assert draft(path=file).num_layers == 2
+    over = draft(path=file, flags=draft_flags("eagle"))
+    assert (over.kind, over.path, over.num_layers, over.length) == ("eagle", None, None, 2)
+    over = draft(path=file, flags=draft_flags(str(both)))
+    assert (over.kind, over.path, over.max_length) == ("eagle", str(both), 3)
+    # What was resolved does not need the folder to be read again.
+    file.write_text(dump_config(load_config(None, [f"draft.path={long}"])))
+    (long / "draft.json").unlink()
+    assert draft(path=file) == found
+
+
+def test_draft_flags(tmp_path):
+    folder = saved(tmp_path / "folder")
+    assert draft_flags(str(folder)) == {"draft.path": str(folder)}
+    for kind in ("medusa", "ngram", "none", "file.py:Class", "package.module:make"):
+        assert draft_flags(kind) == {"draft.kind": kind, "draft.path": "none"}
+    for text, words in {
+        "hydr": "Did you mean 'hydra'?",
+        str(tmp_path): "it has no ",
+        "a b:c": "file.py:Class",
+    }.items():
+        with pytest.raises(ConfigError, match="no saved draft in") as info:
+            draft_flags(text)
+        assert words in str(info.value)
 
 
 def test_bad_files(tmp_path):

@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 from helpers import (
     BROKEN,
-    OneOf,
     PointMassDraft,
     TabularDraft,
     quick_compilation,
     sequence_law,
     tabular_model,
-    verifier_name,
 )
-from scipy import stats
 
 from eqx_specgrpo._types import Rollouts
 from eqx_specgrpo.decoding import FixedLength, Rejection, Sampling, decode, teacher_forced_logprobs
+from eqx_specgrpo.testing import OneOf, verifier_name
+from eqx_specgrpo.testing._statistics import law_p_value
 
 ROWS, NEW, LENGTH, VOCAB = 2048, 6, 2, 4
 PROMPT = [3, 1]
@@ -58,28 +57,13 @@ def _p_values(rollouts: Rollouts, sampling) -> tuple[float, float]:
     """Of the first three tokens, and of the last three."""
     law = sequence_law(TARGET, sampling, PROMPT, NEW)
     return (
-        _chi_square(rollouts.tokens[:, :3], law.sum((3, 4, 5))),
-        _chi_square(rollouts.tokens[:, 3:], law.sum((0, 1, 2))),
+        law_p_value(rollouts.tokens[:, :3], law.sum((3, 4, 5))),
+        law_p_value(rollouts.tokens[:, 3:], law.sum((0, 1, 2))),
     )
 
 
-def _chi_square(tokens: np.ndarray, law: np.ndarray) -> float:
-    counts = np.zeros(law.shape)
-    np.add.at(counts, tuple(tokens.T), 1)
-    counts, expected = counts.ravel(), len(tokens) * law.ravel()
-    if counts[expected == 0].sum() > 0:
-        return 0.0
-    # Cells too rare for the approximation are taken together.
-    rare = expected < 5
-    counts = np.append(counts[~rare], counts[rare].sum())
-    expected = np.append(expected[~rare], expected[rare].sum())
-    keep = expected > 0
-    assert keep.sum() > 5
-    return float(stats.chisquare(counts[keep], expected[keep]).pvalue)
-
-
 # One program for all.
-_REJECTION = OneOf((Rejection(), *BROKEN), jnp.int32(0))
+_REJECTION = OneOf((Rejection(), *BROKEN), 0)
 
 
 @pytest.mark.parametrize(
@@ -112,10 +96,10 @@ def test_rows_of_one_prompt_are_independent():
     tokens = _decode(DRAFT, _REJECTION, _PLAIN).tokens
     first = sequence_law(TARGET, _PLAIN, PROMPT, 1)
     pairs = np.stack([tokens[0::2, 0], tokens[1::2, 0]], axis=1)
-    assert _chi_square(pairs, first[:, None] * first) > 1e-3
+    assert law_p_value(pairs, first[:, None] * first) > 1e-3
 
 
 @pytest.mark.parametrize("index", range(len(BROKEN)), ids=map(verifier_name, BROKEN))
 def test_statistics_catch_broken_verifiers(index):
-    verifier = OneOf(_REJECTION.verifiers, jnp.int32(1 + index))
+    verifier = OneOf(_REJECTION.rules, 1 + index)
     assert min(_p_values(_decode(DRAFT, verifier, _PLAIN), _PLAIN)) < 1e-6

@@ -13,7 +13,7 @@ from eqx_specgrpo._types import ScoredRollouts, StopReason
 from eqx_specgrpo.decoding import decode
 from eqx_specgrpo.distill import DraftBatch, ForwardKL, LKHybrid, draft_gradients, select_rows
 from eqx_specgrpo.drafts import MedusaHeads
-from eqx_specgrpo.grpo import adamw, apply_gradients, make_update_batch
+from eqx_specgrpo.grpo import adamw, apply_gradients, make_update_batch, plan_micro_batches
 from eqx_specgrpo.models import Features, sequence_features
 from eqx_specgrpo.train._parts import make_parts
 from eqx_specgrpo.train._state import RunState
@@ -233,6 +233,61 @@ def test_rows_without_a_say_in_the_policy_loss_teach_the_draft(tiny_folder, tmp_
     # The features of the policy's forward are those of a forward of its own.
     again = features_of(weights, batch, ())
     np.testing.assert_allclose(features.last, again.last, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def unequal():
+    """Rollouts of which some fit a narrower width than others."""
+    rollouts = decode(tiny_model(), [[5, 9, 11], [7, 3, 2, 8, 1]], key=jr.key(2), max_new_tokens=80, samples=4)
+    rollouts = eqx.tree_at(lambda r: r.lengths, rollouts, np.array([80, 9, 20, 1, 71, 5, 40, 50], np.int32))
+    rewards = np.arange(8) % 3 - 1.0
+    return ScoredRollouts(rollouts, rewards[:, None], rewards, rewards.astype(np.float32))
+
+
+def updated(folder, out, scored, *settings: str):
+    config = tiny_config(folder, out, "grpo.max_completion_length=80", "grpo.beta=0.04", *settings)
+    parts = make_parts(config, tiny_tokenizer(), heads())
+    policy, reference = tiny_model(), tiny_model(sharpness=14.0)
+    optimizer = parts.policy_optimizer.init(eqx.filter(policy, eqx.is_inexact_array))
+    policy, _, _, features, batch, metrics = update_policy(parts, policy, optimizer, reference, scored, 1e-3, 0)
+    return flat(eqx.filter(policy, eqx.is_inexact_array)), features.last, batch, metrics
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_how_rows_are_divided_changes_nothing(loss_type, unequal, tiny_folder, tmp_path, monkeypatch):
+    """Sorted, cut to their width and divided, against all rows at once at full width: the same to rounding."""
+    from eqx_specgrpo.train import _step
+
+    divisions = []
+
+    def record(lengths, width, **kwargs):
+        divisions.append(plan_micro_batches(lengths, width, overhead=0, **kwargs))
+        return divisions[-1]
+
+    loss = f"grpo.loss_type={loss_type}"
+    whole = lambda lengths, width, **_: [(np.arange(len(lengths)), width)]
+    monkeypatch.setattr(_step, "plan_micro_batches", whole)
+    weights, features, batch, metrics = updated(tiny_folder, tmp_path, unequal, loss)
+    start = flat(eqx.filter(tiny_model(), eqx.is_inexact_array))
+    monkeypatch.setattr(_step, "plan_micro_batches", record)
+    ends = batch.prompt_lengths + unequal.rollouts.lengths
+    valid = np.arange(batch.tokens.shape[1])[None] < ends[:, None]
+    choices = [(), ("grpo.max_tokens_per_micro_batch=100", "grpo.gradient_checkpointing=true")]
+    for settings in choices if loss_type == "dapo" else choices[:1]:
+        other, other_features, other_batch, other_metrics = updated(tiny_folder, tmp_path, unequal, loss, *settings)
+        assert len({width for _, width in divisions[-1]}) == 2
+        # Adam divides by the gradient's size: what matters is the direction of the whole step.
+        step, other_step = weights - start, other - start
+        assert np.linalg.norm(step) > 1e-2
+        assert np.linalg.norm(other_step - step) < 1e-2 * np.linalg.norm(step)
+        np.testing.assert_allclose(other_features[valid], features[valid], atol=1e-4)
+        counted = batch.completion_mask
+        np.testing.assert_allclose(
+            other_batch.reference_logprobs[counted], batch.reference_logprobs[counted], rtol=1e-4, atol=1e-5
+        )
+        assert other_metrics.keys() == metrics.keys()
+        for name, value in metrics.items():
+            assert other_metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
 def counting_model(vocab_size: int = 24):

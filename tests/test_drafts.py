@@ -120,17 +120,18 @@ def test_in_decoding_the_state_is_where_training_looks(target, heads):
     prompts = Prompts.from_lists([[1, 2, 3], [4], [5, 6, 7, 8, 9]])
     eos, new, rows = jnp.array([-1], jnp.int32), 20, 3
     modules = (target, heads, Rejection(), Sampling(1.0))
-    state = decode_module._prefill(
-        modules,
+    state, _ = decode_module._prefill(
+        (*modules, eos),
         jnp.asarray(prompts.tokens),
         jnp.asarray(prompts.lengths),
         jnp.full(rows, new, jnp.int32),
-        eos,
         jr.key(3),
-        samples=1,
+        jnp.arange(rows),
+        jnp.arange(rows),
         new=new + HEADS + 1,
         capacity=16 + new + HEADS + 1,
         cache_dtype="float32",
+        keep_prompts=False,
     )
     a_round = eqx.filter_jit(lambda state: decode_round(*modules, eos, state, HEADS))
     accepted = set()

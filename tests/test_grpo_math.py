@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -426,6 +427,27 @@ def test_chunked_is_dense(chunk, getkey):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [0, 1, CHUNK, CHUNK + 1])
+def test_chunks_beyond_the_count_are_left_out(count, getkey):
+    hidden, weight, tokens, _ = chunked_case(getkey)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def total(hidden, weight, count):
+        logprobs, entropies = chunked_logprobs(hidden, tokens, lambda h: h @ weight, 1.0, CHUNK, count=count)
+        return jnp.sum(jnp.where(jnp.arange(len(tokens)) < count, logprobs, 0.0)), (logprobs, entropies)
+
+    (_, (logprobs, entropies)), gradients = total(hidden, weight, count)
+    dense, dense_entropies = dense_logprobs(hidden, tokens, lambda h: h @ weight, 1.0)
+    computed = -(-count // CHUNK) * CHUNK
+    np.testing.assert_allclose(logprobs[:count], dense[:count], rtol=1e-5)
+    np.testing.assert_allclose(entropies[:count], dense_entropies[:count], rtol=1e-5)
+    assert not logprobs[computed:].any() and not entropies[computed:].any()
+    wanted = jax.grad(lambda *a: dense_logprobs(a[0], tokens, lambda h: h @ a[1], 1.0)[0][:count].sum(), (0, 1))
+    for found, expected in zip(gradients, wanted(hidden, weight), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_entropy_is_a_metric_by_default(getkey):
     hidden, weight, tokens, _ = chunked_case(getkey)
     entropy = lambda h: chunked_logprobs(h, tokens, lambda h: h @ weight, 1.0, CHUNK)[1].sum()
@@ -481,4 +503,9 @@ def test_no_array_of_positions_and_vocab_exists(getkey):
         chunked = lambda *args, d=differentiable_entropy: chunked_logprobs(*args, CHUNK, differentiable_entropy=d)
         # The weight's gradient is the largest; a chunk of logits comes next.
         assert largest_with_vocab(chunked) == max(HIDDEN, CHUNK) * VOCAB
+        # Nor is the weight kept once for every chunk, as it is where a branch is differentiated within a scan.
+        counted = lambda *args, f=chunked_logprobs, d=differentiable_entropy: f(
+            *args, CHUNK, differentiable_entropy=d, count=jnp.array(CHUNK + 1)
+        )
+        assert largest_with_vocab(counted) == max(HIDDEN, CHUNK) * VOCAB
     assert largest_with_vocab(dense_logprobs) == POSITIONS * VOCAB  # or the test could not fail

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from eqx_specgrpo.models import Linear, cast_weights, matmul
+from eqx_specgrpo.models._linear import gather
 
 ROWS, IN, OUT = 6, 96, 80
 
@@ -55,14 +56,97 @@ def test_all_three_products_take_bfloat16_and_return_float32():
         assert operands.count("xbf16>") == 2 and result.endswith("xf32>"), (operands, result)
 
 
+def _has_bfloat16_kernels() -> bool:
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text() if cpu.is_file() else ""
+    return jax.default_backend() == "cpu" and ("avx512_bf16" in flags or "amx_bf16" in flags)
+
+
 def test_weight_is_not_converted_on_cpu():
     # What makes a bfloat16 weight slow on CPU is a float32 copy of all of it at every call, which the compiler inserts
     # where it has no kernel. Whether it has one depends on the processor.
-    cpu = Path("/proc/cpuinfo")
-    flags = cpu.read_text() if cpu.is_file() else ""
-    if jax.default_backend() != "cpu" or not ("avx512_bf16" in flags or "amx_bf16" in flags):
+    if not _has_bfloat16_kernels():
         pytest.skip("this processor has no bfloat16 instructions")
     compiled = _lowered().compile().as_text()
     assert f"bf16[{OUT},{IN}]" in compiled
     assert not re.search(rf"= f32\[{OUT},{IN}\]\S* convert\(", compiled)
     assert not re.search(rf"= f32\[{IN},{OUT}\]\S* convert\(", compiled)
+
+
+@pytest.mark.parametrize("rows, out", [(1, OUT), (2, 2), (ROWS, OUT), (ROWS, OUT - 1), (300, OUT)])
+def test_bfloat16_weight_gradient(getkey, rows, out):
+    """Of even and odd sizes, alone and under `vmap`: what XLA can't run, it says only when it runs."""
+    x, cotangent = jr.normal(getkey(), (3, rows, IN)), jr.normal(getkey(), (3, rows, out))
+    weight = jnp.zeros((out, IN), jnp.bfloat16)
+    gradient = jax.jit(lambda x, g: jax.vjp(lambda w: matmul(x, w), weight)[1](g)[0])
+    rounded = lambda a: a.astype(jnp.bfloat16).astype(jnp.float32)
+    expected = jnp.einsum("bro,bri->boi", rounded(cotangent), rounded(x))
+    for found in (
+        jnp.stack([gradient(*pair) for pair in zip(x, cotangent, strict=True)]),
+        jax.vmap(gradient)(x, cotangent),
+    ):
+        # One rounding to the weight's dtype, and the order of the sum.
+        np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=2**-8, atol=1e-4)
+
+
+def test_weight_gradient_has_bfloat16_operands_on_cpu():
+    # The weight's gradient contracts the leading axes of both operands, for which XLA has a float32 kernel only.
+    if not _has_bfloat16_kernels():
+        pytest.skip("this processor has no bfloat16 instructions")
+    rows, out, size = 512, 192, 320
+    arguments = jnp.zeros((rows, size)), jnp.zeros((out, size), jnp.bfloat16), jnp.zeros((rows, out))
+    step = jax.jit(lambda x, w, g: jax.vjp(matmul, x, w)[1](g))
+    compiled = step.lower(*arguments).compile().as_text()
+    products = re.findall(r" dot\((%\S+), (%\S+)\)", compiled)
+    assert len(products) == 2
+    for computation in compiled.split("\n\n"):
+        for names in re.findall(r" dot\((%\S+), (%\S+)\)", computation):
+            for name in names:
+                assert f"{name} = bf16[" in computation, computation
+
+
+@pytest.mark.parametrize("rows", [1, 2, 128, 129])
+def test_float32_product_does_not_depend_on_its_operands_order(getkey, rows):
+    # Few rows and many are two programs on CPU; either has the same gradients.
+    x, weight = jr.normal(getkey(), (rows, IN)), jr.normal(getkey(), (OUT, IN)) / np.sqrt(IN)
+    y, pullback = jax.vjp(matmul, x, weight)
+    expected, expected_pullback = jax.vjp(lambda x, weight: x @ weight.T, x, weight)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    for found, want in zip(pullback(y), expected_pullback(y), strict=True):
+        np.testing.assert_allclose(found, want, atol=1e-3)
+
+
+def test_float32_weight_is_the_first_operand_on_cpu():
+    if jax.default_backend() != "cpu":
+        pytest.skip("reads what XLA makes on CPU")
+
+    def product(rows):
+        compiled = jax.jit(matmul).lower(jnp.zeros((rows, IN)), jnp.zeros((OUT, IN))).compile().as_text()
+        return re.findall(r"= f32\[(\d+),(\d+)\]\S* dot\(", compiled)
+
+    assert product(16) == [(str(OUT), "16")]
+    assert product(512) == [("512", str(OUT))]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gather_is_indexing_in_float32(getkey, dtype):
+    table = jr.normal(getkey(), (OUT, IN)).astype(dtype)
+    index = jnp.array([[3, 0, 3], [OUT - 1, 7, 3]])
+    reference = jr.normal(getkey(), (2, 3, IN))
+    rows, gradient = jax.value_and_grad(lambda table: jnp.sum(gather(table, index) * reference))(table)
+    plain = table.astype(jnp.float32)
+    expected, expected_gradient = jax.value_and_grad(lambda table: jnp.sum(table[index] * reference))(plain)
+    np.testing.assert_array_equal(gather(table, index), plain[index])
+    np.testing.assert_allclose(rows, expected, rtol=1e-5)
+    assert gradient.dtype == dtype
+    # The rows of a token that comes several times are summed before they are rounded.
+    np.testing.assert_array_equal(gradient, expected_gradient.astype(dtype))
+
+
+def test_gather_does_not_convert_the_table_on_cpu():
+    if jax.default_backend() != "cpu":
+        pytest.skip("reads what XLA makes on CPU")
+    compiled = jax.jit(gather).lower(jnp.zeros((OUT, IN), jnp.bfloat16), jnp.zeros((2, 3), jnp.int32)).compile()
+    assert f"bf16[{OUT},{IN}]" in compiled.as_text()
+    assert f"f32[{OUT},{IN}]" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < OUT * IN

@@ -9,8 +9,10 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from helpers import TabularModel
 from tiny_run import tiny_model
 
+from eqx_specgrpo._errors import UserError
 from eqx_specgrpo._sampling import Sampling
 from eqx_specgrpo._types import StopReason
 from eqx_specgrpo.decoding import decode
@@ -26,12 +28,15 @@ from eqx_specgrpo.grpo import (
     compute_copy,
     global_norm,
     make_update_batch,
+    padded_width,
+    plan_micro_batches,
     policy_gradients,
     policy_logprobs,
+    training_features,
 )
 from eqx_specgrpo.models import sequence_features
 
-VOCAB, NEW = 67, 20
+VOCAB, NEW, WIDE = 67, 20, 40
 LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
 ADVANTAGES = np.array([1.5, -0.5, -1.0, 0.5, -1.25, 0.0, 0.75, 1.0], np.float32)
 
@@ -176,7 +181,7 @@ def test_micro_batches_add_up_to_one_batch(loss_type, model, batch):
     for start in (0, 4):
         # A micro-batch holds rows of unequal lengths, so that averages of averages would be wrong.
         part, part_features = policy_gradients(
-            model, batch.rows(start, start + 4), normalizer_of(batch, micro_batches=2), settings
+            model, batch.rows(slice(start, start + 4)), normalizer_of(batch, micro_batches=2), settings
         )
         parts.append(part_features.last)
         total = part if total is None else total + part
@@ -194,6 +199,72 @@ def test_micro_batches_add_up_to_one_batch(loss_type, model, batch):
         return
     np.testing.assert_allclose(total.loss, whole.loss, rtol=1e-5)
     assert_close(total.gradients, whole.gradients)
+
+
+@pytest.mark.parametrize("layers", [(), (1, 0)])
+def test_checkpointed_gradients_are_the_same(layers, model, batch):
+    plain = settings_of(layers=layers)
+    kept, kept_features = policy_gradients(model, batch, normalizer_of(batch), plain)
+    settings = settings_of(layers=layers, gradient_checkpointing=True)
+    again, features = policy_gradients(model, batch, normalizer_of(batch), settings, feature_width=WIDE)
+    np.testing.assert_allclose(again.loss, kept.loss, rtol=1e-5)
+    assert_close(again.gradients, kept.gradients)
+    seq = batch.tokens.shape[1]
+    for value, wanted in zip(jax.tree.leaves(features), jax.tree.leaves(kept_features), strict=True):
+        np.testing.assert_allclose(value[:, :seq], wanted, atol=1e-5)
+        assert value.shape[1] == WIDE and not value[:, seq:].any()
+
+
+def test_checkpointing_saves_memory():
+    """Of unrolled layers XLA merges the second computation with the first; a loop has to be there."""
+    model = tiny_model(VOCAB, hidden_size=32, num_layers=12)
+    rows, seq = 16, 48
+    zeros = np.zeros((rows, seq), np.int32)
+    batch = UpdateBatch(
+        zeros, np.ones(rows, np.int32), zeros, zeros == 0, 0.0 * zeros.astype(np.float32), np.ones(rows, np.float32)
+    )
+
+    def temporary(checkpointing):
+        settings = settings_of(gradient_checkpointing=checkpointing)
+        compiled = policy_gradients.lower(model, batch, normalizer_of(batch), settings).compile()
+        return compiled.compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(True) < 0.5 * temporary(False)
+
+
+def test_only_a_transformer_can_be_checkpointed(batch):
+    other = TabularModel(jnp.zeros((4, 3, 3)))
+    with pytest.raises(UserError, match="gradient_checkpointing goes through .* the policy is a TabularModel"):
+        training_features(other, jnp.asarray(batch.tokens), gradient_checkpointing=True)
+
+
+def test_widths_are_few_and_cover():
+    lengths = np.arange(1, 2049)
+    widths = np.array([padded_width(int(length)) for length in lengths])
+    assert (widths >= lengths).all() and len(set(widths)) == 16
+    assert (widths - lengths < np.maximum(64, lengths / 4)).all()
+
+
+def test_plan_saves_padding_and_keeps_to_its_budget():
+    lengths = np.array([60, 250, 30, 200, 64, 10, 50, 190])
+    plan = plan_micro_batches(lengths, 256)
+    # Longest first, and the short ones apart.
+    assert [(rows.tolist(), width) for rows, width in plan] == [([1, 3, 7, 4], 256), ([0, 6, 2, 5], 64)]
+    assert len(plan_micro_batches(np.full(8, 200), 256)) == 1
+    assert len(plan_micro_batches(lengths, 256, overhead=2000)) == 1
+    for budget in (2048, 1024, 512, 300, 100):
+        plan = plan_micro_batches(lengths, 256, max_tokens=budget)
+        assert sorted(np.concatenate([rows for rows, _ in plan])) == list(range(8))
+        assert all(lengths[rows].max() <= width for rows, width in plan)
+        # A budget below a row's own width leaves each row alone.
+        assert all(len(rows) * width <= max(budget, 256) for rows, width in plan)
+    assert [len(rows) for rows, _ in plan_micro_batches(np.full(6, 9), 64, num_parts=3)] == [2, 2, 2]
+    kept = plan_micro_batches(lengths, 256, num_parts=2, sort=False)
+    assert [(rows.tolist(), width) for rows, width in kept] == [([0, 1, 2, 3], 256), ([4, 5, 6, 7], 192)]
+    # Never wider than the sequences' array.
+    assert plan_micro_batches(np.full(4, 70), 100)[0][1] == 100
+    with pytest.raises(ValueError, match="num_parts is 3, which does not divide 8 rows"):
+        plan_micro_batches(lengths, 256, num_parts=3)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])

@@ -100,7 +100,7 @@ def tiny_settings(folder: Path, out: Path, *settings: str) -> list[str]:
         "grpo.max_completion_length=16",
         "grpo.learning_rate=3e-3",
         "grpo.logprob_chunk=24",
-        "draft.heads=3",
+        "draft.max_length=3",
         "draft.length=3",
         "draft.warmup=2",
         "draft.fraction=0.5",

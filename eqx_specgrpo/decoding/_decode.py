@@ -141,6 +141,7 @@ def decode(
             on_progress(DecodeProgress(int(active.sum()), num_rows, done + int(np.asarray(state.num_new).sum())))
         admission = _admission(len(row_ids), len(waiting))
         if admission and int((~active).sum()) >= admission:
+            assert prompt_state is not None
             output.take(row_ids, state)
             slots = np.flatnonzero(~active)[:admission]
             admitted, waiting = np.split(waiting, [admission])

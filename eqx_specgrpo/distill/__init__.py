@@ -4,6 +4,7 @@ from ._losses import (
     lk_hybrid as lk_hybrid,
     log_acceptance as log_acceptance,
     reverse_kl as reverse_kl,
+    sayable as sayable,
     total_variation as total_variation,
 )
 from ._objectives import (
@@ -20,3 +21,4 @@ from ._step import (
     draft_gradients as draft_gradients,
     select_rows as select_rows,
 )
+from ._temperature import TemperatureFit as TemperatureFit, fit_temperature as fit_temperature

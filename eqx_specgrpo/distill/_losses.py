@@ -21,6 +21,14 @@ def forward_kl(
     return _kl(_target_logprobs(target_logits), _draft_logprobs(draft_logits))
 
 
+def sayable(
+    target_logits: Float[Array, "*shape vocab"], draft_logits: Float[Array, "*shape vocab"]
+) -> Float[Array, "*shape vocab"]:
+    """The target's logits without the tokens that the draft rules out, so that a KL to it is finite: the target's
+    distribution given that the draft could have said the token."""
+    return jnp.where(lax.stop_gradient(draft_logits) > -jnp.inf, target_logits, -jnp.inf)
+
+
 def reverse_kl(
     target_logits: Float[Array, "*shape vocab"], draft_logits: Float[Array, "*shape vocab"]
 ) -> Float[Array, "*shape"]:
@@ -78,7 +86,8 @@ def lk_hybrid(
     """`lam KL + (1 - lam) TV` with `lam = exp(-eta alpha)` ("LK-lambda").
 
     From the forward KL where the draft is poor, to the rejection probability itself where it is good; each draft
-    position goes at its own pace.
+    position goes at its own pace. The KL is that of what the draft can say, see [`eqx_specgrpo.distill.sayable`][]; the
+    variation is that of all.
 
     **Arguments:**
 
@@ -87,7 +96,7 @@ def lk_hybrid(
     - `eta`: how soon the total variation takes over.
     """
     weight = jnp.exp(-jnp.asarray(eta, jnp.float32) * lax.stop_gradient(alpha.astype(jnp.float32)))
-    divergence = forward_kl(target_logits, draft_logits)
+    divergence = forward_kl(sayable(target_logits, draft_logits), draft_logits)
     weight = jnp.broadcast_to(weight, divergence.shape)
     return weight * divergence + (1 - weight) * total_variation(target_logits, draft_logits)
 

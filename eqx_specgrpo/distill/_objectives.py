@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ._losses import expected_acceptance, forward_kl, lk_hybrid, reverse_kl, total_variation
+from ._losses import expected_acceptance, forward_kl, lk_hybrid, reverse_kl, sayable, total_variation
 
 
 class AbstractDraftLoss(eqx.Module):
@@ -56,7 +56,10 @@ class AbstractDraftLoss(eqx.Module):
 
 
 class ForwardKL(AbstractDraftLoss):
-    """KL(target || draft): robust from a random start. See [`eqx_specgrpo.distill.forward_kl`][]."""
+    """KL(target || draft): robust from a random start. See [`eqx_specgrpo.distill.forward_kl`][].
+
+    For a draft of a reduced vocabulary, of the target renormalised over what the draft can say.
+    """
 
     def position_losses(
         self,
@@ -65,7 +68,7 @@ class ForwardKL(AbstractDraftLoss):
         mask: Bool[Array, "positions draft"],
         alpha: Float[Array, " draft"],
     ) -> Float[Array, "positions draft"]:
-        return forward_kl(target_logits, draft_logits)
+        return forward_kl(sayable(target_logits, draft_logits), draft_logits)
 
 
 class ReverseKL(AbstractDraftLoss):

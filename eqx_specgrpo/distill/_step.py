@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
-from ..drafts import AbstractDraft
+from ..drafts import AbstractDraft, draft_vocabulary
 from ..models import AbstractLanguageModel, Features
 from ._objectives import AbstractDraftLoss
+from ._support import draft_over_support, target_over_support
 
 
 class DraftBatch(eqx.Module):
@@ -65,12 +66,13 @@ def draft_gradients(
     alpha: Float[Array, " draft"],
     position_decay: Float[Array, ""],
     new: int,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> DraftGradients:
     """Loss and gradients of the draft, in chunks of positions: no array of all positions times the vocabulary exists.
 
     A chunk's logits serve forward and backward at once, so that each is computed one time. Only the draft is
-    differentiated; target and features are constants.
+    differentiated; target and features are constants. A draft of a reduced vocabulary learns over that alone, which
+    leaves one pass over the target's whole vocabulary of those that a full one needs.
 
     **Arguments:**
 
@@ -82,12 +84,13 @@ def draft_gradients(
     - `alpha`: recent expected acceptance of each draft position, for losses that adapt to it.
     - `position_decay`: weight of each draft position relative to the one before it (Medusa uses 0.8).
     - `new`: the completion positions to look at; static.
-    - `chunk`: positions a chunk; static.
+    - `chunk`: positions a chunk; static. `None`: as many as keep an array of draft logits below 32 MiB, which is about
+        what CPU caches and allocators like. Chunks in which no position counts are passed over.
     """
     features, target = lax.stop_gradient((batch.features, target))
     params, static = eqx.partition(draft, eqx.is_inexact_array)
     rows, seq = batch.tokens.shape
-    num_draft = draft.train_length
+    num_draft, vocabulary = draft.train_length, draft_vocabulary(draft)
     positions = jnp.minimum(batch.prompt_lengths[:, None] - 1 + jnp.arange(new)[None], seq - 1)
     offsets = jnp.arange(new)[None, :, None] + 1 + jnp.arange(num_draft)[None, None]
     mask = offsets < batch.completion_lengths[:, None, None]
@@ -103,6 +106,9 @@ def draft_gradients(
     draft_hidden, pull_back = jax.vjp(completion_hidden, params)
     target_hidden = jnp.take_along_axis(features.last, positions[:, :, None], axis=1).reshape(rows * new, -1)
 
+    if chunk is None:
+        draft_size = vocabulary.size or target.vocab_size
+        chunk = _default_chunk(rows * new, max(num_draft * draft_size, target.vocab_size))
     # Offset k looks k + 1 positions ahead in the same row; what would be another row's is masked.
     padding = -(rows * new) % chunk
     draft_chunks = jnp.pad(draft_hidden, ((0, padding), (0, 0), (0, 0))).reshape(-1, chunk, *draft_hidden.shape[1:])
@@ -110,13 +116,17 @@ def draft_gradients(
     target_hidden = jnp.pad(target_hidden, ((0, padding + num_draft), (0, 0)))
 
     def one_chunk(carry, inputs):
+        return lax.cond(inputs[2].any(), learn, lambda carry, inputs: (carry, jnp.zeros_like(inputs[1])), carry, inputs)
+
+    def learn(carry, inputs):
         start, hidden, mask = inputs
         ahead = lax.dynamic_slice_in_dim(target_hidden, start, chunk + num_draft)
-        ahead_logits = target.unembed(ahead) / temperature
+        ahead_logits = target_over_support(target.unembed(ahead) / temperature, vocabulary.support)
         target_logits = jnp.stack([ahead_logits[1 + k : 1 + k + chunk] for k in range(num_draft)], axis=1)
 
         def chunk_loss(params, hidden):
             draft_logits = eqx.combine(params, static).train_logits(target, hidden) / temperature
+            draft_logits = draft_over_support(draft_logits, vocabulary.support)
             losses, acceptances = loss(target_logits, draft_logits, mask, alpha)
             return jnp.sum(weights * losses), acceptances
 
@@ -135,3 +145,9 @@ def draft_gradients(
     (through_hidden,) = pull_back(d_hidden.reshape(-1, *draft_hidden.shape[1:])[: rows * new])
     gradients = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), gradients, through_hidden)
     return DraftGradients(gradients, total, acceptance_sums / jnp.maximum(counts, 1))
+
+
+def _default_chunk(positions: int, logits: int) -> int:
+    """A power of two from 16 to 512, and no more than the positions ask for."""
+    fitting = max(16, min(512, (1 << 23) // logits))
+    return min(1 << fitting.bit_length() - 1, 1 << (positions - 1).bit_length())

@@ -1,10 +1,51 @@
-from ._base import AbstractDraft as AbstractDraft, DraftError as DraftError, Proposal as Proposal
+from ._base import (
+    AbstractDraft as AbstractDraft,
+    DraftError as DraftError,
+    Proposal as Proposal,
+    check_fit as check_fit,
+    pick_positions as pick_positions,
+)
+from ._custom import custom_draft as custom_draft
+from ._eagle import EagleDraft as EagleDraft
+from ._fallback import FallbackDraft as FallbackDraft
+from ._history import AbstractHistoryDraft as AbstractHistoryDraft, remember as remember
 from ._hydra import HydraHeads as HydraHeads
+from ._layer_skip import EarlyExit as EarlyExit, ExitAdapter as ExitAdapter, LayerSkipDraft as LayerSkipDraft
 from ._medusa import MedusaHeads as MedusaHeads
+from ._model import (
+    ModelDraft as ModelDraft,
+    check_same_vocabulary as check_same_vocabulary,
+    load_model_draft as load_model_draft,
+)
+from ._ngram import NGramDraft as NGramDraft
 from ._none import NoDraft as NoDraft
 from ._sampler import (
     AbstractSampler as AbstractSampler,
     CoupledSampler as CoupledSampler,
     IndependentSampler as IndependentSampler,
 )
-from ._save import draft_kind as draft_kind, load_draft as load_draft, save_draft as save_draft
+from ._save import (
+    DraftWarning as DraftWarning,
+    describe_saved_draft as describe_saved_draft,
+    draft_kind as draft_kind,
+    load_draft as load_draft,
+    save_draft as save_draft,
+)
+from ._tempered import (
+    MOST_STEPS as MOST_STEPS,
+    TemperedDraft as TemperedDraft,
+    TemperedSampler as TemperedSampler,
+    steps_to_temperature as steps_to_temperature,
+    tempered_part as tempered_part,
+    with_temperature as with_temperature,
+)
+from ._vocabulary import (
+    AbstractDraftVocabulary as AbstractDraftVocabulary,
+    FullVocabulary as FullVocabulary,
+    ReducedVocabulary as ReducedVocabulary,
+    completion_tokens as completion_tokens,
+    coverage as coverage,
+    draft_vocabulary as draft_vocabulary,
+    most_used_tokens as most_used_tokens,
+    with_vocabulary as with_vocabulary,
+)

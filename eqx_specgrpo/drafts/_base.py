@@ -171,6 +171,20 @@ class AbstractDraft(eqx.Module, Generic[State]):
         """JSON-able settings from which an equal module can be built before its weights are loaded."""
 
 
+def check_fit(draft: AbstractDraft, target: AbstractLanguageModel) -> None:
+    """Raises `DraftError`, naming both sides, if a draft asks for layers that the target has not, or fails its `check`.
+
+    For drafts from outside the library, whose `check` may not have thought of everything.
+    """
+    draft.check(target)
+    num_layers = len(target.no_cache())
+    if any(not 0 <= layer < num_layers for layer in draft.layers):
+        raise DraftError(
+            f"this {type(draft).__name__} reads the target's layers {draft.layers}, counted from 0, but the target has "
+            f"{num_layers}: use a draft that was trained for this target, or a fresh one"
+        )
+
+
 def pick_positions(values: Float[Array, "rows seq size"], index: Int[Array, " rows"]) -> Float[Array, "rows size"]:
     """One position of each row: where the newest features stand is different in every row."""
     return jnp.take_along_axis(values, index[:, None, None], axis=1)[:, 0]

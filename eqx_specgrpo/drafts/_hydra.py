@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ..models import AbstractLanguageModel, Features, Linear
 from ._base import AbstractDraft, DraftError, Proposal, pick_positions
 from ._sampler import AbstractSampler
+from ._vocabulary import AbstractDraftVocabulary, FullVocabulary
 
 HydraState = Float[Array, "rows hidden"]
 
@@ -54,15 +55,26 @@ class HydraHeads(AbstractDraft[HydraState]):
     - `hidden_size`: the target's.
     - `num_heads`: the most tokens drafted.
     - `inner_size`: width of each head's hidden layer; the target's hidden size if `None`.
+    - `vocabulary`: the tokens that it can say; see [`eqx_specgrpo.drafts.ReducedVocabulary`][].
     - `key`: for the first layers' weights.
     """
 
     heads: tuple[HydraHead, ...]
+    vocabulary: AbstractDraftVocabulary
     layers: tuple[int, ...] = eqx.field(static=True)
 
-    def __init__(self, hidden_size: int, num_heads: int, inner_size: int | None = None, *, key: PRNGKeyArray):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        inner_size: int | None = None,
+        vocabulary: AbstractDraftVocabulary | None = None,
+        *,
+        key: PRNGKeyArray,
+    ):
         inner_size = hidden_size if inner_size is None else inner_size
         self.heads = tuple(HydraHead(hidden_size, inner_size, key=k) for k in jr.split(key, num_heads))
+        self.vocabulary = FullVocabulary() if vocabulary is None else vocabulary
         self.layers = ()
 
     @property
@@ -80,6 +92,7 @@ class HydraHeads(AbstractDraft[HydraState]):
                 f"these Hydra heads take hidden states of size {hidden_size}, but the target's have size "
                 f"{target.hidden_size}: use heads that were trained for this target, or fresh ones"
             )
+        self.vocabulary.check(target)
 
     def init(self, target, features, tokens, lengths, capacity) -> HydraState:
         del target, tokens, capacity
@@ -90,7 +103,8 @@ class HydraHeads(AbstractDraft[HydraState]):
         hidden, token, steps = state, last_token, []
         for offset, head in enumerate(self.heads[:length]):
             hidden = head(hidden, target.embed(token))
-            token, distribution = sampler(target.unembed(hidden), offset)
+            logits = self.vocabulary.unembed(target, hidden)
+            token, distribution = sampler(logits, offset, self.vocabulary.support)
             steps.append((token, distribution))
         return Proposal.stack(steps), state
 
@@ -108,7 +122,7 @@ class HydraHeads(AbstractDraft[HydraState]):
         return jnp.stack(outputs, axis=2)
 
     def train_logits(self, target, hidden):
-        return target.unembed(hidden)
+        return self.vocabulary.unembed(target, hidden)
 
     def provenance(self) -> dict[str, Any]:
         inner_size, doubled = self.heads[0].up.weight.shape

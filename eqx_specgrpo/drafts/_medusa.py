@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from ..models import AbstractLanguageModel, Features, matmul
 from ._base import AbstractDraft, DraftError, Proposal, pick_positions
 from ._sampler import AbstractSampler
+from ._vocabulary import AbstractDraftVocabulary, FullVocabulary
 
 MedusaState = Float[Array, "rows hidden"]
 
@@ -27,21 +28,30 @@ class MedusaHeads(AbstractDraft[MedusaState]):
 
     - `weight`: `[draft, hidden, hidden]`.
     - `bias`: `[draft, hidden]`.
+    - `vocabulary`: the tokens that it can say; see [`eqx_specgrpo.drafts.ReducedVocabulary`][].
     """
 
     weight: Float[Array, "draft hidden hidden"]
     bias: Float[Array, "draft hidden"]
+    vocabulary: AbstractDraftVocabulary
     layers: tuple[int, ...] = field(static=True)
 
-    def __init__(self, weight: Float[Array, "draft hidden hidden"], bias: Float[Array, "draft hidden"]):
+    def __init__(
+        self,
+        weight: Float[Array, "draft hidden hidden"],
+        bias: Float[Array, "draft hidden"],
+        vocabulary: AbstractDraftVocabulary | None = None,
+    ):
         self.weight = weight
         self.bias = bias
+        self.vocabulary = FullVocabulary() if vocabulary is None else vocabulary
         self.layers = ()
 
     @staticmethod
-    def fresh(hidden_size: int, num_heads: int) -> "MedusaHeads":
+    def fresh(hidden_size: int, num_heads: int, vocabulary: AbstractDraftVocabulary | None = None) -> "MedusaHeads":
         """Heads that repeat the base head's prediction."""
-        return MedusaHeads(jnp.zeros((num_heads, hidden_size, hidden_size)), jnp.zeros((num_heads, hidden_size)))
+        shape = (num_heads, hidden_size)
+        return MedusaHeads(jnp.zeros((*shape, hidden_size)), jnp.zeros(shape), vocabulary)
 
     @property
     def max_length(self) -> int:
@@ -58,6 +68,7 @@ class MedusaHeads(AbstractDraft[MedusaState]):
                 f"these Medusa heads take hidden states of size {hidden_size}, but the target's have size "
                 f"{target.hidden_size}: use heads that were trained for this target, or fresh ones"
             )
+        self.vocabulary.check(target)
 
     def init(self, target, features, tokens, lengths, capacity) -> MedusaState:
         del target, tokens, capacity
@@ -66,7 +77,8 @@ class MedusaHeads(AbstractDraft[MedusaState]):
     @jax.named_scope("MedusaHeads.propose")
     def propose(self, target, state: MedusaState, last_token, sampler: AbstractSampler, length: int):
         del last_token  # newer than the features; these heads guess from the features alone
-        return Proposal(*sampler.chain(target.unembed(self._heads(state, length)))), state
+        logits = self.vocabulary.unembed(target, self._heads(state, length))
+        return Proposal(*sampler.chain(logits, self.vocabulary.support)), state
 
     def commit(self, target, state: MedusaState, features, block, num_accepted) -> MedusaState:
         del target, state, block
@@ -77,7 +89,7 @@ class MedusaHeads(AbstractDraft[MedusaState]):
         return self._heads(features.last, self.max_length)
 
     def train_logits(self, target, hidden):
-        return target.unembed(hidden)
+        return self.vocabulary.unembed(target, hidden)
 
     def provenance(self) -> dict[str, Any]:
         return {"hidden_size": self.weight.shape[-1], "num_heads": self.weight.shape[0]}

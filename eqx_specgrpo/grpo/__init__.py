@@ -3,7 +3,13 @@ from ._advantages import (
     group_advantages as group_advantages,
     leave_one_out_advantages as leave_one_out_advantages,
 )
-from ._batch import UpdateBatch as UpdateBatch, make_update_batch as make_update_batch
+from ._batch import (
+    UpdateBatch as UpdateBatch,
+    make_update_batch as make_update_batch,
+    padded_width as padded_width,
+    plan_micro_batches as plan_micro_batches,
+)
+from ._forward import training_features as training_features
 from ._kl import kl_k1 as kl_k1, kl_k2 as kl_k2, kl_k3 as kl_k3
 from ._logprobs import chunked_logprobs as chunked_logprobs, next_token_positions as next_token_positions
 from ._losses import (

@@ -29,17 +29,23 @@ class UpdateBatch(eqx.Module):
     advantages: Float[Array | np.ndarray, " rows"]
     reference_logprobs: Float[Array | np.ndarray, "rows new"] | None = None
 
-    def rows(self, start: int, stop: int) -> "UpdateBatch":
-        """A micro-batch."""
-        reference = None if self.reference_logprobs is None else self.reference_logprobs[start:stop]
+    def rows(self, rows: slice | Int[np.ndarray, " chosen"], width: int | None = None) -> "UpdateBatch":
+        """A micro-batch.
+
+        **Arguments:**
+
+        - `rows`: which rows.
+        - `width`: the positions to keep; all by default. The rows' sequences must end within them.
+        """
+        new = self.completion_tokens.shape[1] if width is None else min(width, self.completion_tokens.shape[1])
         return UpdateBatch(
-            self.tokens[start:stop],
-            self.prompt_lengths[start:stop],
-            self.completion_tokens[start:stop],
-            self.completion_mask[start:stop],
-            self.old_logprobs[start:stop],
-            self.advantages[start:stop],
-            reference,
+            self.tokens[rows, :width],
+            self.prompt_lengths[rows],
+            self.completion_tokens[rows, :new],
+            self.completion_mask[rows, :new],
+            self.old_logprobs[rows, :new],
+            self.advantages[rows],
+            None if self.reference_logprobs is None else self.reference_logprobs[rows, :new],
         )
 
 
@@ -81,3 +87,59 @@ def make_update_batch(
         old_logprobs=rollouts.logprobs[:, :new],
         advantages=np.asarray(advantages, np.float32),
     )
+
+
+def padded_width(length: int) -> int:
+    """The next width on the ladder on which sequences are padded: multiples of 64, then four widths an octave."""
+    step = max(64, (1 << (length - 1).bit_length()) // 8)
+    return -(-length // step) * step
+
+
+def plan_micro_batches(
+    lengths: Int[np.ndarray, " rows"],
+    width: int,
+    *,
+    num_parts: int = 1,
+    max_tokens: int | None = None,
+    sort: bool = True,
+    overhead: int = 128,
+) -> list[tuple[Int[np.ndarray, " part"], int]]:
+    """Divides rows into micro-batches of equal size, so that short rows are not padded to the length of long ones.
+
+    Rows are sorted by length, cut into `num_parts` or a power of two times as many parts, and each part is padded to
+    its own longest row. Of the divisions that keep to `max_tokens` the one with the fewest positions is taken. Each
+    further part counts as `overhead` more positions; measured on a CPU, where its gradients have to be added. All
+    parts have as many rows, and widths come from a ladder: so few shapes are ever compiled.
+
+    **Arguments:**
+
+    - `lengths`: of the rows' sequences, prompt and completion.
+    - `width`: of the array that the sequences are in, which no part exceeds.
+    - `num_parts`: divides the number of rows.
+    - `max_tokens`: the most positions of a micro-batch, padding included; a single row may exceed it. `None`: no limit.
+    - `sort`: whether rows may change places, and be divided further than `num_parts`.
+
+    **Returns:**
+
+    For each part its rows, longest first, and the width to cut them to.
+    """
+    rows = len(lengths)
+    if num_parts < 1 or rows % num_parts:
+        raise ValueError(f"num_parts is {num_parts}, which does not divide {rows} rows: give a divisor")
+    order = np.argsort(-lengths, kind="stable") if sort else np.arange(rows)
+
+    def divide(num: int) -> list[tuple[Int[np.ndarray, " part"], int]]:
+        return [(part, min(padded_width(int(lengths[part].max())), width)) for part in np.split(order, num)]
+
+    if not sort:
+        return divide(num_parts)
+    numbers = [num_parts]
+    while rows % (2 * numbers[-1]) == 0:
+        numbers.append(2 * numbers[-1])
+    if numbers[-1] != rows:
+        numbers.append(rows)
+    plans = [divide(num) for num in numbers]
+    if max_tokens is not None:
+        # The last one has a row a part: nothing can be smaller.
+        plans = [p for p in plans if max(len(part) * cut for part, cut in p) <= max_tokens] or plans[-1:]
+    return min(plans, key=lambda plan: sum(len(part) * cut + overhead for part, cut in plan))

@@ -36,6 +36,7 @@ def chunked_logprobs(
     chunk: int,
     *,
     differentiable_entropy: bool = False,
+    count: Int[ArrayLike, ""] | None = None,
 ) -> tuple[Float[Array, " positions"], Float[Array, " positions"]]:
     """Log-probability of a token, and the entropy, at each position, `chunk` positions at a time.
 
@@ -52,6 +53,8 @@ def chunked_logprobs(
     - `chunk`: number of positions at a time; static. A last chunk that is not full is padded.
     - `differentiable_entropy`: whether gradients flow through the entropy. They cost time even where nobody needs them,
         so by default the entropy is only a metric.
+    - `count`: how many positions, from the first on, are wanted; may be traced. Chunks without one cost nothing, and
+        what is returned for them is 0. `None`: all.
 
     **Returns:**
 
@@ -71,7 +74,6 @@ def chunked_logprobs(
     padding = num_chunks * chunk - positions
     temperature = jnp.asarray(temperature, jnp.float32)
 
-    @jax.checkpoint
     def one_chunk(
         hidden: Float[Array, "chunk hidden"], tokens: Int[Array, " chunk"]
     ) -> tuple[Float[Array, " chunk"], Float[Array, " chunk"]]:
@@ -87,5 +89,17 @@ def chunked_logprobs(
 
     hidden_chunks = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(num_chunks, chunk, size)
     token_chunks = jnp.pad(tokens, (0, padding)).reshape(num_chunks, chunk)
-    _, (logprobs, entropies) = lax.scan(lambda _, x: (None, one_chunk(*x)), None, (hidden_chunks, token_chunks))
+
+    # The branch is inside of what is computed again: outside, the weights would be kept once for every chunk.
+    @jax.checkpoint
+    def wanted_chunk(start: Int[Array, ""], *chunk_of: Array) -> tuple[Float[Array, " chunk"], Float[Array, " chunk"]]:
+        if count is None:
+            return one_chunk(*chunk_of)
+        zeros = jnp.zeros(chunk, jnp.float32)
+        return lax.cond(start < count, one_chunk, lambda *_: (zeros, zeros), *chunk_of)
+
+    starts = jnp.arange(num_chunks) * chunk
+    _, (logprobs, entropies) = lax.scan(
+        lambda _, x: (None, wanted_chunk(*x)), None, (starts, hidden_chunks, token_chunks)
+    )
     return logprobs.reshape(-1)[:positions], entropies.reshape(-1)[:positions]

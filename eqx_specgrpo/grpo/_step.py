@@ -11,8 +11,9 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from .._errors import UserError
-from ..models import AbstractLanguageModel, Features, cast_weights, sequence_features
+from ..models import AbstractLanguageModel, Features, cast_weights
 from ._batch import UpdateBatch
+from ._forward import training_features
 from ._logprobs import chunked_logprobs, next_token_positions
 from ._losses import LossNormalizer, LossType, policy_loss
 from ._metrics import PolicyLossMetrics
@@ -39,6 +40,7 @@ class LossSettings(eqx.Module):
     **Arguments:** see [`eqx_specgrpo.grpo.policy_loss`][] and [`eqx_specgrpo.grpo.chunked_logprobs`][]; besides,
 
     - `layers`: the target's layers whose outputs the draft will want to learn from.
+    - `gradient_checkpointing`: see [`eqx_specgrpo.grpo.training_features`][].
     """
 
     temperature: Float[Array, ""] = eqx.field(converter=_array, default=1.0)
@@ -49,6 +51,7 @@ class LossSettings(eqx.Module):
     loss_type: LossType = eqx.field(static=True, default="dapo")
     chunk: int = eqx.field(static=True, default=512)
     layers: tuple[int, ...] = eqx.field(static=True, default=())
+    gradient_checkpointing: bool = eqx.field(static=True, default=False)
 
 
 class PolicyGradients(eqx.Module):
@@ -80,31 +83,50 @@ class PolicyGradients(eqx.Module):
 def _completion_logprobs(
     model: AbstractLanguageModel, batch: UpdateBatch, settings: LossSettings
 ) -> tuple[Float[Array, "rows new"], Float[Array, "rows new"], Features]:
-    features = sequence_features(model, jnp.asarray(batch.tokens), layers=settings.layers)
+    features = training_features(
+        model,
+        jnp.asarray(batch.tokens),
+        layers=settings.layers,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
     rows, new = batch.completion_tokens.shape
-    index = next_token_positions(jnp.asarray(batch.prompt_lengths), new)
-    hidden = jnp.take_along_axis(features.last, index[:, :, None], axis=1)
+    seq = batch.tokens.shape[1]
+    # Positions that count go first, so that only their logits are computed.
+    mask = jnp.asarray(batch.completion_mask).reshape(-1)
+    order = jnp.argsort(~mask, stable=True)
+    within = jnp.minimum(next_token_positions(jnp.asarray(batch.prompt_lengths), new), seq - 1)
+    index = (jnp.arange(rows)[:, None] * seq + within).reshape(-1)
     logprobs, entropies = chunked_logprobs(
-        hidden.reshape(rows * new, -1),
-        jnp.asarray(batch.completion_tokens).reshape(-1),
+        features.last.reshape(rows * seq, -1)[index[order]],
+        jnp.asarray(batch.completion_tokens).reshape(-1)[order],
         model.unembed,
         settings.temperature,
         settings.chunk,
+        count=mask.sum(),
     )
-    return logprobs.reshape(rows, new), entropies.reshape(rows, new), features
+    back = jnp.argsort(order)
+    return logprobs[back].reshape(rows, new), entropies[back].reshape(rows, new), features
 
 
 @eqx.filter_jit
 def policy_logprobs(
     model: AbstractLanguageModel, batch: UpdateBatch, settings: LossSettings
 ) -> Float[Array, "rows new"]:
-    """Log-probabilities of the completions, without gradients: for a reference, or for a check."""
+    """Log-probabilities of the completions, without gradients: for a reference, or for a check.
+
+    Only those of tokens that the mask counts are meant to be used.
+    """
     return _completion_logprobs(model, batch, settings)[0]
 
 
 @eqx.filter_jit
 def policy_gradients(
-    model: AbstractLanguageModel, batch: UpdateBatch, normalizer: LossNormalizer, settings: LossSettings
+    model: AbstractLanguageModel,
+    batch: UpdateBatch,
+    normalizer: LossNormalizer,
+    settings: LossSettings,
+    *,
+    feature_width: int | None = None,
 ) -> tuple[PolicyGradients, Features]:
     """Loss and gradients of one micro-batch.
 
@@ -117,6 +139,8 @@ def policy_gradients(
     - `batch`: the micro-batch.
     - `normalizer`: counts of the whole step.
     - `settings`: of the loss.
+    - `feature_width`: the features are padded to as many positions, so that those of micro-batches of unequal width can
+        be put together.
 
     **Returns:**
 
@@ -143,6 +167,9 @@ def policy_gradients(
 
     (loss, (metrics, entropy_sum, features)), gradients = eqx.filter_value_and_grad(loss_of, has_aux=True)(model)
     gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+    if feature_width is not None:
+        more = ((0, 0), (0, feature_width - batch.tokens.shape[1]), (0, 0))
+        features = jax.tree.map(lambda x: jnp.pad(x, more), features)
     return PolicyGradients(gradients, loss, metrics, entropy_sum), features
 
 

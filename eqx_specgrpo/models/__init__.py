@@ -16,8 +16,11 @@ from ._config import LinearRope as LinearRope, Llama3Rope as Llama3Rope, Transfo
 from ._linear import Linear as Linear, matmul as matmul
 from ._locate import could_be_downloaded as could_be_downloaded, locate as locate
 from ._norm import RMSNorm as RMSNorm
+from ._rope import rope_frequencies as rope_frequencies, rope_table as rope_table
 from ._tokenizer import Tokenizer as Tokenizer, check_tokenizer as check_tokenizer
 from ._transformer import (
+    Block as Block,
+    RopeTable as RopeTable,
     Transformer as Transformer,
     cast_weights as cast_weights,
     sequence_features as sequence_features,

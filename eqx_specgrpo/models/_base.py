@@ -60,8 +60,16 @@ class AbstractLanguageModel(eqx.Module):
         """
 
     @abstractmethod
-    def unembed(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
-        """Float32 logits over the vocabulary."""
+    def unembed(
+        self, hidden: Float[Array, "*batch hidden"], ids: Int[Array, " size"] | None = None
+    ) -> Float[Array, "*batch vocab_or_size"]:
+        """Float32 logits over the vocabulary, or of some of its tokens.
+
+        **Arguments:**
+
+        - `hidden`: as in `Features.last`.
+        - `ids`: the tokens to compute logits for; all in order if `None`.
+        """
 
     @abstractmethod
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:

@@ -4,8 +4,9 @@ The cache has one cursor a row, and the decoder owns it: a block is written at t
 attention sees the slots whose position is not after the query's. Rewinding is therefore nothing but a smaller position
 at the next write; rejected entries are masked by position until they are overwritten.
 
-Keys and values are separate arrays, `[batch, kv_heads, slots, head_dim]`: the batch axes lead in both attention
-products, and no slice or concatenation stands between the write and the read.
+Keys and values are separate arrays: no slice or concatenation stands between the write and the read. The batch axes
+lead, and each array has the axis over which attention sums before the other one: both products then take their second
+operand as it lies.
 """
 
 from abc import abstractmethod
@@ -59,25 +60,39 @@ class KVCache(AbstractLayerCache):
     must leave room for the longest row plus one block; `decode` checks this before its loop.
     """
 
-    keys: Float[Array, "batch kv_heads slots head_dim"]
+    transposed_keys: Float[Array, "batch kv_heads head_dim slots"]
     values: Float[Array, "batch kv_heads slots head_dim"]
 
     @staticmethod
     def empty(batch: int, kv_heads: int, slots: int, head_dim: int, dtype: DTypeLike) -> "KVCache":
-        shape = (batch, kv_heads, slots, head_dim)
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        keys = jnp.zeros((batch, kv_heads, head_dim, slots), dtype)
+        return KVCache(keys, jnp.zeros((batch, kv_heads, slots, head_dim), dtype))
+
+    @property
+    def keys(self) -> Float[Array, "batch kv_heads slots head_dim"]:
+        return self.transposed_keys.swapaxes(2, 3)
 
     def update(self, keys, values, positions):
         start = positions[:, 0]
-        new_keys = _write_rows(self.keys, keys, start)
-        new_values = _write_rows(self.values, values, start)
-        slot_positions = jnp.arange(new_keys.shape[2], dtype=positions.dtype)[None]
-        return new_keys, new_values, slot_positions, KVCache(new_keys, new_values)
+        new = KVCache(
+            _write_rows(self.transposed_keys, keys.swapaxes(2, 3), start, axis=2),
+            _write_rows(self.values, values, start, axis=1),
+        )
+        slot_positions = jnp.arange(new.values.shape[2], dtype=positions.dtype)[None]
+        return new.keys, new.values, slot_positions, new
 
 
-def _write_rows(cache: Array, block: Array, start: Array) -> Array:
+def _write_rows(
+    cache: Float[Array, "batch kv_heads _ _"],
+    block: Float[Array, "batch kv_heads _ _"],
+    start: Int[Array, " batch"],
+    *,
+    axis: int,
+) -> Float[Array, "batch kv_heads _ _"]:
+    """Each row's block at its own slot. `axis` is that of the slots within a row."""
+
     def write(row, new, slot):
-        return lax.dynamic_update_slice(row, new, (0, slot, 0))
+        return lax.dynamic_update_slice_in_dim(row, new, slot, axis)
 
     return jax.vmap(write)(cache, block.astype(cache.dtype), start)
 

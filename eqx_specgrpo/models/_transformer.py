@@ -1,5 +1,6 @@
 """One decoder-only transformer for Llama 2/3, SmolLM2, Mistral, Qwen2/2.5 and Qwen3."""
 
+import dataclasses
 import math
 from typing import TypeVar
 
@@ -12,7 +13,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from ._base import AbstractLanguageModel, Features
 from ._cache import AbstractLayerCache, Cache, KVCache, NoCache
 from ._config import TransformerConfig
-from ._linear import Linear, matmul
+from ._linear import Linear, gather, matmul
 from ._norm import RMSNorm
 from ._rope import apply_rope, rope_frequencies, rope_table
 
@@ -73,6 +74,22 @@ class Attention(eqx.Module):
         rope: RopeTable,
         cache: AbstractLayerCache,
     ) -> tuple[Float[Array, "batch seq hidden"], AbstractLayerCache]:
+        queries, keys, values = self.project(x, rope)
+        keys, values, slot_positions, cache = cache.update(keys, values, positions)
+        distance = positions[:, :, None] - slot_positions[:, None, :]
+        mask = distance >= 0
+        if self.config.sliding_window is not None:
+            mask = mask & (distance < self.config.sliding_window)
+        return self.output(attention(queries, keys, values, mask)), cache
+
+    def project(
+        self, x: Float[Array, "batch seq hidden"], rope: RopeTable
+    ) -> tuple[
+        Float[Array, "batch seq heads head_dim"],
+        Float[Array, "batch kv_heads seq head_dim"],
+        Float[Array, "batch kv_heads seq head_dim"],
+    ]:
+        """Queries, keys and values of a block, the first two turned to their positions."""
         config = self.config
         batch, seq, _ = x.shape
         heads = self.qkv(x).reshape(batch, seq, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
@@ -80,13 +97,7 @@ class Attention(eqx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         queries, keys = apply_rope(queries, rope), apply_rope(keys, rope)
-        keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
-        keys, values, slot_positions, cache = cache.update(keys, values, positions)
-        distance = positions[:, :, None] - slot_positions[:, None, :]
-        mask = distance >= 0
-        if config.sliding_window is not None:
-            mask = mask & (distance < config.sliding_window)
-        return self.output(attention(queries, keys, values, mask)), cache
+        return queries, keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
 
 
 class MLP(eqx.Module):
@@ -181,8 +192,22 @@ class Transformer(AbstractLanguageModel):
     def no_cache(self) -> Cache:
         return tuple(NoCache() for _ in self.blocks)
 
+    def first_layers(self, num_layers: int) -> "Transformer":
+        """The transformer of the first `num_layers` layers, with this one's embedding, final norm and unembedding.
+
+        Nothing is copied: the two share their arrays.
+        """
+        config = dataclasses.replace(self.config, num_layers=num_layers)
+        shapes = eqx.filter_eval_shape(Transformer, config, key=jr.key(0))
+        return eqx.tree_at(
+            lambda m: (m.embedding, m.blocks, m.norm, m.unembedding),
+            shapes,
+            (self.embedding, self.blocks[:num_layers], self.norm, self.unembedding),
+            is_leaf=lambda x: x is None,
+        )
+
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:
-        return self.embedding[tokens].astype(jnp.float32)
+        return gather(self.embedding, tokens)
 
     @jax.named_scope("Transformer.hidden")
     def hidden(
@@ -205,8 +230,14 @@ class Transformer(AbstractLanguageModel):
         return features, tuple(new_cache)
 
     @jax.named_scope("Transformer.unembed")
-    def unembed(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
-        return matmul(hidden, self.embedding if self.unembedding is None else self.unembedding)
+    def unembed(
+        self, hidden: Float[Array, "*batch hidden"], ids: Int[Array, " size"] | None = None
+    ) -> Float[Array, "*batch vocab_or_size"]:
+        weight = self.embedding if self.unembedding is None else self.unembedding
+        if ids is not None:
+            # In a loop XLA takes this look-up out, so that it is made once a segment; see tests/test_vocabulary.py.
+            weight = gather(weight, ids).astype(weight.dtype)
+        return matmul(hidden, weight)
 
 
 def cast_weights(model: Module, dtype: DTypeLike) -> Module:

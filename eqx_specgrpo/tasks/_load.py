@@ -1,24 +1,18 @@
 """From what a user writes in a configuration to tasks and rewards."""
 
-import contextlib
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pydantic
 
 from .._errors import UserError
+from .._import_spec import import_callable
+from .._nearest import did_you_mean
 from ._arithmetic import Arithmetic, arithmetic_reward, running_totals_reward
 from ._base import AbstractTask
 from ._jsonl import JsonlTask
-from ._nearest import did_you_mean
 from ._reasoning_gym import ReasoningGymTask
 from ._rewards import RewardFunction, Rewards, soft_overlong, think_format_reward
 
@@ -143,59 +137,4 @@ def _find(spec: str, own: Mapping[str, RewardFunction]) -> tuple[str, RewardFunc
             raise UserError(f"the reward {spec!r} must say which function of the file it is: {spec}:FUNCTION")
         hint = did_you_mean(spec, [*named, "soft_overlong(L, C)"])
         raise UserError(f"there is no reward {spec!r}.{hint} (Or package.module:function, or file.py:function.)")
-    module = _load_file(source) if source.endswith(".py") else _load_module(source)
-    names = vars(module)
-    if function not in names:
-        choices = [name for name, value in names.items() if callable(value) and not name.startswith("_")]
-        raise UserError(f"{source} has no function {function!r}.{did_you_mean(function, choices)}")
-    if not callable(names[function]):
-        raise UserError(f"{spec!r} is a {type(names[function]).__name__}, but a reward must be a function")
-    return function, names[function]
-
-
-def _load_file(source: str) -> ModuleType:
-    path = Path(source).expanduser().resolve()
-    if not path.is_file():
-        raise UserError(f"the reward file {source} doesn't exist (looked at {path}). Check the path.")
-    # A name of its own: the file mustn't shadow an installed module that happens to be called the same.
-    name = f"{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
-    description = importlib.util.spec_from_file_location(name, path)
-    if description is None or description.loader is None:
-        raise UserError(f"the reward file {source} can't be imported: is it a Python file?")
-    module = importlib.util.module_from_spec(description)
-    sys.modules[name] = module  # dataclasses, among others, look their module up there
-    try:
-        with _import_from(path.parent):
-            description.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise UserError(f"the reward file {source} raised on import: {type(error).__name__}: {error}") from error
-    return module
-
-
-def _load_module(source: str) -> ModuleType:
-    if not re.fullmatch(r"\w+(\.\w+)*", source):
-        raise UserError(f"{source!r} is neither a module such as package.module nor a file ending in .py")
-    try:
-        with _import_from(Path.cwd()):
-            return importlib.import_module(source)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"the module {source!r} of a reward can't be imported: {error}. Install it, start in its folder, or "
-            "give the file: file.py:function"
-        ) from error
-    except Exception as error:
-        raise UserError(
-            f"the module {source!r} of a reward raised on import: {type(error).__name__}: {error}"
-        ) from error
-
-
-@contextlib.contextmanager
-def _import_from(folder: Path) -> Iterator[None]:
-    """Lets imports find a folder too, as `python file.py` would; a console script doesn't look where it was started."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(str(folder))
+    return function, import_callable(spec, "reward", "function")

@@ -7,8 +7,8 @@ from types import ModuleType
 from typing import Any
 
 from .._errors import UserError
+from .._nearest import did_you_mean
 from ._base import AbstractTask, Example, check_index
-from ._nearest import did_you_mean
 from ._rewards import completion_text
 
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from .._errors import CheckpointError
+from .._import_spec import import_callable, is_import_spec
+from ..drafts import describe_saved_draft
 from ..models import could_be_downloaded, locate
 from ..tasks import AbstractTask, Rewards, load_rewards, load_task
 from ._config import RunConfig
@@ -31,9 +32,9 @@ def check_places(config: RunConfig, resume: bool) -> None:
     path = config.model.path
     if path and (Path(path).expanduser().exists() or not could_be_downloaded(path)):
         locate(path)
-    if config.draft.path is not None and not (Path(config.draft.path) / "draft.json").is_file():
-        raise CheckpointError(
-            f"there is no saved draft in {config.draft.path}: name a folder that `specgrpo run` has written as draft/"
-        )
+    if config.draft.path is not None:
+        describe_saved_draft(Path(config.draft.path).expanduser())
+    if config.draft.path is None and config.draft.enabled and is_import_spec(config.draft.kind):
+        import_callable(config.draft.kind, "draft", "class")
     if not resume:
         check_unused(Path(config.out))

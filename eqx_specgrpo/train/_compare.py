@@ -9,6 +9,7 @@ from ..drafts import AbstractDraft, NoDraft
 from ..models import AbstractLanguageModel
 from ._parts import RunParts
 from ._progress import RunProgress
+from ._segments import SegmentLog
 from ._step import next_examples, roll_out
 
 _ROUNDS = 15
@@ -22,11 +23,16 @@ def compare_with_plain(
     position: int,
     key: Key[Array, ""],
     progress: RunProgress,
+    segments: SegmentLog,
 ) -> dict[str, float]:
     """Tokens a second of both ways, interleaved, and the ratio of the medians.
 
     Sampled completions differ in length between the two, so time is taken per token. The first pass of each compiles
     and is not counted. One round is enough where it takes long.
+
+    **Arguments:**
+
+    - `segments`: what the length controller has learned in the run, which it goes on with.
     """
     grpo = parts.config.grpo
     _, prompts = next_examples(
@@ -38,7 +44,8 @@ def compare_with_plain(
         for name, this_draft in (("plain", NoDraft()), ("speculative", draft)):
             progress.phase(f"comparing with plain decoding: {name}, {'first pass' if measured == 0 else measured}")
             start = time.perf_counter()
-            rollouts = roll_out(parts, target, this_draft, prompts, key)
+            log = segments if name == "speculative" else None
+            rollouts = roll_out(parts, target, this_draft, prompts, key, segments=log)
             if measured:
                 rates[name].append(float(rollouts.lengths.sum()) / (time.perf_counter() - start))
         begin = time.perf_counter() if begin is None else begin

@@ -2,7 +2,15 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from .._import_spec import is_import_spec
+from .._nearest import did_you_mean
+
+DRAFT_KINDS = ("medusa", "hydra", "eagle", "model", "layer_skip", "ngram", "none")
+DRAFT_OPTIONS = ("ngram", "train_length", "num_layers", "model", "min_ngram")  # of a kind, or beside it
+# These begin as the target's own prediction, one token late: they are rarely right before they have learned.
+_NEED_LEARNING = ("medusa", "hydra", "eagle")
 
 # TOML has no null, so that an optional key is unset with the word "none".
 _NoneWord = BeforeValidator(lambda value: None if value in ("none", "None") else value)
@@ -98,6 +106,14 @@ class GRPOConfig(_Section):
         default=False, description="leave completions without an end out of the loss"
     )
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="micro-batches a step is split into")
+    max_tokens_per_micro_batch: Annotated[Annotated[int, Field(ge=1)] | None, _NoneWord] = Field(
+        default=None,
+        description="divide the rows further, until no micro-batch holds more tokens, padding included; none: only "
+        "where sorting by length saves padding",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="keep only the layers' inputs for the backward pass: less memory, more arithmetic"
+    )
     logprob_chunk: int = Field(default=512, ge=1, description="tokens unembedded at a time")
 
     @model_validator(mode="after")
@@ -107,6 +123,11 @@ class GRPOConfig(_Section):
             raise ValueError(
                 f"grpo.gradient_accumulation_steps = {self.gradient_accumulation_steps} does not divide the {rows} "
                 "rows of a step (num_generations * prompts_per_step): choose a divisor"
+            )
+        if self.loss_type == "bnpo" and self.max_tokens_per_micro_batch is not None:
+            raise ValueError(
+                "grpo.max_tokens_per_micro_batch with grpo.loss_type = 'bnpo', whose value depends on the "
+                "micro-batches: set grpo.gradient_accumulation_steps instead, or use loss_type 'dapo'"
             )
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         if self.delta is not None and self.delta <= 1 + high:
@@ -120,25 +141,61 @@ class GRPOConfig(_Section):
 class DraftConfig(_Section):
     """The draft's side: what guesses, how far ahead, and how it keeps learning."""
 
-    kind: Literal["medusa", "hydra", "none"] = Field(
-        default="medusa", description="architecture: independent or sequential heads; none: plain decoding"
+    kind: str = Field(
+        default="medusa",
+        description="medusa, hydra, eagle, model, layer_skip, ngram, none (plain decoding), or a class of your own as "
+        "file.py:Class or package.module:Class",
     )
     path: Annotated[str | None, _NoneWord] = Field(
-        default=None, description="a saved draft to start from; none: fresh heads"
+        default=None, description="a saved draft to start from, which says its kind and max_length; none: a fresh one"
+    )
+    ngram: bool = Field(
+        default=False, description="where an n-gram matches, take what followed it before; else the draft guesses"
     )
     mode: Literal["online", "frozen", "off"] = Field(
         default="online", description="online: distilled at every step; frozen: only warmed up; off: plain decoding"
     )
     length: int = Field(default=3, ge=0, le=8, description="tokens guessed ahead in a round; 0: plain decoding")
-    verifier: Literal["rejection", "block"] = Field(
-        default="rejection", description="the lossless rule that checks the guesses, token by token or together"
+    adaptive: bool = Field(
+        default=False,
+        description="guess as many tokens, up to draft.length, as measured times and acceptance say pays, or none",
+    )
+    max_length: int = Field(
+        default=4, ge=1, le=8, description="the longest draft that it can make: how many heads it has, for instance"
+    )
+    verifier: Literal["rejection", "block", "coupled"] = Field(
+        default="rejection",
+        description="the lossless rule that checks the guesses: token by token, together, or by shared noise",
     )
     learning_rate: float = Field(default=1e-3, ge=0, description="of the draft's own optimizer")
-    loss: Literal["kl", "hybrid"] = Field(default="kl", description="forward KL, or its hybrid with total variation")
+    loss: Literal["kl", "reverse_kl", "tv", "hybrid", "e2e_tv"] = Field(
+        default="kl",
+        description="forward or reverse KL, total variation, KL that becomes total variation as acceptance grows, or "
+        "the rejected share of a whole chain; tv and e2e_tv are for drafts that are aligned already",
+    )
     fraction: float = Field(default=0.25, gt=0, le=1, description="share of the rollouts that the draft learns from")
-    warmup: int = Field(default=20, ge=0, description="updates of fresh heads on the first rollouts, before step 0")
+    warmup: int = Field(default=20, ge=0, description="updates of a fresh draft on the first rollouts, before step 0")
     max_grad_norm: float = Field(default=1.0, gt=0, description="the draft's gradient is clipped to this norm")
-    heads: int = Field(default=4, ge=1, le=8, description="heads held and trained: the longest draft")
+    train_length: Annotated[Annotated[int, Field(ge=1, le=8)] | None, _NoneWord] = Field(
+        default=None, description="eagle: steps unrolled in training; none: 3, or max_length if that is less"
+    )
+    num_layers: Annotated[Annotated[int, Field(ge=1)] | None, _NoneWord] = Field(
+        default=None, description="layer_skip: how many of the target's first layers draft; none: a quarter of them"
+    )
+    model: Annotated[str | None, _NoneWord] = Field(
+        default=None, description="model: the drafting model's folder, .gguf file or org/name"
+    )
+    min_ngram: Annotated[Annotated[int, Field(ge=1)] | None, _NoneWord] = Field(
+        default=None, description="ngram: tokens that must match at least; none: 2, or 3 in front of another draft"
+    )
+    vocabulary: Annotated[Annotated[int, Field(ge=0)] | None, _NoneWord] = Field(
+        default=None,
+        description="guess only so many tokens, those that the policy's completions use most, kept up to date; 0: all; "
+        "none: as a saved draft has it, else all",
+    )
+    fit_temperature: bool = Field(
+        default=False, description="follow the temperature of each draft position that is accepted most"
+    )
 
     @property
     def enabled(self) -> bool:
@@ -147,7 +204,7 @@ class DraftConfig(_Section):
 
     @property
     def warms_up(self) -> bool:
-        """Whether fresh heads are trained before step 0; a draft that was saved has learned already."""
+        """Whether a fresh draft is trained before step 0; a draft that was saved has learned already."""
         return self.enabled and self.path is None and self.warmup > 0
 
     @property
@@ -155,22 +212,62 @@ class DraftConfig(_Section):
         """Whether the draft is distilled during the run."""
         return self.enabled and self.mode == "online"
 
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, kind: str) -> str:
+        if kind in DRAFT_KINDS or is_import_spec(kind):
+            return kind
+        raise ValueError(
+            f"draft.kind = {kind!r}: there is no such draft.{did_you_mean(kind, DRAFT_KINDS)} (Or a class of your own "
+            "as file.py:Class or package.module:Class.)"
+        )
+
     @model_validator(mode="after")
     def _consistent(self):
-        if self.length > self.heads:
+        if self.length > self.max_length:
             raise ValueError(
-                f"draft.length = {self.length} is more than draft.heads = {self.heads}: each head guesses one token "
-                f"ahead; set draft.heads={self.length} or a shorter draft.length"
+                f"draft.length = {self.length} is more than draft.max_length = {self.max_length}, the longest draft it "
+                f"can make: set draft.max_length={self.length} (not for a saved draft) or a shorter draft.length"
             )
-        if self.enabled and not self.learns and self.path is None and self.warmup == 0:
-            raise ValueError(
-                "draft.mode = 'frozen' with draft.warmup = 0 and no draft.path would guess with heads that never "
-                "learned: name a saved draft in draft.path, or let draft.warmup be above 0"
-            )
+        if self.enabled and self.kind in _NEED_LEARNING and self.mode == "frozen" and self.path is None:
+            if self.warmup == 0:
+                raise ValueError(
+                    "draft.mode = 'frozen' with draft.warmup = 0 and no draft.path would guess with heads that never "
+                    "learned: name a saved draft in draft.path, or let draft.warmup be above 0"
+                )
         if self.path is not None and not self.enabled:
             off = "draft.kind" if self.kind == "none" else "draft.mode"
             raise ValueError(f"draft.path = {self.path!r} names a draft, but {off} says that there is none: drop one")
+        if self.ngram and self.kind in ("ngram", "none"):
+            raise ValueError(
+                f"draft.ngram = true puts an n-gram lookup in front of a draft, but draft.kind is {self.kind!r}: set "
+                "draft.kind=ngram alone, or another kind"
+            )
+        if self.kind == "model" and self.model is None and self.path is None:
+            raise ValueError("draft.kind = 'model' drafts with another model: name it in draft.model")
+        if self.train_length is not None and self.train_length > self.max_length:
+            raise ValueError(
+                f"draft.train_length = {self.train_length} is more than draft.max_length = {self.max_length}: nothing "
+                "that far ahead is ever drafted"
+            )
+        self._check_options()
         return self
+
+    def _check_options(self) -> None:
+        looks_up = self.ngram or self.kind == "ngram"
+        has_logits, of_logits = self.kind not in ("ngram", "none"), "drafts that have probabilities"
+        for name, value, serves, of in (
+            ("train_length", self.train_length, self.kind == "eagle", "kind 'eagle'"),
+            ("num_layers", self.num_layers, self.kind == "layer_skip", "kind 'layer_skip'"),
+            ("model", self.model, self.kind == "model", "kind 'model'"),
+            ("min_ngram", self.min_ngram, looks_up, "kind 'ngram' and of draft.ngram = true"),
+            ("vocabulary", self.vocabulary or None, has_logits, of_logits),
+            ("fit_temperature", self.fit_temperature or None, has_logits, of_logits),
+        ):
+            if value is not None and not serves:
+                raise ValueError(
+                    f"draft.{name} = {value!r} is an option of {of}, but draft.kind is {self.kind!r}: drop one of them"
+                )
 
 
 class RunConfig(_Section):

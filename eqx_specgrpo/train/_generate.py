@@ -1,6 +1,5 @@
 """Completions of one prompt, for the command line."""
 
-from pathlib import Path
 from typing import Any
 
 import jax.random as jr
@@ -9,8 +8,8 @@ from .._errors import UserError
 from .._sampling import make_sampling
 from .._types import StopReason
 from ..decoding import decode
-from ..drafts import NoDraft, load_draft
-from ._parts import load_policy
+from ..drafts import NoDraft
+from ._parts import load_policy, named_draft
 
 
 def generate_text(
@@ -32,7 +31,7 @@ def generate_text(
 
     - `prompt`: text; put into the chat template as a user's message if `chat`.
     - `model`: folder, `.gguf` file or `org/name`; the embedded default if empty.
-    - `draft`: folder of a saved draft, or `None` for plain decoding.
+    - `draft`: folder of a saved draft, a kind, or a class as `file.py:Class`; `None` for plain decoding.
     - `temperature`, `top_k`, `top_p`: see `Sampling`; temperature 0 is greedy.
     - `num`: completions.
 
@@ -42,7 +41,7 @@ def generate_text(
     `acceptance_length` and `target_forwards`.
     """
     target, tokenizer = load_policy(model)
-    chosen = NoDraft() if draft is None else load_draft(Path(draft), target)
+    chosen = NoDraft() if draft is None else named_draft(draft, target, tokenizer, seed)
     ids = tokenizer.encode_prompt([{"role": "user", "content": prompt}] if chat else prompt)
     if not ids:
         raise UserError("the prompt has no tokens: give it some text")

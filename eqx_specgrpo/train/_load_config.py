@@ -12,8 +12,11 @@ import annotated_types
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from .._errors import ConfigError
-from ._config import RunConfig, TaskConfig
+from .._errors import CheckpointError, ConfigError
+from .._import_spec import is_import_spec
+from .._nearest import did_you_mean
+from ..drafts import describe_saved_draft
+from ._config import DRAFT_KINDS, DRAFT_OPTIONS, DraftConfig, RunConfig, TaskConfig
 from ._toml import parse_toml_value, toml_key, toml_value
 
 _NOTES = {"grpo.num_generations": "a group of one has nothing to be compared with"}
@@ -27,7 +30,8 @@ def load_config(
 
     The base is the file at `path`. Without one it is the packaged preset for the embedded default model, or, if a
     `model.path` is given, plain defaults. Options in `[task]` belong to the task named there, and are dropped where an
-    override or a flag names another task.
+    override or a flag names another task; so are the options of a draft's kind. A saved draft in `draft.path` says its
+    kind and its longest draft itself.
 
     **Arguments:**
 
@@ -65,10 +69,68 @@ def load_config(
     name = overlay.get("task", {}).get("name")
     if name is not None and name != base.get("task", {}).get("name", TaskConfig().name):
         base = {**base, "task": {}}
+    merged = _merge(_without_options(_of_saved(base), overlay), _of_saved(overlay))
+    return _validated(merged)
+
+
+def _validated(tree: dict[str, Any]) -> RunConfig:
     try:
-        return RunConfig.model_validate(_merge(base, overlay))
+        return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from None
+
+
+def draft_flags(text: str) -> dict[str, Any]:
+    """What `--draft` sets: the folder of a saved draft, one of the kinds, or a class of the user's own.
+
+    **Raises:**
+
+    `ConfigError` if it is none of these.
+    """
+    if text in DRAFT_KINDS or is_import_spec(text):
+        return {"draft.kind": text, "draft.path": "none"}
+    folder = Path(text).expanduser()
+    if (folder / "draft.json").is_file():
+        return {"draft.path": text}
+    if folder.is_dir():
+        raise ConfigError(
+            f"there is no saved draft in the folder {text}, for it has no {folder / 'draft.json'}: name a folder that "
+            "`specgrpo distill` has written, or draft/ of a run"
+        )
+    raise ConfigError(
+        f"there is no saved draft in {text!r}, and no such kind of draft."
+        f"{did_you_mean(text, DRAFT_KINDS)} (Or a class of your own as file.py:Class or package.module:Class.)"
+    )
+
+
+def draft_config(text: str) -> DraftConfig:
+    """The configuration of a draft that `--draft` names, all else at its default."""
+    tree: dict[str, Any] = {}
+    for key, value in draft_flags(text).items():
+        _put(tree, key, value)
+    return _validated(_of_saved(tree)).draft
+
+
+def _of_saved(tree: dict[str, Any]) -> dict[str, Any]:
+    """Completed by what a saved draft says of itself, where the same layer says nothing else."""
+    draft = tree.get("draft", {})
+    path = draft.get("path")
+    if not isinstance(path, str) or path in ("none", "None"):
+        return tree
+    try:
+        saved = describe_saved_draft(Path(path).expanduser())
+    except CheckpointError:
+        return tree  # Whoever loads it says what is wrong.
+    shorter = {"length": saved["max_length"]} if saved["max_length"] < DraftConfig().length else {}
+    return {**tree, "draft": {**saved, **shorter, **draft}}
+
+
+def _without_options(base: dict[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the options of a kind of draft, where the overlay names another draft."""
+    draft, over = base.get("draft", {}), overlay.get("draft", {})
+    if not over.keys() & {"kind", "path"} or over.get("kind", "") == draft.get("kind", DraftConfig().kind):
+        return base
+    return {**base, "draft": {key: value for key, value in draft.items() if key not in DRAFT_OPTIONS}}
 
 
 def dump_config(config: RunConfig) -> str:

@@ -1,37 +1,45 @@
 """A whole run: from a configuration to a trained policy, its draft, and a folder that tells the story."""
 
+import dataclasses
 import shlex
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 import equinox as eqx
 import jax
-import numpy as np
 from rich.console import Console
 
 from .._compile import count_compilations
 from .._errors import UserError
-from ..drafts import NoDraft, save_draft
-from ..grpo import compute_copy, make_update_batch
+from ..drafts import remember, save_draft
+from ..grpo import compute_copy
 from ..models import locate, save_model
 from ._check import load_task_and_rewards
 from ._checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ._compare import compare_with_plain
 from ._config import RunConfig
+from ._interrupt import interrupts
+from ._lessons import CHOOSE, COMPARE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
 from ._load_config import check_resume, dump_config, load_config
-from ._parts import RunParts, default_model_path, learning_rate, load_policy, make_draft, make_parts
+from ._parts import (
+    RunParts,
+    default_model_path,
+    draft_spec,
+    learning_rate,
+    load_policy,
+    make_draft,
+    make_parts,
+    model_name,
+)
 from ._progress import RunProgress
 from ._report import summary_table
 from ._run_folder import RunFolder, read_records
+from ._segments import SegmentLog
 from ._state import RunState
 from ._step import (
     completion_records,
     draft_rows,
-    features_of,
     next_examples,
     roll_out,
     rollout_metrics,
@@ -39,11 +47,10 @@ from ._step import (
     step_key,
     update_draft,
     update_policy,
+    vocabulary_metrics,
 )
 
-# What a step's random numbers are for.
-_DECODE, _CHOOSE, _COMPARE = 0, 1, 2
-_WARMUP_UPDATES_PER_ROLLOUT = 10
+_ON_CTRL_C = "Ctrl-C: finishing this step, then writing a checkpoint (press again to stop at once)"
 
 
 def run(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Path:
@@ -70,9 +77,9 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
         if resume:
             check_resume(load_config(folder.config_path), config)
         with count_compilations(progress.note) as compilations:
-            progress.phase(f"loading {config.model.path or 'the embedded default model'}")
+            progress.phase(f"loading {model_name(config)}")
             policy, tokenizer = load_policy(config.model.path)
-            draft = make_draft(config.draft, policy, config.seed)
+            draft = make_draft(config.draft, policy, config.seed, tokenizer)
             parts = make_parts(config, tokenizer, draft)
             # Frozen, in the dtype of computation; only held where the loss asks for it.
             reference = compute_copy(policy, config.model.dtype) if config.grpo.beta != 0 else None
@@ -81,12 +88,13 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
             folder.write_config(dump_config(config))
             del policy, draft
 
-            if start == 0 and config.draft.warms_up:
+            if start == 0 and config.draft.warms_up and state.draft.train_length > 0:
                 state = _warm_up(parts, state, progress)
-            with _interrupts(progress) as interrupted:
+            segments = SegmentLog()
+            with interrupts(lambda: progress.say(_ON_CTRL_C)) as interrupted:
                 for step in range(start, config.steps):
                     try:
-                        state = _one_step(parts, state, reference, step, folder, progress, compilations)
+                        state = _one_step(parts, state, reference, step, folder, progress, compilations, segments)
                     except UserError:
                         if step > start:
                             _save_finished(state, step, folder, progress)
@@ -105,7 +113,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
                             highlight=False,
                         )
                         return folder.path
-            _finish(parts, state, folder, progress, console)
+            _finish(parts, state, folder, progress, console, segments)
     return folder.path
 
 
@@ -140,29 +148,15 @@ def _warm_up(parts: RunParts, state: RunState, progress: RunProgress) -> RunStat
     """Trains the draft on the policy's first, plainly decoded rollouts, before step 0."""
     config = parts.config
     target = compute_copy(state.policy, config.model.dtype)
-    features, batch, rollouts = None, None, None
+    lesson, per_lesson = None, updates_per_lesson(parts)
     for update in range(config.draft.warmup):
-        source, within = divmod(update, _WARMUP_UPDATES_PER_ROLLOUT)
-        if within == 0:
-            progress.phase(f"warming up the draft: batch {source + 1} of rollouts")
-            _, prompts = next_examples(
-                parts.task,
-                parts.tokenizer,
-                target,
-                source * config.grpo.prompts_per_step,
-                config.grpo.prompts_per_step,
-                config.grpo.max_completion_length,
-            )
-            key = step_key(config.seed, -1 - source, _DECODE)
-            rollouts = roll_out(parts, target, NoDraft(), prompts, key, progress.decoding)
-            batch = make_update_batch(rollouts, np.zeros(len(rollouts.group), np.float32))
-            features = features_of(target, batch, state.draft.layers)
-        assert features is not None and batch is not None and rollouts is not None
+        number, within = divmod(update, per_lesson)
+        if lesson is None or within == 0:
+            progress.phase(f"warming up the draft: batch {number + 1} of rollouts")
+            lesson = make_lesson(parts, target, state.draft.layers, number, progress.decoding)
+            state = recall_lesson(state, lesson)
         progress.phase(f"warming up the draft: update {update + 1} of {config.draft.warmup}")
-        rows = draft_rows(
-            step_key(config.seed, -1 - update, _CHOOSE), len(rollouts.group), max(config.draft.fraction, 0.5)
-        )
-        state, metrics = update_draft(parts, state, target, features, batch, rollouts.lengths, rows, step=0)
+        state, metrics = learn_lesson(parts, state, target, lesson, update)
         progress.warmed(update + 1, config.draft.warmup, metrics)
     return state
 
@@ -175,6 +169,7 @@ def _one_step(
     folder: RunFolder,
     progress: RunProgress,
     compilations,
+    segments: SegmentLog,
 ) -> RunState:
     """Prompts, rollouts, rewards, policy update, draft update, records."""
     config, grpo = parts.config, parts.config.grpo
@@ -191,13 +186,15 @@ def _one_step(
     )
     target = compute_copy(state.policy, config.model.dtype)
     draft = compute_copy(state.draft, config.model.dtype)
-    rollouts = roll_out(parts, target, draft, prompts, step_key(config.seed, step, _DECODE), progress.decoding)
+    key = step_key(config.seed, step, DECODE)
+    rollouts = roll_out(parts, target, draft, prompts, key, progress.decoding, segments)
     del target, draft
     clock.lap("rollout")
 
     progress.phase(f"step {step + 1}: rewards")
     scored, texts = score(parts.rewards, parts.tokenizer, examples, rollouts, grpo.scale_rewards, step)
-    metrics = {"step": step} | rollout_metrics(scored, parts.rewards.names)
+    metrics = {"step": step} | rollout_metrics(scored, parts.rewards.names) | segments.metrics()
+    metrics |= vocabulary_metrics(state.draft, rollouts)
     clock.lap("reward")
 
     progress.phase(f"step {step + 1}: policy update")
@@ -210,8 +207,10 @@ def _one_step(
     clock.lap("update")
 
     if config.draft.learns:
+        state = dataclasses.replace(state, draft=remember(state.draft, rollouts))
+    if config.draft.learns and state.draft.train_length > 0:
         progress.phase(f"step {step + 1}: draft update")
-        rows = draft_rows(step_key(config.seed, step, _CHOOSE), len(rollouts.group), config.draft.fraction)
+        rows = draft_rows(step_key(config.seed, step, CHOOSE), len(rollouts.group), config.draft.fraction)
         state, draft_metrics = update_draft(parts, state, weights, features, batch, rollouts.lengths, rows, step)
         metrics |= draft_metrics
         jax.block_until_ready(eqx.filter(state.draft, eqx.is_array))
@@ -228,7 +227,14 @@ def _one_step(
     return state
 
 
-def _finish(parts: RunParts, state: RunState, folder: RunFolder, progress: RunProgress, console: Console) -> None:
+def _finish(
+    parts: RunParts,
+    state: RunState,
+    folder: RunFolder,
+    progress: RunProgress,
+    console: Console,
+    segments: SegmentLog,
+) -> None:
     """Writes policy and draft for others to load, measures what speculation gave, and sums up."""
     config = parts.config
     progress.phase("saving policy/ and draft/")
@@ -236,22 +242,23 @@ def _finish(parts: RunParts, state: RunState, folder: RunFolder, progress: RunPr
     save_model(state.policy, folder.policy_path, parts.tokenizer, source if source.is_dir() else None)  # pyright: ignore[reportArgumentType]
     speedup = None
     if config.draft.enabled:
-        save_draft(folder.draft_path, state.draft, state.policy, config.model.path or "the embedded default model")
+        save_draft(folder.draft_path, state.draft, state.policy, model_name(config), draft_spec(config.draft))
         progress.say("policy/ and draft/ are saved; what follows only measures, and may be stopped")
         speedup = compare_with_plain(
             parts,
             compute_copy(state.policy, config.model.dtype),
             compute_copy(state.draft, config.model.dtype),
             config.steps * config.grpo.prompts_per_step,
-            step_key(config.seed, config.steps, _COMPARE),
+            step_key(config.seed, config.steps, COMPARE),
             progress,
+            segments,
         )
     progress.close()
     console.print(summary_table(read_records(folder.metrics_path), speedup))
     if speedup is not None and max(speedup.values()) < 1:
         progress.say(
-            "Speculation did not pay here. Try a shorter draft (draft.length), more draft.warmup or draft.kind=hydra; "
-            "draft.mode=off decodes plainly."
+            "Speculation did not pay here. Try a shorter draft (draft.length), more draft.warmup, or draft.kind=hydra "
+            "or eagle; draft.mode=off decodes plainly."
         )
     console.print(f"Run folder: {folder.path}", soft_wrap=True, markup=False, highlight=False)
 
@@ -271,27 +278,3 @@ class _Clock:
     def times(self) -> dict[str, float]:
         times = {f"time/{phase}": seconds for phase, seconds in self._laps.items()}
         return times | {"time/step": self._last - self._start}
-
-
-@contextmanager
-def _interrupts(progress: RunProgress) -> Iterator:
-    """Turns the first Ctrl-C into a request to stop after the step; the second one stops at once."""
-    asked = False
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        del frame
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        progress.say("Ctrl-C: finishing this step, then writing a checkpoint (press again to stop at once)")
-
-    try:
-        before = signal.signal(signal.SIGINT, ask)
-    except ValueError:  # not the main thread, where signals can't be taken: the caller's business then
-        yield lambda: False
-        return
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -7,18 +7,52 @@ from typing import Literal
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
+from jaxtyping import PRNGKeyArray
 
 from .._errors import UserError
 from .._sampling import AbstractSampling, Sampling
-from ..decoding import AbstractLengthController, AbstractVerifier, Block, FixedLength, Rejection
-from ..distill import AbstractDraftLoss, ForwardKL, LKHybrid
-from ..drafts import AbstractDraft, DraftError, HydraHeads, MedusaHeads, NoDraft, draft_kind, load_draft
+from ..decoding import (
+    AbstractLengthController,
+    AbstractVerifier,
+    AdaptiveLength,
+    Block,
+    Coupled,
+    FixedLength,
+    Rejection,
+)
+from ..distill import AbstractDraftLoss, EndToEndTV, ForwardKL, LKHybrid, ReverseKL, TotalVariation
+from ..drafts import (
+    AbstractDraft,
+    DraftError,
+    EagleDraft,
+    FallbackDraft,
+    FullVocabulary,
+    HydraHeads,
+    LayerSkipDraft,
+    MedusaHeads,
+    NGramDraft,
+    NoDraft,
+    ReducedVocabulary,
+    TemperedDraft,
+    check_fit,
+    check_same_vocabulary,
+    custom_draft,
+    describe_saved_draft,
+    draft_vocabulary,
+    load_draft,
+    load_model_draft,
+    most_used_tokens,
+    tempered_part,
+    with_vocabulary,
+)
 from ..grpo import LossSettings, adamw
-from ..models import AbstractLanguageModel, Tokenizer, load_pretrained
-from ..tasks import AbstractTask, Rewards
+from ..models import AbstractLanguageModel, Tokenizer, Transformer, load_pretrained
+from ..tasks import AbstractTask, Rewards, load_task
 from ._check import load_task_and_rewards
-from ._config import DraftConfig, RunConfig
+from ._config import DRAFT_KINDS, DraftConfig, RunConfig
+from ._load_config import draft_config
 
 _DRAFT_WEIGHTS = 0x68656164  # apart from the steps' keys, which are folded in by small numbers
 
@@ -49,41 +83,147 @@ def load_policy(path: str) -> tuple[AbstractLanguageModel, Tokenizer]:
     return load_pretrained(path or default_model_path())
 
 
-def make_draft(config: DraftConfig, target: AbstractLanguageModel, seed: int = 0) -> AbstractDraft:
-    """The draft that a run starts with; `seed` is for fresh weights."""
+def model_name(config: RunConfig) -> str:
+    """What to call the target in messages and in what is written."""
+    return config.model.path or "the embedded default model"
+
+
+def draft_spec(config: DraftConfig) -> str | None:
+    """How a class of the user's own is found, for a saved draft; `None` for the library's kinds."""
+    return None if config.kind in DRAFT_KINDS else config.kind
+
+
+def make_draft(
+    config: DraftConfig, target: AbstractLanguageModel, seed: int = 0, tokenizer: Tokenizer | None = None
+) -> AbstractDraft:
+    """The draft that a run starts with.
+
+    **Arguments:**
+
+    - `config`: which.
+    - `target`: whom it is to draft for.
+    - `seed`: for fresh weights.
+    - `tokenizer`: the target's, to which that of another model is compared.
+
+    **Raises:**
+
+    `UserError` if a saved draft or a class can't be loaded, or the draft does not fit the target.
+    """
     if not config.enabled:
         return NoDraft()
-    if config.path is not None:
-        draft = load_draft(Path(config.path), target)
-        if draft_kind(draft) != config.kind:
-            raise DraftError(
-                f"the draft in {config.path} is of kind {draft_kind(draft)!r}, but draft.kind is {config.kind!r}: "
-                f"set draft.kind={draft_kind(draft)}, or name another draft"
-            )
-        if draft.max_length != config.heads:
-            raise DraftError(
-                f"the draft in {config.path} has {draft.max_length} heads, but draft.heads is {config.heads}: set "
-                f"draft.heads={draft.max_length} (and a draft.length of at most that), or name another draft"
-            )
-        return draft
+    key = jr.fold_in(jr.key(seed), _DRAFT_WEIGHTS)
+    draft = _saved_draft(config, target) if config.path is not None else _fresh_draft(config, target, tokenizer, key)
+    if config.vocabulary is not None and config.vocabulary != draft_vocabulary(draft).size:
+        draft = _of_other_vocabulary(draft, config.vocabulary, target, tokenizer)
+    if config.fit_temperature and draft.train_length > 0 and tempered_part(draft) is None:
+        is_fallback = isinstance(draft, FallbackDraft)
+        draft = FallbackDraft(draft.first, TemperedDraft(draft.then)) if is_fallback else TemperedDraft(draft)
+    if config.ngram and not isinstance(draft, FallbackDraft):
+        draft = FallbackDraft(_lookup(config, shortest=3), draft)
+    check_fit(draft, target)
+    return draft
+
+
+def _of_other_vocabulary(
+    draft: AbstractDraft, size: int, target: AbstractLanguageModel, tokenizer: Tokenizer | None
+) -> AbstractDraft:
+    """The draft with as many tokens: what it had goes first, then the end of a sequence, then the lowest ids, until
+    completions have shown better."""
+    if size == 0:
+        return with_vocabulary(draft, FullVocabulary())
+    if size > target.vocab_size:
+        raise UserError(
+            f"draft.vocabulary = {size}, but the model's has only {target.vocab_size} tokens: set a smaller one, or 0 "
+            "for all of them"
+        )
+    old = draft_vocabulary(draft).support
+    first = [] if old is None else np.asarray(old).tolist()
+    ends = () if tokenizer is None else tokenizer.eos_ids
+    ids = most_used_tokens(np.zeros(0, int), size, target.vocab_size, [*first, *ends][:size])
+    return with_vocabulary(draft, ReducedVocabulary(ids))
+
+
+def _saved_draft(config: DraftConfig, target: AbstractLanguageModel) -> AbstractDraft:
+    assert config.path is not None
+    folder = Path(config.path).expanduser()
+    saved = describe_saved_draft(folder)
+    if saved["kind"] != config.kind:
+        raise DraftError(
+            f"the draft in {config.path} is of kind {saved['kind']!r}, but draft.kind is {config.kind!r}: set "
+            f"draft.kind={saved['kind']}, or name another draft"
+        )
+    if saved["max_length"] != config.max_length:
+        raise DraftError(
+            f"the draft in {config.path} has a max_length of {saved['max_length']}, but draft.max_length is "
+            f"{config.max_length}: set draft.max_length={saved['max_length']} (and a draft.length of at most that), or "
+            "name another draft"
+        )
+    draft = load_draft(folder, target)
+    return draft.then if isinstance(draft, FallbackDraft) and not config.ngram else draft
+
+
+def _fresh_draft(
+    config: DraftConfig, target: AbstractLanguageModel, tokenizer: Tokenizer | None, key: PRNGKeyArray
+) -> AbstractDraft:
     match config.kind:
         case "medusa":
-            return MedusaHeads.fresh(target.hidden_size, config.heads)
+            return MedusaHeads.fresh(target.hidden_size, config.max_length)
         case "hydra":
-            return HydraHeads(target.hidden_size, config.heads, key=jr.fold_in(jr.key(seed), _DRAFT_WEIGHTS))
+            return HydraHeads(target.hidden_size, config.max_length, key=key)
+        case "eagle":
+            return EagleDraft.for_target(
+                _transformer(target, config.kind),
+                max_length=config.max_length,
+                train_length=config.train_length,
+                key=key,
+            )
+        case "model":
+            assert config.model is not None  # the configuration has seen to it
+            draft, its_tokenizer = load_model_draft(config.model, config.max_length)
+            if tokenizer is not None:
+                check_same_vocabulary(its_tokenizer, tokenizer)
+            return draft
+        case "layer_skip":
+            depth = _transformer(target, config.kind).config.num_layers
+            num_layers = max(1, depth // 4) if config.num_layers is None else config.num_layers
+            return LayerSkipDraft(target.hidden_size, num_layers, config.max_length, key=key)
+        case "ngram":
+            return _lookup(config, shortest=2)
         case "none":
             return NoDraft()
+        case _:
+            return custom_draft(config.kind, target, config.max_length, key=key)
 
 
-def make_parts(config: RunConfig, tokenizer: Tokenizer, draft: AbstractDraft) -> RunParts:
-    """Everything but the weights."""
-    task, rewards = load_task_and_rewards(config)
+def _lookup(config: DraftConfig, shortest: int) -> NGramDraft:
+    shortest = config.min_ngram or shortest
+    return NGramDraft(config.max_length, min_ngram=shortest, max_ngram=max(4, shortest))
+
+
+def _transformer(target: AbstractLanguageModel, kind: str) -> Transformer:
+    if not isinstance(target, Transformer):
+        raise DraftError(
+            f"a draft of kind {kind!r} is made of the layers of a Transformer, but the target is a "
+            f"{type(target).__name__}: use another kind"
+        )
+    return target
+
+
+def named_draft(
+    text: str, target: AbstractLanguageModel, tokenizer: Tokenizer | None = None, seed: int = 0
+) -> AbstractDraft:
+    """The draft that `--draft` names: a saved one's folder, a kind, or a class as `file.py:Class`."""
+    return make_draft(draft_config(text), target, seed, tokenizer)
+
+
+def make_parts(config: RunConfig, tokenizer: Tokenizer, draft: AbstractDraft, *, with_rewards: bool = True) -> RunParts:
+    """Everything but the weights. Distilling a draft needs no rewards: without them, every completion is worth 0."""
+    if with_rewards:
+        task, rewards = load_task_and_rewards(config)
+    else:
+        task = load_task(config.task.name, config.seed, config.task.options)
+        rewards = Rewards(("none",), (lambda completions, **_: [0.0] * len(completions),), (1.0,))
     grpo = config.grpo
-    match config.draft.loss:
-        case "kl":
-            draft_loss = ForwardKL()
-        case "hybrid":
-            draft_loss = LKHybrid(eta=10.0)
     return RunParts(
         config=config,
         tokenizer=tokenizer,
@@ -91,7 +231,7 @@ def make_parts(config: RunConfig, tokenizer: Tokenizer, draft: AbstractDraft) ->
         rewards=rewards,
         sampling=Sampling(jnp.float32(grpo.temperature)),
         verifier=_verifier(config.draft.verifier),
-        length=FixedLength(config.draft.length if config.draft.enabled else 0),
+        length=_length(config.draft),
         loss=LossSettings(
             temperature=grpo.temperature,
             epsilon=grpo.epsilon,
@@ -101,8 +241,9 @@ def make_parts(config: RunConfig, tokenizer: Tokenizer, draft: AbstractDraft) ->
             loss_type=grpo.loss_type,
             chunk=grpo.logprob_chunk,
             layers=draft.layers,
+            gradient_checkpointing=grpo.gradient_checkpointing,
         ),
-        draft_loss=draft_loss,
+        draft_loss=_draft_loss(config.draft.loss),
         policy_optimizer=adamw(
             beta1=grpo.adam_beta1,
             beta2=grpo.adam_beta2,
@@ -116,12 +257,34 @@ def make_parts(config: RunConfig, tokenizer: Tokenizer, draft: AbstractDraft) ->
     )
 
 
-def _verifier(name: Literal["rejection", "block"]) -> AbstractVerifier:
+def _length(config: DraftConfig) -> AbstractLengthController:
+    if not config.enabled:
+        return FixedLength(0)
+    return AdaptiveLength(config.length) if config.adaptive else FixedLength(config.length)
+
+
+def _verifier(name: Literal["rejection", "block", "coupled"]) -> AbstractVerifier:
     match name:
         case "rejection":
             return Rejection()
         case "block":
             return Block()
+        case "coupled":
+            return Coupled()
+
+
+def _draft_loss(name: Literal["kl", "reverse_kl", "tv", "hybrid", "e2e_tv"]) -> AbstractDraftLoss:
+    match name:
+        case "kl":
+            return ForwardKL()
+        case "reverse_kl":
+            return ReverseKL()
+        case "tv":
+            return TotalVariation()
+        case "hybrid":
+            return LKHybrid(eta=10.0)
+        case "e2e_tv":
+            return EndToEndTV()
 
 
 def check_prompt(prompt_length: int, position: int, target: AbstractLanguageModel, max_new: int) -> None:

@@ -87,7 +87,7 @@ class RunFolder:
 
     def write_config(self, text: str) -> None:
         """Writes `config.toml`, aside and renamed."""
-        _replace(self.config_path, text.encode())
+        replace_file(self.config_path, text.encode())
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Adds one line to `metrics.jsonl`. JSON has no NaN and no infinity: both become `null`."""
@@ -108,7 +108,7 @@ class RunFolder:
                     for number, line, record in _records(path)
                     if _step(path, number, record) < step
                 ]  # fmt: skip
-                _replace(path, b"".join(lines))
+                replace_file(path, b"".join(lines))
 
     def close(self) -> None:
         """Closes the files, and lets other processes have the folder."""
@@ -201,7 +201,8 @@ def _lock(folder: Path) -> IO[bytes]:
     return file
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file aside and renames it, so that it is either the old one or the new one, and whole."""
     aside = path.with_name(f".tmp-{path.name}")
     try:
         with open(aside, "wb") as file:

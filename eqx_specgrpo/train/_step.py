@@ -1,6 +1,7 @@
 """The four phases of a training step, each a function of what it needs: roll out, score, update the policy, update
 the draft. `_loop.py` puts them together."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +15,8 @@ from jaxtyping import Array, Int, Key
 
 from .._types import Prompts, Rollouts, ScoredRollouts, StopReason
 from ..decoding import DecodeProgress, decode
-from ..distill import draft_gradients, select_rows
-from ..drafts import AbstractDraft
+from ..distill import DraftBatch, draft_gradients, fit_temperature, select_rows
+from ..drafts import AbstractDraft, completion_tokens, coverage, draft_vocabulary, tempered_part, with_temperature
 from ..grpo import (
     LossNormalizer,
     UpdateBatch,
@@ -26,16 +27,18 @@ from ..grpo import (
     global_norm,
     group_advantages,
     make_update_batch,
+    plan_micro_batches,
     policy_gradients,
     policy_logprobs,
 )
 from ..models import AbstractLanguageModel, Features, Tokenizer, sequence_features
 from ..tasks import AbstractTask, Example, Rewards, collate
 from ._parts import RunParts, check_prompt
+from ._segments import SegmentLog
 from ._state import RunState
 
 _PROMPT_WIDTH = 32  # prompts are padded to a multiple of this, so that few widths are compiled
-_DRAFT_DECAY = 0.8  # weight of a draft position relative to the one before it (Cai et al. 2024, section 2.2.1)
+POSITION_DECAY = 0.8  # weight of a draft position relative to the one before it (Cai et al. 2024, section 2.2.1)
 
 
 def next_examples(
@@ -59,21 +62,30 @@ def roll_out(
     prompts: Prompts,
     key: Key[Array, ""],
     on_progress: Callable[[DecodeProgress], None] | None = None,
+    segments: SegmentLog | None = None,
 ) -> Rollouts:
-    """Completions of the prompts, `num_generations` each."""
+    """Completions of the prompts, `num_generations` each.
+
+    **Arguments:**
+
+    - `segments`: goes on with what the length controller has learned, and collects what it sees.
+    """
     grpo = parts.config.grpo
+    segments = SegmentLog() if segments is None else segments
     return decode(
         target,
         prompts,
         draft=draft,
         verifier=parts.verifier,
         length=parts.length,
+        length_state=segments.length_state,
         sampling=parts.sampling,
         key=key,
         max_new_tokens=grpo.max_completion_length,
         eos_ids=parts.tokenizer.eos_ids,
         samples=grpo.num_generations,
         on_progress=on_progress,
+        on_segment=segments,
     )
 
 
@@ -112,24 +124,32 @@ def update_policy(
     batch = make_update_batch(
         scored.rollouts, scored.advantages, mask_truncated_completions=grpo.mask_truncated_completions
     )
-    rows = len(batch.prompt_lengths)
-    micro_rows = rows // grpo.gradient_accumulation_steps
-    starts = range(0, rows, micro_rows)
+    width = batch.tokens.shape[1]
+    plan = plan_micro_batches(
+        np.asarray(batch.prompt_lengths) + scored.rollouts.lengths,
+        width,
+        num_parts=grpo.gradient_accumulation_steps,
+        max_tokens=grpo.max_tokens_per_micro_batch,
+        sort=parts.loss.loss_type != "bnpo",  # whose value depends on which rows are together
+    )
     if reference is not None:
-        gaps = [policy_logprobs(reference, batch.rows(i, i + micro_rows), parts.loss) for i in starts]
-        batch = eqx.tree_at(
-            lambda b: b.reference_logprobs, batch, np.concatenate(gaps), is_leaf=lambda leaf: leaf is None
-        )
+        gaps = np.zeros(batch.old_logprobs.shape, np.float32)
+        for chosen, cut in plan:
+            part = policy_logprobs(reference, batch.rows(chosen, cut), parts.loss)
+            gaps[chosen, : part.shape[1]] = part
+        batch = eqx.tree_at(lambda b: b.reference_logprobs, batch, gaps, is_leaf=lambda leaf: leaf is None)
     normalizer = LossNormalizer.from_mask(
-        batch.completion_mask, grpo.max_completion_length, num_micro_batches=len(starts)
+        batch.completion_mask, grpo.max_completion_length, num_micro_batches=len(plan)
     )
     metrics: dict[str, float] = {}
     weights, features = policy, []
     for iteration in range(grpo.num_iterations):
         weights = compute_copy(policy, parts.config.model.dtype)
         total, features = None, []
-        for i in starts:
-            part, part_features = policy_gradients(weights, batch.rows(i, i + micro_rows), normalizer, parts.loss)
+        for chosen, cut in plan:
+            part, part_features = policy_gradients(
+                weights, batch.rows(chosen, cut), normalizer, parts.loss, feature_width=width
+            )
             total = part if total is None else total + part
             features.append(part_features)
         assert total is not None
@@ -149,8 +169,13 @@ def update_policy(
         metrics["grad_norm"] = float(norm)
         metrics["entropy"] = float(total.entropy_sum / jnp.maximum(total.metrics.num_tokens, 1))
     metrics["learning_rate"] = learning_rate
-    whole = jax.tree.map(lambda *xs: jnp.concatenate(xs), *features) if len(features) > 1 else features[0]
-    return policy, optimizer_state, weights, whole, batch, metrics
+    back = np.argsort(np.concatenate([chosen for chosen, _ in plan]))
+    return policy, optimizer_state, weights, _in_order(features, back), batch, metrics
+
+
+@eqx.filter_jit
+def _in_order(parts: list[Features], order: Int[np.ndarray | Array, " rows"]) -> Features:
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs)[order], *parts)
 
 
 def update_draft(
@@ -187,7 +212,7 @@ def update_draft(
         parts.draft_loss,
         temperature=parts.loss.temperature,
         alpha=state.draft_acceptance,
-        position_decay=jnp.float32(_DRAFT_DECAY),
+        position_decay=jnp.float32(POSITION_DECAY),
         new=batch.completion_tokens.shape[1],
     )
     norm = global_norm(result.gradients)
@@ -199,7 +224,34 @@ def update_draft(
     metrics = {"draft/loss": float(result.loss), "draft/grad_norm": float(norm)}
     for position, acceptance in enumerate(np.asarray(result.acceptance).tolist()):
         metrics[f"draft/expected_acceptance_pos_{position}"] = acceptance
+    if config.fit_temperature:
+        fitted, fit_metrics = _fit_temperature(parts, state.draft, target, chosen, batch.completion_tokens.shape[1])
+        state = dataclasses.replace(state, draft=fitted)
+        metrics |= fit_metrics
     return state, metrics
+
+
+def _fit_temperature(
+    parts: RunParts, draft: AbstractDraft, target: AbstractLanguageModel, chosen: DraftBatch, new: int
+) -> tuple[AbstractDraft, dict[str, float]]:
+    """The draft with temperatures that follow what is accepted most on these rollouts."""
+    copy = compute_copy(draft, parts.config.model.dtype)
+    fitted, fit = fit_temperature(copy, target, chosen, temperature=parts.loss.temperature, new=new)
+    part = tempered_part(fitted)
+    assert part is not None
+    metrics = {}
+    for position, acceptance in enumerate(np.asarray(fit.after).tolist()):
+        metrics[f"draft/tempered_acceptance_pos_{position}"] = acceptance
+        metrics[f"draft/temperature_pos_{position}"] = float(part.temperature[position])
+    return with_temperature(draft, part.steps), metrics
+
+
+def vocabulary_metrics(draft: AbstractDraft, rollouts: Rollouts) -> dict[str, float]:
+    """How much of the policy's completions a draft of a reduced vocabulary could have said; nothing for others."""
+    vocabulary = draft_vocabulary(draft)
+    if vocabulary.size == 0:
+        return {}
+    return {"draft/coverage": coverage(vocabulary, completion_tokens(rollouts))}
 
 
 def features_of(target: AbstractLanguageModel, batch: UpdateBatch, layers: tuple[int, ...]) -> Features:

@@ -1,0 +1,97 @@
+"""From `package.module:name` or `path/to/file.py:name`, as users write it, to the object."""
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ._errors import UserError
+from ._nearest import did_you_mean
+
+
+def is_import_spec(text: str) -> bool:
+    """Whether this is written as `package.module:name` or `file.py:name`."""
+    source, colon, name = text.rpartition(":")
+    return bool(colon) and name.isidentifier() and (source.endswith(".py") or bool(_MODULE.fullmatch(source)))
+
+
+def import_callable(spec: str, what: str, must_be: str) -> Callable[..., Any]:
+    """The function or class that `spec` names. Its file is run, or its module imported.
+
+    **Arguments:**
+
+    - `spec`: `package.module:name`, where the module is one that Python finds or that lies in the folder started in, or
+        `file.py:name`.
+    - `what`: what it is to be, for messages: "reward".
+    - `must_be`: "function", for messages.
+
+    **Raises:**
+
+    `UserError` if there is no such file, module or name, if importing it raises, or if it cannot be called.
+    """
+    source, _, name = spec.rpartition(":")
+    module = _load_file(source, what) if source.endswith(".py") else _load_module(source, what, must_be)
+    names = vars(module)
+    if name not in names:
+        choices = [name for name, value in names.items() if callable(value) and not name.startswith("_")]
+        raise UserError(f"{source} has no {must_be} {name!r}.{did_you_mean(name, choices)}")
+    if not callable(names[name]):
+        raise UserError(f"{spec!r} is a {type(names[name]).__name__}, but a {what} must be a {must_be}")
+    return names[name]
+
+
+_MODULE = re.compile(r"\w+(\.\w+)*")
+
+
+def _load_file(source: str, what: str) -> ModuleType:
+    path = Path(source).expanduser().resolve()
+    if not path.is_file():
+        raise UserError(f"the {what} file {source} doesn't exist (looked at {path}). Check the path.")
+    # A name of its own: the file mustn't shadow an installed module that happens to be called the same.
+    name = f"{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+    description = importlib.util.spec_from_file_location(name, path)
+    if description is None or description.loader is None:
+        raise UserError(f"the {what} file {source} can't be imported: is it a Python file?")
+    module = importlib.util.module_from_spec(description)
+    sys.modules[name] = module  # dataclasses, among others, look their module up there
+    try:
+        with _import_from(path.parent):
+            description.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UserError(f"the {what} file {source} raised on import: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _load_module(source: str, what: str, must_be: str) -> ModuleType:
+    if not _MODULE.fullmatch(source):
+        raise UserError(f"{source!r} is neither a module such as package.module nor a file ending in .py")
+    try:
+        with _import_from(Path.cwd()):
+            return importlib.import_module(source)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the module {source!r} of a {what} can't be imported: {error}. Install it, start in its folder, or "
+            f"give the file: file.py:{must_be}"
+        ) from error
+    except Exception as error:
+        raise UserError(
+            f"the module {source!r} of a {what} raised on import: {type(error).__name__}: {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _import_from(folder: Path) -> Iterator[None]:
+    """Lets imports find a folder too, as `python file.py` would; a console script doesn't look where it was started."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(folder))

@@ -1,0 +1,131 @@
+"""One draft where it has something to say, another elsewhere."""
+
+from typing import Any, Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from .._sampling import Categorical
+from ..models import AbstractLanguageModel, Features
+from ._base import AbstractDraft, Proposal
+from ._history import AbstractHistoryDraft
+from ._sampler import AbstractSampler
+
+FallbackState = tuple[Any, Any]
+First = TypeVar("First", bound=AbstractHistoryDraft)
+Then = TypeVar("Then", bound=AbstractDraft)
+
+
+class FallbackDraft(AbstractDraft[FallbackState], Generic[First, Then]):
+    """The first draft in the rows where it has a match, the second in the others.
+
+    Which of them it is depends on committed tokens alone, and is known before the second draws anything: were it to
+    depend on a token just drawn, the tokens that are verified would no longer be distributed as the draft says, and the
+    output would be biased (`AbstractHistoryDraft.propose_matches` has no sampler). A matched row's proposal is a point
+    mass, exactly that, among the distributions of the others.
+
+    Both are told of every round's outcome. The second therefore has to take tokens in that it has not drafted.
+
+    Trained and frozen parts are those of the second; the first has nothing to train, but a memory that `remember`
+    reaches.
+
+    **Arguments:**
+
+    - `first`: say, [`eqx_specgrpo.drafts.NGramDraft`][], with a `min_ngram` of 3 or more: its short matches are often
+        worse than what a trained draft says.
+    - `then`: any draft.
+    """
+
+    first: First
+    then: Then
+
+    def __init__(self, first: First, then: Then):
+        self.first = first
+        self.then = then
+
+    @property
+    def max_length(self) -> int:
+        return min(self.first.max_length, self.then.max_length)
+
+    @property
+    def train_length(self) -> int:
+        return self.then.train_length
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({*self.first.layers, *self.then.layers}))
+
+    def check(self, target: AbstractLanguageModel) -> None:
+        self.first.check(target)
+        self.then.check(target)
+
+    def init(self, target, features: Features, tokens, lengths, capacity) -> FallbackState:
+        # A draft of more tokens than the two together counts on room for as many.
+        return tuple(
+            draft.init(target, self._features_for(draft, features), tokens, lengths, capacity + spare)
+            for draft, spare in self._with_spare()
+        )
+
+    @jax.named_scope("FallbackDraft.propose")
+    def propose(self, target, state: FallbackState, last_token, sampler: AbstractSampler, length: int):
+        matches, is_matched, first_state = self.first.propose_matches(target, state[0], last_token, length)
+        others, then_state = self.then.propose(target, state[1], last_token, sampler, length)
+        return prefer_matches(matches.tokens, is_matched, others), (first_state, then_state)
+
+    def commit(self, target, state: FallbackState, features: Features, block, num_accepted) -> FallbackState:
+        return tuple(
+            draft.commit(target, part, self._features_for(draft, features), block, num_accepted)
+            for draft, part in zip((self.first, self.then), state, strict=True)
+        )
+
+    def train_hidden(self, target, features: Features, tokens):
+        return self.then.train_hidden(target, self._features_for(self.then, features), tokens)
+
+    def train_logits(self, target, hidden):
+        return self.then.train_logits(target, hidden)
+
+    def provenance(self) -> dict[str, Any]:
+        return {"first": self.first.provenance(), "then": self.then.provenance()}
+
+    def _with_spare(self) -> list[tuple[AbstractDraft, int]]:
+        return [(draft, draft.max_length - self.max_length) for draft in (self.first, self.then)]
+
+    def _features_for(self, draft: AbstractDraft, features: Features) -> Features:
+        """With the layers that this draft asked for, in its own order."""
+        return Features(features.last, tuple(features.layers[self.layers.index(layer)] for layer in draft.layers))
+
+
+def prefer_matches(matches: Int[Array, "rows draft"], is_matched: Bool[Array, " rows"], others: Proposal) -> Proposal:
+    """The proposal with the chains of some rows replaced by point masses.
+
+    **Arguments:**
+
+    - `matches`: these rows' chains, chosen without chance and without a look at `others`.
+    - `is_matched`: which rows; as little may depend on `others`.
+    - `others`: what stays in the other rows.
+    """
+    tokens = jnp.where(is_matched[:, None], matches, others.tokens)
+    if others.distribution is None:
+        return Proposal(tokens, None)
+    masses = _point_masses(matches, others.distribution)
+
+    def choose(mass: Array, other: Array) -> Array:
+        return jnp.where(is_matched.reshape(-1, *[1] * (other.ndim - 1)), mass, other)
+
+    return Proposal(tokens, jax.tree.map(choose, masses, others.distribution))
+
+
+def _point_masses(tokens: Int[Array, "rows draft"], like: Categorical) -> Categorical:
+    """Each of the tokens with probability one, as a distribution of the form of another."""
+    place = jnp.broadcast_to(jnp.arange(like.logits.shape[-1]), like.logits.shape)
+    support = like.support
+    if support is None:
+        here = place == tokens[..., None]
+    else:
+        # Where the token is not among the ids it takes the place of the first of them: they stay all different.
+        is_there = support == tokens[..., None]
+        here = jnp.where(is_there.any(-1, keepdims=True), is_there, place == 0)
+        support = jnp.where(here, tokens[..., None], support)
+    logits = jnp.where(here, 0.0, -jnp.inf).astype(like.logits.dtype)
+    return Categorical(logits, jnp.zeros_like(like.log_normalizer), support)

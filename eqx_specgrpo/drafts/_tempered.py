@@ -1,0 +1,129 @@
+"""Any draft, drawn from at temperatures of its own."""
+
+from typing import Any, Generic, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..models import AbstractLanguageModel
+from ._base import AbstractDraft
+from ._sampler import AbstractSampler
+
+Inner = TypeVar("Inner", bound=AbstractDraft)
+Draft = TypeVar("Draft", bound=AbstractDraft)
+
+# Acceptance is flat around its best temperature: a finer grid than one of 4.4% would only follow noise.
+STEPS_PER_DOUBLING = 16
+MOST_STEPS = 2 * STEPS_PER_DOUBLING  # temperatures from 1/4 to 4
+
+
+class TemperedDraft(AbstractDraft[Any], Generic[Inner]):
+    """A draft whose logits at each draft position are divided by a temperature, on top of the one of sampling.
+
+    What is the best imitation is not what is accepted most: the further ahead a draft looks, the flatter it is. Any
+    distribution is lossless, as long as the tokens are drawn from it. So the temperature is free, and the one that is
+    accepted most is found on the last completions, see [`eqx_specgrpo.distill.fit_temperature`][].
+
+    Trained and frozen parts are those of the draft. The temperatures are places on a grid, integers, which no optimizer
+    touches; training does not see them.
+
+    **Arguments:**
+
+    - `draft`: any draft that gives its logits to the sampler.
+    - `steps`: of each draft position; the temperature is `2 ** (steps / 16)`. By default 0, temperature 1.
+    """
+
+    draft: Inner
+    steps: Int[Array, " draft"]
+
+    def __init__(self, draft: Inner, steps: Int[Array, " draft"] | None = None):
+        self.draft = draft
+        self.steps = jnp.zeros(draft.max_length, jnp.int32) if steps is None else steps
+
+    def __check_init__(self):
+        if self.steps.shape != (self.draft.max_length,):
+            raise ValueError(
+                f"steps has shape {list(self.steps.shape)}, but the draft looks {self.draft.max_length} positions "
+                "ahead: give one for each"
+            )
+
+    @property
+    def temperature(self) -> Float[Array, " draft"]:
+        """Of each draft position."""
+        return steps_to_temperature(self.steps)
+
+    @property
+    def max_length(self) -> int:
+        return self.draft.max_length
+
+    @property
+    def train_length(self) -> int:
+        return self.draft.train_length
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.draft.layers
+
+    def check(self, target: AbstractLanguageModel) -> None:
+        self.draft.check(target)
+
+    def init(self, target, features, tokens, lengths, capacity):
+        return self.draft.init(target, features, tokens, lengths, capacity)
+
+    def propose(self, target, state, last_token, sampler: AbstractSampler, length: int):
+        return self.draft.propose(target, state, last_token, TemperedSampler(sampler, self.temperature), length)
+
+    def commit(self, target, state, features, block, num_accepted):
+        return self.draft.commit(target, state, features, block, num_accepted)
+
+    def train_hidden(self, target, features, tokens):
+        return self.draft.train_hidden(target, features, tokens)
+
+    def train_logits(self, target, hidden):
+        """The draft's own, before tempering."""
+        return self.draft.train_logits(target, hidden)
+
+    def provenance(self) -> dict[str, Any]:
+        return {"draft": self.draft.provenance()}
+
+
+class TemperedSampler(AbstractSampler):
+    """Draws at other temperatures than the sampler inside it, and hands on the distribution drawn from.
+
+    **Arguments:**
+
+    - `sampler`: what draws.
+    - `temperature`: of each draft position, on top of the sampler's own.
+    """
+
+    sampler: AbstractSampler
+    temperature: Float[Array, " draft"]
+
+    def __call__(self, logits, offset, support=None):
+        return self.sampler(logits / self.temperature[offset], offset, support)
+
+
+def steps_to_temperature(steps: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """From places on the grid to temperatures; 0 is temperature 1."""
+    return 2.0 ** (steps / STEPS_PER_DOUBLING)
+
+
+def tempered_part(draft: AbstractDraft) -> TemperedDraft | None:
+    """The `TemperedDraft` that a draft is, or that is inside it; `None` if there is none."""
+    found = [part for part in jax.tree.leaves(draft, is_leaf=_is_tempered) if _is_tempered(part)]
+    return found[0] if found else None
+
+
+def with_temperature(draft: Draft, steps: Int[Array, " draft"]) -> Draft:
+    """The draft with other temperatures in its `TemperedDraft`."""
+
+    def put(part):
+        return eqx.tree_at(lambda tempered: tempered.steps, part, steps) if _is_tempered(part) else part
+
+    return jax.tree.map(put, draft, is_leaf=_is_tempered)
+
+
+def _is_tempered(part) -> bool:
+    return isinstance(part, TemperedDraft)

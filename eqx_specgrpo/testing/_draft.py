@@ -1,0 +1,128 @@
+"""The proofs that a draft can be put through."""
+
+from collections.abc import Callable, Sequence
+
+import equinox as eqx
+import jax.random as jr
+
+from ..drafts import AbstractDraft, DraftError
+from ..models import AbstractLanguageModel
+from ._draws import check_draws
+from ._errors import require
+from ._gradients import check_gradients
+from ._interface import check_interface
+from ._pair import Pair, make_pair
+from ._rewind import check_rewind
+from ._saving import check_saving
+from ._tokens import TokenComparison, compare_tokens
+
+
+class DraftReport(eqx.Module):
+    """What was found of a draft that passed.
+
+    **Arguments:**
+
+    - `name`: its class.
+    - `rewind_error`: the largest difference between a probability after rounds of every kind and the same after a fresh
+        start.
+    - `draw_p_value`: the least of the tests whether drafted tokens are draws from what comes with them.
+    - `greedy`, `coupled`: decoding with the draft beside plain decoding, greedily and sampled.
+    - `loaded_by_name`: whether `load_draft` knows this kind, else it is loaded into a draft that is there already.
+    """
+
+    name: str
+    rewind_error: float
+    draw_p_value: float
+    greedy: TokenComparison
+    coupled: TokenComparison
+    loaded_by_name: bool
+
+
+def check_draft(
+    draft: AbstractDraft,
+    target: AbstractLanguageModel,
+    *,
+    prompts: Sequence[Sequence[int]] | None = None,
+    max_new_tokens: int = 16,
+    draws: int = 64,
+    same_after_restart: bool = True,
+    frozen: Sequence[str] = (),
+    other_target: AbstractLanguageModel | None = None,
+    tolerance: float = 1e-4,
+    near_tie: float = 1e-3,
+    logprob_tolerance: float = 1e-3,
+    on_progress: Callable[[str], None] | None = None,
+) -> DraftReport:
+    """Puts a draft through everything that the decoder and the draft step rely on.
+
+    No draft can make the output wrong on its own, as long as its tokens are draws from the distributions that come with
+    them. But one that loses its place drafts badly from then on, silently; that, too, is found here.
+
+    Checked are: shapes and dtypes of every method; that the state follows what is committed, after full, partial and
+    no acceptance, in unequal rows, after rounds without drafting, and after tokens that another draft had drafted (as
+    under [`eqx_specgrpo.drafts.FallbackDraft`][]); that tokens are draws from the returned distributions; that
+    decoding says the same as plain decoding, greedily and with [`eqx_specgrpo.decoding.Coupled`][], through the decoder
+    itself; that the draft step's gradient reaches all of the draft and nothing of the target; saving and loading.
+
+    **Arguments:**
+
+    - `draft`, `target`: the pair, in float32. A few small forwards are all it takes: any size will do.
+    - `prompts`: token ids, of unequal lengths; random ones by default.
+    - `max_new_tokens`: how long the completions are that are compared with plain decoding's.
+    - `draws`: proposals drawn for the statistics.
+    - `same_after_restart`: `False` says that the draft by design remembers more of a row than its committed tokens, or
+        less when started anew on them; it is then only demanded that rejected tokens leave no trace.
+    - `frozen`: places of weights that are meant not to learn, as in `.adapter.scale`.
+    - `other_target`: one that the draft does not fit: `check` has to say so.
+    - `tolerance`: of probabilities after a rewind.
+    - `near_tie`: two tokens whose scores are as near as this may be swapped by rounding.
+    - `logprob_tolerance`: of reported log-probabilities.
+    - `on_progress`: is told what is being checked.
+
+    **Returns:**
+
+    The worst that was found.
+
+    **Raises:**
+
+    `ConformanceError`, naming the case, if the draft fails; whatever the draft itself raises.
+    """
+    say = on_progress or (lambda _: None)
+    pair = make_pair(draft, target, prompts)
+    say("shapes and dtypes")
+    check_interface(pair)
+    if other_target is not None:
+        _check_refusal(pair, other_target)
+    say("rewinding")
+    rewind_error = check_rewind(pair, same_after_restart=same_after_restart, tolerance=tolerance)
+    say("draws")
+    p_value = check_draws(pair, draws=draws)
+    comparisons = []
+    for name, greedy in (("greedily", True), ("coupled", False)):
+        say(f"decoding {name}, with the draft and without")
+        comparison = compare_tokens(
+            draft,
+            target,
+            pair.prompts,
+            greedy=greedy,
+            key=jr.key(6),
+            max_new_tokens=max_new_tokens,
+            length=draft.max_length,
+        )
+        comparison.require_near_ties(f"{pair.name}, decoding {name}", near_tie)
+        comparison.require_logprobs(f"{pair.name}, decoding {name}", logprob_tolerance)
+        comparisons.append(comparison)
+    say("gradients")
+    check_gradients(pair, frozen=frozen)
+    say("saving and loading")
+    greedy_tokens, coupled_tokens = comparisons
+    return DraftReport(pair.name, rewind_error, p_value, greedy_tokens, coupled_tokens, check_saving(pair))
+
+
+def _check_refusal(pair: Pair, other: AbstractLanguageModel) -> None:
+    try:
+        pair.draft.check(other)
+    except DraftError as error:
+        require(len(str(error).split()) > 5, f"{pair.name}.check says {str(error)!r}: name both sides, in a sentence")
+    else:
+        require(False, f"{pair.name}.check accepts a target that the draft does not fit: raise DraftError")

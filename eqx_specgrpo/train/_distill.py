@@ -1,0 +1,312 @@
+"""A draft trained on the target's own generations, before (or without) any run."""
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from rich.console import Console
+
+from .._compile import count_compilations
+from .._errors import UserError
+from .._types import Rollouts
+from ..decoding import DecodeProgress
+from ..drafts import AbstractDraft, completion_tokens, coverage, draft_vocabulary, save_draft, tempered_part
+from ..grpo import compute_copy
+from ..models import AbstractLanguageModel
+from ._config import RunConfig
+from ._interrupt import interrupts
+from ._lessons import (
+    COMPARE,
+    examine,
+    learn_lesson,
+    make_lesson,
+    mean_entropy,
+    recall_lesson,
+    updates_per_lesson,
+)
+from ._parts import RunParts, draft_spec, load_policy, make_draft, make_parts, model_name
+from ._progress import RunProgress
+from ._run_folder import replace_file
+from ._state import RunState
+from ._step import next_examples, roll_out, step_key
+
+DEFAULT_STEPS, DEFAULT_MINUTES = 300, 10.0
+_SECONDS_BETWEEN_SAVES = 60.0
+_RECORD_EVERY = 10
+
+
+class _Stopped(Exception):
+    """Ctrl-C while a batch of rollouts was being decoded: it is of no use."""
+
+
+def distill(
+    config: RunConfig,
+    *,
+    steps: int | None = None,
+    minutes: float | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Trains a draft on completions that the target samples on a task, and saves it.
+
+    The target stands still. Batches of rollouts are decoded plainly, each serves several updates, and is replaced. The
+    first batch is never learned from: on it the draft is examined before and after. The learning rate is constant for
+    half of the time, then falls linearly to 0.
+
+    **Arguments:**
+
+    - `config`: as for a run. What matters of it: `model`, `task`, `draft`, `seed`, `out` (the folder to write) and, of
+        `grpo`, how many prompts a batch has, completions a prompt, the longest completion, and the temperature.
+    - `steps`: the most updates.
+    - `minutes`: the most wall-clock time, compilation included. Without either, 300 updates or 10 minutes, whichever
+        comes first; only with `steps` alone does the same seed give the same draft.
+    - `console`: where progress goes.
+
+    **Returns:**
+
+    The draft's folder: `draft.json`, `draft.safetensors`, and `distill.json`, which says how it was trained, how its
+    expected acceptance by position was before and after, and how long its accepted chains are.
+
+    **Raises:**
+
+    `UserError` for whatever the user can mend.
+    """
+    if steps is None and minutes is None:
+        steps, minutes = DEFAULT_STEPS, DEFAULT_MINUTES
+    out = Path(config.out)
+    _check(config, out)
+    console = console or Console()
+    progress = RunProgress(console)
+    with progress, count_compilations(progress.note):
+        progress.phase(f"loading {model_name(config)}")
+        policy, tokenizer = load_policy(config.model.path)
+        draft = make_draft(config.draft, policy, config.seed, tokenizer)
+        if draft.train_length == 0:
+            raise UserError(
+                f"a draft of kind {config.draft.kind!r} has nothing to train, whatever the target: use it as it is, "
+                f"with specgrpo run --draft {config.draft.kind}"
+            )
+        parts = make_parts(config, tokenizer, draft, with_rewards=False)
+        state = RunState(
+            policy,
+            None,
+            draft,
+            parts.draft_optimizer.init(eqx.filter(draft, eqx.is_inexact_array)),
+            jnp.zeros(draft.train_length),
+        )
+        del policy, draft
+        _Session(parts, state, steps, minutes, out, progress).work()
+    console.print(f"Draft: {out}", soft_wrap=True, markup=False, highlight=False)
+    return out
+
+
+def _check(config: RunConfig, out: Path) -> None:
+    """Raises if there is no draft to train, or the folder holds something else than the draft to go on with."""
+    if not config.draft.enabled:
+        off = "draft.kind = 'none'" if config.draft.kind == "none" else "draft.mode = 'off'"
+        raise UserError(f"{off} says that there is no draft to train: name one with --draft")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file, not a folder: choose another with --out")
+    goes_on = config.draft.path is not None and out.resolve() == Path(config.draft.path).expanduser().resolve()
+    if not goes_on and out.is_dir() and any(out.iterdir()):
+        raise UserError(
+            f"the folder {out} is not empty: choose another with --out, or go on with the draft in it by --draft {out}"
+        )
+
+
+class _Session:
+    """One distillation: its state, its clock and its record."""
+
+    def __init__(
+        self,
+        parts: RunParts,
+        state: RunState,
+        steps: int | None,
+        minutes: float | None,
+        out: Path,
+        progress: RunProgress,
+    ):
+        self.parts, self.state, self.out, self.progress = parts, state, out, progress
+        self.steps = math.inf if steps is None else steps
+        self.seconds = math.inf if minutes is None else 60 * minutes
+        self.begin, self.learning_since = time.perf_counter(), 0.0
+        self.record: dict[str, Any] = _provenance(parts.config) | {"learned_from_tokens": 0, "history": []}
+
+    def work(self) -> None:
+        """Learns until time is up or the user stops it, then writes what was learned."""
+        target = compute_copy(self.state.policy, self.parts.config.model.dtype)
+
+        def told():
+            self.progress.say("Ctrl-C: finishing, then saving what was learned (press again to stop at once)")
+
+        with interrupts(told) as interrupted:
+
+            def decoding(progress: DecodeProgress) -> None:
+                self.progress.decoding(progress)
+                if interrupted():
+                    raise _Stopped
+
+            layers = self.state.draft.layers
+            self.progress.phase("the rollouts that are kept to examine the draft with")
+            try:
+                held_out = make_lesson(self.parts, target, layers, 0, decoding)
+            except _Stopped:
+                self.progress.say("Stopped before anything was learned; nothing is saved.")
+                return
+            entropy = mean_entropy(self.parts, target, held_out)
+            loss, before = self._examine(target, held_out)
+            self.progress.say(f"before: draft loss {loss:.3f}  {_positions(before)}  entropy {entropy:.2f}")
+            self.record["held_out"] = {
+                "tokens": int(held_out.rollouts.lengths.sum()),
+                "entropy": entropy,
+                "loss_before": loss,
+                "expected_acceptance_before": before,
+            }
+            updates = self._learn(target, layers, decoding, interrupted)
+            loss, after = self._examine(target, held_out)
+            self.progress.say(f"after:  draft loss {loss:.3f}  {_positions(after)}  on rollouts it did not learn from")
+            self.record["held_out"] |= {"loss_after": loss, "expected_acceptance_after": after}
+            self._tell_of_options(held_out)
+            self._save(updates, finished=not interrupted())
+            if not interrupted():
+                try:
+                    self._measure(target, decoding)
+                except _Stopped:
+                    pass
+                self._save(updates, finished=True)
+
+    def _tell_of_options(self, held_out) -> None:
+        """What the draft's vocabulary covers of rollouts that it was not chosen from, and its temperatures."""
+        vocabulary, tempered = draft_vocabulary(self.state.draft), tempered_part(self.state.draft)
+        if vocabulary.size:
+            share = coverage(vocabulary, completion_tokens(held_out.rollouts))
+            self.progress.say(f"its {vocabulary.size} tokens cover {share:.2%} of those rollouts")
+            self.record["held_out"]["coverage"] = share
+        if tempered is not None:
+            temperatures = tempered.temperature.tolist()
+            self.progress.say("temperature by position " + " ".join(f"{value:.2f}" for value in temperatures))
+            self.record["temperature_by_position"] = temperatures
+
+    def _learn(self, target: AbstractLanguageModel, layers: tuple[int, ...], decoding, interrupted) -> int:
+        """Updates until there is no more time; how many there were."""
+        per_lesson = updates_per_lesson(self.parts)
+        rate = self.parts.config.draft.learning_rate
+        lesson, saved, update = None, time.perf_counter(), 0
+        while update < self.steps and self._elapsed() < self.seconds and not interrupted():
+            number, within = divmod(update, per_lesson)
+            if lesson is None or within == 0:
+                self.progress.phase(f"batch {number + 1} of rollouts")
+                try:
+                    lesson = make_lesson(self.parts, target, layers, 1 + number, decoding)
+                except _Stopped:
+                    break
+                self.state = recall_lesson(self.state, lesson)
+                self.record["learned_from_tokens"] += int(lesson.rollouts.lengths.sum())
+            self.progress.phase(f"update {update + 1}")
+            parts = _with_rate(self.parts, rate * min(1.0, 2 * (1 - self._done(update))))
+            self.state, metrics = learn_lesson(parts, self.state, target, lesson, update)
+            update += 1
+            if update == 1:
+                self.learning_since = self._elapsed()
+            self._tell(update, metrics)
+            if time.perf_counter() - saved > _SECONDS_BETWEEN_SAVES:
+                self.progress.phase("saving")
+                self._save(update, finished=False)
+                saved = time.perf_counter()
+        return update
+
+    def _examine(self, target: AbstractLanguageModel, held_out) -> tuple[float, list[float]]:
+        self.progress.phase("examining the draft")
+        return examine(self.parts, self.state.draft, target, held_out, self.state.draft_acceptance)
+
+    def _measure(self, target: AbstractLanguageModel, decoding) -> None:
+        """Decodes the prompts that were kept once more, with the draft: what is accepted in earnest."""
+        config, grpo = self.parts.config, self.parts.config.grpo
+        if config.draft.length == 0:
+            return
+        self.progress.phase("decoding with the draft")
+        _, prompts = next_examples(
+            self.parts.task, self.parts.tokenizer, target, 0, grpo.prompts_per_step, grpo.max_completion_length
+        )
+        draft: AbstractDraft = compute_copy(self.state.draft, config.model.dtype)
+        key = step_key(config.seed, -1, COMPARE)
+        rollouts: Rollouts = roll_out(self.parts, target, draft, prompts, key, decoding)
+        found = rollouts.statistics
+        rates = found.acceptance_rate_by_position[: config.draft.length]
+        self.progress.say(
+            f"decoding with {config.draft.length} guesses a round ({config.draft.verifier}): acceptance length "
+            f"{found.acceptance_length:.2f}, by position " + " ".join(f"{rate:.2f}" for rate in rates)
+        )
+        self.record["decoding"] = {
+            "length": config.draft.length,
+            "verifier": config.draft.verifier,
+            "tokens": int(rollouts.lengths.sum()),
+            "acceptance_length": found.acceptance_length,
+            "acceptance_rate_by_position": rates,
+        }
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self.begin
+
+    def _done(self, update: int) -> float:
+        """The share of the work that is done, by updates or by time, whichever is further."""
+        return min(1.0, max(update / self.steps, self._elapsed() / self.seconds))
+
+    def _tell(self, update: int, metrics: dict[str, float]) -> None:
+        is_last = update >= self.steps or self._elapsed() >= self.seconds
+        if update % _RECORD_EVERY and update != 1 and not is_last:
+            return
+        seconds = self._elapsed()
+        acceptance = [value for name, value in metrics.items() if name.startswith("draft/expected_acceptance_pos_")]
+        total = "" if math.isinf(self.steps) else f"/{self.steps}"
+        # The first update has compiled; those after it say how long the others will take.
+        pace = (seconds - self.learning_since) / max(update - 1, 1)
+        left = min((self.steps - update) * pace, self.seconds - seconds) if update > 1 else self.seconds - seconds
+        left = "" if math.isinf(left) else f", about {max(left, 0):.0f} s left"
+        self.progress.say(
+            f"update {update}{total}  draft loss {metrics['draft/loss']:.3f}  {_positions(acceptance)}  "
+            f"{seconds:.0f} s{left}"
+        )
+        self.record["history"].append(
+            {
+                "update": update,
+                "seconds": seconds,
+                "loss": metrics["draft/loss"],
+                "expected_acceptance": acceptance,
+            }
+        )
+
+    def _save(self, updates: int, *, finished: bool) -> None:
+        config = self.parts.config
+        save_draft(self.out, self.state.draft, self.state.policy, model_name(config), draft_spec(config.draft))
+        self.record |= {"updates": updates, "seconds": self._elapsed(), "finished": finished}
+        replace_file(self.out / "distill.json", (json.dumps(self.record, indent=1) + "\n").encode())
+
+
+def _provenance(config: RunConfig) -> dict[str, Any]:
+    grpo = config.grpo
+    return {
+        "model": model_name(config),
+        "dtype": config.model.dtype,
+        "task": {"name": config.task.name, **config.task.options},
+        "started_from": config.draft.path,
+        "seed": config.seed,
+        "prompts_per_batch": grpo.prompts_per_step,
+        "completions_per_prompt": grpo.num_generations,
+        "max_completion_length": grpo.max_completion_length,
+        "temperature": grpo.temperature,
+        "draft": config.draft.model_dump(),
+    }
+
+
+def _with_rate(parts: RunParts, rate: float) -> RunParts:
+    draft = parts.config.draft.model_copy(update={"learning_rate": rate})
+    return dataclasses.replace(parts, config=parts.config.model_copy(update={"draft": draft}))
+
+
+def _positions(acceptance: list[float]) -> str:
+    return "expected acceptance by position " + " ".join(f"{value:.2f}" for value in acceptance)

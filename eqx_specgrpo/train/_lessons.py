@@ -1,0 +1,167 @@
+"""Teaching a draft outside of policy updates: what a run's warm-up and `specgrpo distill` have in common.
+
+The policy stands still, so the features of a batch of rollouts are computed once and serve several updates.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .._types import Rollouts
+from ..decoding import DecodeProgress
+from ..distill import draft_gradients, select_rows
+from ..drafts import AbstractDraft, NoDraft, remember
+from ..grpo import UpdateBatch, chunked_logprobs, compute_copy, make_update_batch, next_token_positions
+from ..models import AbstractLanguageModel, Features
+from ._parts import RunParts
+from ._state import RunState
+from ._step import POSITION_DECAY, draft_rows, features_of, next_examples, roll_out, step_key, update_draft
+
+# What a step's random numbers are for.
+DECODE, CHOOSE, COMPARE = 0, 1, 2
+# Rows are drawn anew for each update, so that a batch is gone through about so many times before it is replaced.
+_PASSES = 4
+
+
+class Lesson(eqx.Module):
+    """A batch of rollouts, with the target's features of them.
+
+    **Arguments:**
+
+    - `rollouts`: decoded plainly: a draft that has learned nothing would only hold them up.
+    - `batch`: the same as whole sequences.
+    - `features`: of the sequences.
+    """
+
+    rollouts: Rollouts
+    batch: UpdateBatch
+    features: Features
+
+
+def updates_per_lesson(parts: RunParts) -> int:
+    """How many updates a batch of rollouts serves."""
+    return max(1, round(_PASSES / parts.config.draft.fraction))
+
+
+def make_lesson(
+    parts: RunParts,
+    target: AbstractLanguageModel,
+    layers: tuple[int, ...],
+    number: int,
+    on_progress: Callable[[DecodeProgress], None] | None = None,
+) -> Lesson:
+    """Rollouts of the prompts that step `number` of a run will have, with random numbers of their own."""
+    grpo = parts.config.grpo
+    _, prompts = next_examples(
+        parts.task,
+        parts.tokenizer,
+        target,
+        number * grpo.prompts_per_step,
+        grpo.prompts_per_step,
+        grpo.max_completion_length,
+    )
+    key = step_key(parts.config.seed, -1 - number, DECODE)
+    rollouts = roll_out(parts, target, NoDraft(), prompts, key, on_progress)
+    batch = make_update_batch(rollouts, np.zeros(len(rollouts.group), np.float32))
+    return Lesson(rollouts, batch, features_of(target, batch, layers))
+
+
+def recall_lesson(state: RunState, lesson: Lesson) -> RunState:
+    """The state with the lesson's rollouts in the memory of a draft that has one."""
+    return dataclasses.replace(state, draft=remember(state.draft, lesson.rollouts))
+
+
+def learn_lesson(
+    parts: RunParts, state: RunState, target: AbstractLanguageModel, lesson: Lesson, update: int
+) -> tuple[RunState, dict[str, float]]:
+    """One update of the draft on `draft.fraction` of the lesson's rows, chosen at random.
+
+    DONATES the draft and its optimizer's state.
+
+    **Arguments:**
+
+    - `target`: the weights that gave the features.
+    - `update`: counted from 0, over all lessons.
+    """
+    key = step_key(parts.config.seed, -1 - update, CHOOSE)
+    rows = draft_rows(key, len(lesson.rollouts.group), parts.config.draft.fraction)
+    return update_draft(parts, state, target, lesson.features, lesson.batch, lesson.rollouts.lengths, rows, step=0)
+
+
+def examine(
+    parts: RunParts,
+    draft: AbstractDraft,
+    target: AbstractLanguageModel,
+    lesson: Lesson,
+    alpha: Float[Array, " draft"],
+) -> tuple[float, list[float]]:
+    """Loss and expected acceptance by position on a whole lesson, without learning from it.
+
+    As many rows at a time as an update has, so that it is the same program.
+    """
+    draft = compute_copy(draft, parts.config.model.dtype)
+    rows = len(lesson.rollouts.group)
+    chosen = len(draft_rows(jr.key(0), rows, parts.config.draft.fraction))
+    total, accepted, counts = 0.0, np.zeros(draft.train_length), np.zeros(draft.train_length)
+    starts = range(0, rows - chosen + 1, chosen)
+    for start in starts:
+        part = np.arange(start, start + chosen)
+        lengths = lesson.rollouts.lengths[part]
+        result = draft_gradients(
+            draft,
+            target,
+            select_rows(
+                lesson.features,
+                jnp.asarray(lesson.batch.tokens),
+                jnp.asarray(lesson.batch.prompt_lengths),
+                jnp.asarray(lesson.rollouts.lengths),
+                jnp.asarray(part),
+            ),
+            parts.draft_loss,
+            temperature=parts.loss.temperature,
+            alpha=alpha,
+            position_decay=jnp.float32(POSITION_DECAY),
+            new=lesson.batch.completion_tokens.shape[1],
+        )
+        # The first token of a completion is the prompt pass's; offset k of the draft is k + 1 tokens later.
+        count = np.maximum(lengths[:, None] - 1 - np.arange(draft.train_length)[None], 0).sum(0)
+        total += float(result.loss) / len(starts)
+        accepted += np.asarray(result.acceptance) * count
+        counts += count
+    return total, (accepted / np.maximum(counts, 1)).tolist()
+
+
+def mean_entropy(parts: RunParts, target: AbstractLanguageModel, lesson: Lesson) -> float:
+    """Of the sampling distribution over the lesson's completion tokens, nats a token."""
+    batch = lesson.batch
+    entropies = _entropies(
+        target,
+        lesson.features.last,
+        jnp.asarray(batch.completion_tokens),
+        jnp.asarray(batch.prompt_lengths),
+        parts.loss.temperature,
+        parts.loss.chunk,
+    )
+    return float((np.asarray(entropies) * batch.completion_mask).sum() / batch.completion_mask.sum())
+
+
+@eqx.filter_jit
+def _entropies(
+    target: AbstractLanguageModel,
+    hidden: Float[Array, "rows seq hidden"],
+    tokens: Int[Array, "rows new"],
+    prompt_lengths: Int[Array, " rows"],
+    temperature: Float[Array, ""],
+    chunk: int,
+) -> Float[Array, "rows new"]:
+    rows, new = tokens.shape
+    index = next_token_positions(prompt_lengths, new)
+    hidden = jnp.take_along_axis(hidden, index[:, :, None], axis=1).reshape(rows * new, -1)
+    _, entropies = chunked_logprobs(hidden, tokens.reshape(-1), target.unembed, temperature, chunk)
+    return jax.lax.stop_gradient(entropies).reshape(rows, new)

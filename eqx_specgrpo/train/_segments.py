@@ -1,0 +1,54 @@
+"""What a run knows of its decoding segments: the length controller's memory, and the figures of a step."""
+
+from typing import Any
+
+from ..decoding import SegmentObservation
+
+
+class SegmentLog:
+    """Collects a step's segments, and keeps what the length controller has learned for the next one.
+
+    Lives on the host and is part of no checkpoint: it holds the times of this machine.
+
+    **Attributes:**
+
+    - `length_state`: the controller's, or `None` before the first segment.
+    """
+
+    length_state: Any
+
+    def __init__(self):
+        self.length_state = None
+        self._segments: list[SegmentObservation] = []
+
+    def __call__(self, observation: SegmentObservation, length_state: Any) -> None:
+        self._segments.append(observation)
+        self.length_state = length_state
+
+    def metrics(self) -> dict[str, float]:
+        """Of the segments since the last call: rounds by draft length, and what was expected against what came.
+
+        Segments in which a program was compiled, and those of which nothing was expected, count for the rounds only.
+        """
+        segments, self._segments = self._segments, []
+        metrics: dict[str, float] = {}
+        for segment in segments:
+            name = f"spec/rounds_length_{segment.plan.length}"
+            metrics[name] = metrics.get(name, 0.0) + segment.rounds
+        judged = [s for s in segments if s.plan.expected is not None and s.seconds is not None and s.active_rounds > 0]
+        if judged:
+            rounds, active = sum(s.rounds for s in judged), sum(s.active_rounds for s in judged)
+            expected_seconds = sum(s.rounds * _expected(s).seconds_per_round for s in judged)
+            expected_tokens = sum(s.active_rounds * _expected(s).tokens_per_round for s in judged)
+            metrics |= {
+                "spec/expected_seconds_per_round": expected_seconds / rounds,
+                "spec/seconds_per_round": sum(s.seconds or 0.0 for s in judged) / rounds,
+                "spec/expected_acceptance_length": expected_tokens / active,
+                "spec/judged_acceptance_length": sum(s.tokens for s in judged) / active,
+            }
+        return metrics
+
+
+def _expected(segment: SegmentObservation):
+    assert segment.plan.expected is not None
+    return segment.plan.expected

@@ -1,0 +1,284 @@
+"""The certificate of losslessness for a user's own model and draft, for the command line."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.random as jr
+from rich.console import Console
+from rich.table import Table
+
+from .._errors import UserError
+from .._types import Prompts
+from ..decoding import AbstractVerifier, Block, Coupled, GreedyMatch, Rejection
+from ..drafts import AbstractDraft
+from ..models import AbstractLanguageModel
+from ..testing import (
+    OneOf,
+    TokenComparison,
+    check_draws,
+    check_gradients,
+    check_interface,
+    check_rewind,
+    check_saving,
+    check_verifier,
+    compare_tokens,
+    make_pair,
+    perturbed,
+    verifier_name,
+)
+from ._load_config import draft_config
+from ._parts import load_policy, named_draft
+from ._progress import RunProgress
+
+# What any tokenizer knows, of unequal lengths.
+_PROMPTS = ("7 + 5 =", "12 + 30 = 42, 3", "9", "41 - 8 = 33, 33 - 8 =", "2 + 2", "10 = 4 + 6 = 5 +", "88 + 1 =", "3 - ")
+_NOISE = 0.02
+_DRIVEN_ROWS = 4
+
+
+class Finding(eqx.Module):
+    """The outcome of one check.
+
+    **Arguments:**
+
+    - `name`: what was checked.
+    - `passed`: whether it holds.
+    - `result`: what was found, or what is wrong.
+    - `figures`: JSON-able.
+    - `seconds`: how long it took, compilation included.
+    """
+
+    name: str
+    passed: bool
+    result: str
+    figures: dict[str, Any]
+    seconds: float
+
+
+class Certificate(eqx.Module):
+    """All findings on a pair.
+
+    **Arguments:**
+
+    - `model`, `draft`: as they were named.
+    - `findings`: in the order in which they were made.
+    """
+
+    model: str
+    draft: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(finding.passed for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able object."""
+        findings = [
+            {"name": f.name, "passed": f.passed, "result": f.result, "seconds": round(f.seconds, 2), **f.figures}
+            for f in self.findings
+        ]
+        return {"model": self.model, "draft": self.draft, "passed": self.passed, "checks": findings}
+
+    def table(self) -> Table:
+        """For people."""
+        table = Table(title=f"{self.model} with the draft {self.draft}", title_justify="left")
+        for heading in ("check", "", "found"):
+            table.add_column(heading, overflow="fold")
+        table.add_column("s", justify="right")
+        for finding in self.findings:
+            mark = "[green]ok[/]" if finding.passed else "[bold red]FAILED[/]"
+            table.add_row(finding.name, mark, finding.result, f"{finding.seconds:.1f}")
+        return table
+
+    def verdict(self) -> str:
+        """One line."""
+        failed = [finding.name for finding in self.findings if not finding.passed]
+        if failed:
+            return f"NOT lossless as far as was checked: {', '.join(failed)} failed."
+        return "Lossless as far as was checked: the output is the model's own, whatever the draft says."
+
+
+def verify_pair(
+    *,
+    model: str = "",
+    draft: str = "medusa",
+    rows: int = 8,
+    tokens: int = 32,
+    seed: int = 0,
+    near_tie: float = 1e-3,
+    logprob_tolerance: float = 1e-3,
+    console: Console | None = None,
+) -> Certificate:
+    """Runs the certificate.
+
+    **Arguments:**
+
+    - `model`: folder, `.gguf` file or `org/name`; the embedded default if empty.
+    - `draft`: folder of a saved draft, a kind, or `file.py:Class`. A fresh one gets a little noise on its weights,
+        since as it comes it may be the target's own head.
+    - `rows`, `tokens`: how many completions are compared with plain decoding's, and their length.
+    - `seed`: of sampling, and of fresh weights.
+    - `near_tie`: two tokens whose scores are as near as this may be swapped by rounding.
+    - `logprob_tolerance`: of reported log-probabilities.
+    - `console`: for progress.
+
+    **Raises:**
+
+    `UserError` if the model or the draft can't be loaded, or do not fit. What fails a check is in the certificate.
+    """
+    with RunProgress(Console(stderr=True) if console is None else console) as progress:
+        progress.phase("loading the model and the draft")
+        target, tokenizer = load_policy(model)
+        chosen = named_draft(draft, target, tokenizer, seed)
+        if draft_config(draft).path is None:
+            chosen = perturbed(chosen, _NOISE, seed)
+        prompts = [tokenizer.encode_prompt(_PROMPTS[row % len(_PROMPTS)]) for row in range(rows)]
+        if max(map(len, prompts)) + tokens > target.max_length:
+            raise UserError(
+                f"completions of {tokens} tokens were asked for, but the model's context holds {target.max_length}, "
+                "prompt included: ask for fewer with --tokens"
+            )
+        checks = [*_of_verifiers(), *_of_draft(chosen, target, prompts[:_DRIVEN_ROWS])]
+        findings = []
+        for name, check in checks:
+            progress.phase(f"checking {name}")
+            findings.append(_finding(name, check))
+        settings = {"near_tie": near_tie, "logprob_tolerance": logprob_tolerance}
+        for name, greedy in (
+            ("greedy tokens are plain decoding's", True),
+            ("coupled tokens are plain decoding's", False),
+        ):
+            progress.phase(f"checking {name}")
+            findings += _compared(
+                name,
+                lambda greedy=greedy: compare_tokens(
+                    chosen,
+                    target,
+                    Prompts.from_lists(prompts),
+                    greedy=greedy,
+                    key=jr.key(seed),
+                    max_new_tokens=tokens,
+                    length=chosen.max_length,
+                    on_progress=progress.decoding,
+                ),
+                **settings,
+            )
+        return Certificate(model or "the embedded default model", draft, tuple(findings))
+
+
+Check = Callable[[], tuple[str, dict[str, Any]]]
+
+
+def _finding(name: str, check: Check) -> Finding:
+    """A failed check is a finding; so is whatever a draft of the user's own raises."""
+    start = time.perf_counter()
+    try:
+        result, figures = check()
+        return Finding(name, True, result, figures, time.perf_counter() - start)
+    except UserError:
+        raise
+    except AssertionError as error:
+        return Finding(name, False, str(error), {}, time.perf_counter() - start)
+    except Exception as error:
+        return Finding(name, False, f"raised {type(error).__name__}: {error}", {}, time.perf_counter() - start)
+
+
+def _of_verifiers() -> list[tuple[str, Check]]:
+    def law_of(verifier: AbstractVerifier, greedy_only: bool, draft_invariant: bool | None) -> Check:
+        def check():
+            report = check_verifier(verifier, greedy_only=greedy_only, draft_invariant=draft_invariant)
+            drawn = f"statistics of what is drawn: least p-value {report.p_value:.3f}"
+            if report.law_error is None:
+                return f"every drafted chain leads to plain decoding's tokens; {drawn}", {"p_value": report.p_value}
+            figures = {"law_error": report.law_error, "laws": report.num_laws, "p_value": report.p_value}
+            return f"worst error {report.law_error:.1e} of {report.num_laws} laws enumerated; {drawn}", figures
+
+        return check
+
+    rules = (Rejection(), Block(), GreedyMatch())
+    checks = [
+        (f"the law of {verifier_name(rule)}", law_of(OneOf(rules, index), isinstance(rule, GreedyMatch), None))
+        for index, rule in enumerate(rules)
+    ]
+    return [*checks, ("the law of Coupled", law_of(Coupled(), False, True))]
+
+
+def _of_draft(draft: AbstractDraft, target: AbstractLanguageModel, prompts: list[list[int]]) -> list[tuple[str, Check]]:
+    pair = make_pair(draft, target, prompts)
+
+    def interface():
+        check_interface(pair)
+        return "shapes and dtypes are what the decoder needs", {}
+
+    def rewind():
+        error = check_rewind(pair)
+        return f"a probability is off by at most {error:.1e} from a fresh start", {"rewind_error": error}
+
+    def draws():
+        p_value = check_draws(pair, draws=24)
+        return f"drawn from the distributions that come with them: least p-value {p_value:.3f}", {"p_value": p_value}
+
+    def gradients():
+        reached = check_gradients(pair)
+        return (
+            f"{reached:.0f} reaches the target; finite in every weight of the draft"
+            if draft.train_length
+            else "the draft has nothing to train",
+            {"target_gradient": reached},
+        )
+
+    def saving():
+        by_name = check_saving(pair)
+        return "comes back to the bit" + ("" if by_name else ", into a draft that is there already"), {}
+
+    return [
+        ("the draft's interface", interface),
+        ("rewinding", rewind),
+        ("drafted tokens", draws),
+        ("the draft's gradient", gradients),
+        ("saving and loading", saving),
+    ]
+
+
+def _compared(
+    name: str, compare: Callable[[], TokenComparison], near_tie: float, logprob_tolerance: float
+) -> list[Finding]:
+    """Two findings: of the tokens, and of the log-probabilities reported with them."""
+    kept: list[TokenComparison] = []
+
+    def tokens():
+        found = compare()
+        kept.append(found)
+        found.require_near_ties(name, near_tie)
+        figures = {
+            "tokens": found.tokens,
+            "equal": found.equal,
+            "acceptance_length": found.acceptance_length,
+            "near_ties": [difference.behind for difference in found.differences],
+        }
+        ties = "".join(
+            f"; row {d.row} parts at token {d.position}, a near tie of {d.behind:.1e}" for d in found.differences
+        )
+        return (
+            f"{found.equal} of {found.tokens} equal ({found.share:.2%}){ties}; acceptance length "
+            f"{found.acceptance_length:.2f}",
+            figures,
+        )
+
+    def logprobs():
+        found = kept[0]
+        found.require_logprobs(name, logprob_tolerance)
+        figures = {"logprob_gap_mean": found.logprob_gap_mean, "logprob_gap_max": found.logprob_gap_max}
+        return (
+            f"off by {found.logprob_gap_mean:.1e} on average and {found.logprob_gap_max:.1e} at most from a fresh "
+            "forward",
+            figures,
+        )
+
+    findings = [_finding(name, tokens)]
+    if kept:
+        findings.append(_finding(f"log-probabilities, {name.split()[0]}", logprobs))
+    return findings
