@@ -58,7 +58,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--adaptive", action="store_true")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for specgrpo; repeatable")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="[KIND:]KEY=VALUE",
+        help="as for specgrpo, for all kinds or for one; repeatable",
+    )
     parser.add_argument("--stop-after", type=float, metavar="MINUTES", help="begin no further draft after so long")
     parser.add_argument("--draw", action="store_true", help="only draw what is there")
     return parser.parse_args()
@@ -160,6 +166,17 @@ def _mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
+def overrides(kind: str, every: list[str]) -> list[str]:
+    """What of `--set` is for a kind."""
+    chosen = []
+    for text in every:
+        name, equals, value = text.partition("=")
+        whose, _, key = name.rpartition(":")
+        if whose in ("", kind):
+            chosen.append(key + equals + value)
+    return chosen
+
+
 def one_seed(
     name: str,
     path: str,
@@ -173,7 +190,7 @@ def one_seed(
 ) -> list[str]:
     """All kinds that are missing; what failed."""
     flags = {"model.path": path or None, "seed": seed, "model.dtype": arguments.dtype}
-    configs = {kind: draft_run_config(kind, settings, None, arguments.set, flags) for kind in kinds}
+    configs = {kind: draft_run_config(kind, settings, None, overrides(kind, arguments.set), flags) for kind in kinds}
     progress.phase(f"{name}, seed {seed}: loading")
     policy, tokenizer = load_policy(path)
     target = compute_copy(policy, arguments.dtype)

@@ -1,7 +1,7 @@
 """Random numbers by address: a function of a key and a counter, so that anyone who knows both gets the same number.
 
-JAX's own `jax.random.bits` gives the words of a whole array and takes ten times as long on CPU; drawing one number for
-every token of a vocabulary, at every position, would then cost as much as the language model.
+JAX's own `jax.random.bits` gives the words of a whole array and takes several times as long on CPU; drawing one number
+for every token of a vocabulary, at every position, would then cost as much as the language model.
 """
 
 import jax.numpy as jnp

@@ -45,22 +45,6 @@ def quick_compilation() -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", before)
 
 
-@contextmanager
-def count_compilations() -> Iterator[list[float]]:
-    """Yields a list that gets an entry for every program compiled inside the `with` block."""
-    compiled: list[float] = []
-
-    def listen(event: str, duration: float, **details: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
 #
 # Targets
 #

@@ -267,6 +267,7 @@ def test_the_script_goes_on_where_it_was_stopped(script, tiny_folder, tmp_path, 
     common = ["--rows", 4, "--samples", 2, "--new", 8, "--rounds", 1, "--lengths", 1, "--seeds", 0, "--minutes", 0.01]
     common += ["--verifiers", "rejection", "--policy", f"tiny={tiny_folder}", "--set", "task.prompt='{expression}='"]
     common += ["--set", "grpo.num_generations=2", "--set", "grpo.prompts_per_step=2", "--out", tmp_path]
+    common += ["--set", "hydra:draft.learning_rate=0.002"]
 
     def run(*more) -> int:
         monkeypatch.setattr(sys, "argv", ["drafts.py", *map(str, [*common, *more])])
@@ -283,6 +284,7 @@ def test_the_script_goes_on_where_it_was_stopped(script, tiny_folder, tmp_path, 
     hydra, both = records
     assert hydra["drafts"][0]["prepared"]["updates"] >= 1 and hydra["policy_entropy"]["entropy"] > 0
     assert both["drafts"][0]["prepared"] == {"distilled": True, "same_as": "hydra"}
+    assert [r["drafts"][0]["settings"]["learning_rate"] for r in records] == [0.002, 0.001]
     assert str(tiny_folder) not in path.read_text()  # results are for sharing
     assert (tmp_path / "tiny-rejection.png").stat().st_size > 1000
     table = (tmp_path / "results.md").read_text()

@@ -110,7 +110,8 @@ def _anything(like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 @only_cpu
-def test_the_decoding_loop_copies_no_cache():
+@pytest.mark.parametrize("share", [False, True])
+def test_the_decoding_loop_copies_no_cache(share):
     rows, capacity = 4, 1024
     # Wide heads: what attention makes is then smaller than the keys that it reads.
     target, heads = (
@@ -121,14 +122,19 @@ def test_the_decoding_loop_copies_no_cache():
     row_ids, twos = jnp.arange(4, dtype=jnp.int32), jnp.array([2, 2], jnp.int32)
 
     def prefill(tokens, lengths, limits, key):
-        sizes = dict(new=64, capacity=capacity, cache_dtype="float32", keep_prompts=False)
-        return decode_module._prefill(modules, tokens, lengths, limits, key, row_ids, row_ids // 2, **sizes)[0]
+        sizes = dict(new=capacity // 4 * 3, cache_dtype="float32", share=share, keep_prompts=False)
+        return decode_module._prefill(modules, tokens, lengths, limits, key, row_ids, row_ids // 2, **sizes)[:2]
 
-    state = jax.tree.map(_anything, eqx.filter_eval_shape(prefill, jnp.ones((2, 16), jnp.int32), twos, twos, jr.key(0)))
-    compiled = decode_module._segment.lower(modules, state, twos[0], twos[1], 3).compile().compiled
+    shapes = eqx.filter_eval_shape(prefill, jnp.ones((2, capacity // 4), jnp.int32), twos, twos, jr.key(0))
+    state, store = jax.tree.map(_anything, shapes)
+    compiled = decode_module._segment.lower((modules, store), state, twos[0], twos[1], 3).compile().compiled
     hlo = compiled.as_text()
     layer = state.cache[0]
-    for array in (layer.transposed_keys, layer.values):
+    kept = (layer.transposed_keys, layer.values)
+    if share:
+        kept += (store.prompts[0].transposed_keys, store.prompts[0].values)
+        assert kept[2].shape == (2, 2, 32, capacity // 4)
+    for array in kept:
         shape = f"f32[{','.join(map(str, array.shape))}]"
         assert hlo.count(f"= {shape}") >= 2, "the caches are not to be seen in the program"
         assert _culprits(hlo, shape) == []
@@ -137,7 +143,7 @@ def test_the_decoding_loop_copies_no_cache():
     memory = compiled.memory_analysis()
     cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
     assert "input_output_alias" in hlo and memory.alias_size_in_bytes >= cache_bytes
-    assert layer.keys.shape == layer.values.shape == (rows, 2, capacity, 32)
+    assert layer.keys.shape == layer.values.shape == (rows, 2, capacity // 4 * 3 if share else capacity, 32)
     assert memory.temp_size_in_bytes < layer.values.size * layer.values.dtype.itemsize
 
 

@@ -253,7 +253,7 @@ def updated(folder, out, scored, *settings: str):
     return flat(eqx.filter(policy, eqx.is_inexact_array)), features.last, batch, metrics
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
 def test_how_rows_are_divided_changes_nothing(loss_type, unequal, tiny_folder, tmp_path, monkeypatch):
     """Sorted, cut to their width and divided, against all rows at once at full width: the same to rounding."""
     from eqx_specgrpo.train import _step

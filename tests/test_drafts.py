@@ -120,7 +120,7 @@ def test_in_decoding_the_state_is_where_training_looks(target, heads):
     prompts = Prompts.from_lists([[1, 2, 3], [4], [5, 6, 7, 8, 9]])
     eos, new, rows = jnp.array([-1], jnp.int32), 20, 3
     modules = (target, heads, Rejection(), Sampling(1.0))
-    state, _ = decode_module._prefill(
+    state, store, _ = decode_module._prefill(
         (*modules, eos),
         jnp.asarray(prompts.tokens),
         jnp.asarray(prompts.lengths),
@@ -129,11 +129,11 @@ def test_in_decoding_the_state_is_where_training_looks(target, heads):
         jnp.arange(rows),
         jnp.arange(rows),
         new=new + HEADS + 1,
-        capacity=16 + new + HEADS + 1,
         cache_dtype="float32",
+        share=False,
         keep_prompts=False,
     )
-    a_round = eqx.filter_jit(lambda state: decode_round(*modules, eos, state, HEADS))
+    a_round = eqx.filter_jit(lambda state: decode_round(*modules, eos, store, state, HEADS))
     accepted = set()
     for _ in range(5):
         num_new = np.asarray(state.num_new)

@@ -9,7 +9,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from helpers import TabularModel
+from helpers import TabularModel, tiny_transformer
 from tiny_run import tiny_model
 
 from eqx_specgrpo._errors import UserError
@@ -215,6 +215,27 @@ def test_checkpointed_gradients_are_the_same(layers, model, batch):
         assert value.shape[1] == WIDE and not value[:, seq:].any()
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 5}], ids=["whole", "sliding window"])
+def test_prompts_computed_once_change_nothing(changes, checkpointing, batch):
+    model = tiny_transformer(vocab_size=VOCAB, qk_norm=True, **changes)
+    settings = settings_of(layers=(1, 0), gradient_checkpointing=checkpointing)
+    # Ratios of 1, none of them clipped.
+    own = np.asarray(policy_logprobs(model, batch, settings))
+    batch = eqx.tree_at(lambda b: b.old_logprobs, batch, own)
+    alone = eqx.tree_at(lambda b: (b.prompts, b.prompt_of_row), batch, (None, None))
+    for rows in (slice(0, 8), np.array([6, 1, 5])):
+        shared, features = policy_gradients(model, batch.rows(rows), normalizer_of(batch), settings)
+        whole, expected = policy_gradients(model, alone.rows(rows), normalizer_of(batch), settings)
+        np.testing.assert_allclose(shared.loss, whole.loss, rtol=1e-5)
+        assert_close(shared.gradients, whole.gradients)
+        ends = (batch.prompt_lengths + batch.completion_mask.sum(1))[rows]
+        valid = np.arange(batch.tokens.shape[1])[None] < ends[:, None]
+        for value, wanted in zip(jax.tree.leaves(features), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(np.asarray(value)[valid], np.asarray(wanted)[valid], atol=2e-5)
+    assert len(batch.rows(np.array([6, 1, 5])).prompts) == 2 and len(set(batch.prompt_lengths)) == 2
+
+
 def test_checkpointing_saves_memory():
     """Of unrolled layers XLA merges the second computation with the first; a loop has to be there."""
     model = tiny_model(VOCAB, hidden_size=32, num_layers=12)
@@ -235,7 +256,7 @@ def test_checkpointing_saves_memory():
 def test_only_a_transformer_can_be_checkpointed(batch):
     other = TabularModel(jnp.zeros((4, 3, 3)))
     with pytest.raises(UserError, match="gradient_checkpointing goes through .* the policy is a TabularModel"):
-        training_features(other, jnp.asarray(batch.tokens), gradient_checkpointing=True)
+        training_features(other, batch, gradient_checkpointing=True)
 
 
 def test_widths_are_few_and_cover():
@@ -308,6 +329,10 @@ def test_padding_does_not_matter(model, batch):
     def rubbish(values):
         return np.where(counted, values, rng.choice([np.nan, np.inf, -1e30, 1e30], counted.shape)).astype(np.float32)
 
+    prompts = np.array(batch.prompts)
+    for row, prompt in enumerate(np.asarray(batch.prompt_of_row)):
+        prompts[prompt, batch.prompt_lengths[row] :] = 3
+    assert (prompts != batch.prompts).any()
     other = UpdateBatch(
         tokens,
         batch.prompt_lengths,
@@ -316,6 +341,8 @@ def test_padding_does_not_matter(model, batch):
         rubbish(batch.old_logprobs),
         batch.advantages,
         rubbish(batch.reference_logprobs),
+        prompts,
+        batch.prompt_of_row,
     )
     result, _ = policy_gradients(model, other, normalizer, settings)
     np.testing.assert_array_equal(result.loss, expected.loss)
@@ -333,6 +360,8 @@ def test_padding_does_not_matter(model, batch):
         widen(other.old_logprobs, 6, np.nan),
         batch.advantages,
         widen(other.reference_logprobs, 6, np.nan),
+        widen(prompts, 7, 4),
+        batch.prompt_of_row,
     )
     result, _ = policy_gradients(model, wider, normalizer, settings)
     np.testing.assert_allclose(result.loss, expected.loss, rtol=1e-5)

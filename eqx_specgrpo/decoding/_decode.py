@@ -1,8 +1,9 @@
 """The decoder: prompts in, rollouts out. The device runs segments of rounds, the host looks in between."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -16,8 +17,9 @@ from .._errors import UserError
 from .._sampling import AbstractSampling, GreedySampling, Sampling
 from .._types import DecodeStatistics, Prompts, Rollouts
 from ..drafts import AbstractDraft, NoDraft
-from ..models import AbstractLanguageModel
+from ..models import AbstractLanguageModel, KVCache, take_rows
 from ._length import AbstractLengthController, FixedLength, SegmentObservation, SegmentPlan
+from ._prompts import AbstractPromptStore, PromptsInRows, PromptsOnce, can_share
 from ._round import decode_round
 from ._start import Modules, PromptState, prompt_pass, start_rows
 from ._state import DecodeState
@@ -115,12 +117,15 @@ def decode(
 
     modules = (target, draft, verifier, sampling, jnp.asarray(sorted(set(eos_ids)) or [-1], jnp.int32))
     num_rows = len(prompts.lengths) * samples
-    width, block = prompts.tokens.shape[1], draft.max_length + 1
+    block = draft.max_length + 1
     if cache_dtype is None:
         cache_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    order = _order(prompts, samples, expected_lengths)
-    row_ids, waiting = np.split(order, [num_rows if max_rows is None else min(max_rows, num_rows)])
-    state, prompt_state = _prefill(
+    at_once = num_rows if max_rows is None else min(max_rows, num_rows)
+    row_ids, waiting = np.split(_order(prompts, samples, expected_lengths), [at_once])
+    share = can_share(target, samples, len(waiting))
+    if share:
+        row_ids = np.arange(num_rows)
+    state, store, prompt_state = _prefill(
         modules,
         jnp.asarray(prompts.tokens),
         jnp.asarray(prompts.lengths),
@@ -129,8 +134,8 @@ def decode(
         jnp.asarray(row_ids),
         jnp.asarray(row_ids // samples),
         new=max_new_tokens + block,
-        capacity=width + max_new_tokens + block,
         cache_dtype=jnp.dtype(cache_dtype).name,
+        share=share,
         keep_prompts=len(waiting) > 0,
     )
     output = _Output(num_rows, max_new_tokens, draft.max_length)
@@ -159,10 +164,11 @@ def decode(
             # Active rows first; finished ones only fill the bucket up.
             keep = np.argsort(~active, kind="stable")[:bucket]
             row_ids = row_ids[keep]
-            state = _take_rows(state, jnp.asarray(keep))
+            state = _take_rows(state, store, jnp.asarray(keep))
+            store = PromptsInRows()
         plan = length.choose(length_state, len(row_ids))
         stop_below = len(row_ids) - admission if admission else _shrink_below(len(row_ids), smallest_bucket)
-        state, observation = _observed_segment(modules, state, plan, stop_below)
+        state, observation = _observed_segment(modules, store, state, plan, stop_below)
         length_state = length.update(length_state, observation)
         if on_segment is not None:
             on_segment(observation, length_state)
@@ -170,13 +176,15 @@ def decode(
 
 
 def _observed_segment(
-    modules: Modules, state: DecodeState, plan: SegmentPlan, stop_below: int
+    modules: Modules, store: AbstractPromptStore, state: DecodeState, plan: SegmentPlan, stop_below: int
 ) -> tuple[DecodeState, SegmentObservation]:
     accepted, forwards, tokens = (np.asarray(x).sum(0) for x in (state.accepted, state.target_forwards, state.num_new))
     rows = len(state.num_new)
     start = time.perf_counter()
     with count_compilations() as compilations:
-        state, rounds = _segment(modules, state, jnp.int32(plan.max_rounds), jnp.int32(stop_below), plan.length)
+        state, rounds = _segment(
+            (modules, store), state, jnp.int32(plan.max_rounds), jnp.int32(stop_below), plan.length
+        )
         rounds = int(rounds)
     seconds = time.perf_counter() - start
     return state, SegmentObservation(
@@ -236,14 +244,21 @@ def _prefill(
     prompt_of_row: Int[Array, " rows"],
     *,
     new: int,
-    capacity: int,
     cache_dtype: str,
+    share: bool,
     keep_prompts: bool,
-) -> tuple[DecodeState, PromptState | None]:
+) -> tuple[DecodeState, AbstractPromptStore, PromptState | None]:
     """The prompts' pass and the first rows; for rows that have to wait, the prompts are kept."""
-    prompt_state = prompt_pass(modules[0], modules[1], tokens, lengths, limits, capacity, new, jnp.dtype(cache_dtype))
-    state = start_rows(modules, prompt_state, key, row_ids, prompt_of_row)
-    return state, prompt_state if keep_prompts else None
+    dtype = jnp.dtype(cache_dtype)
+    prompt_state = prompt_pass(modules[0], modules[1], tokens, lengths, limits, new, dtype, share=share)
+    if share:
+        store = PromptsOnce(cast(tuple[KVCache, ...], prompt_state.cache), lengths)
+        cache = modules[0].init_cache(len(row_ids), new, dtype)
+    else:
+        store = PromptsInRows()
+        cache = take_rows(prompt_state.cache, prompt_of_row)
+    state = start_rows(modules, prompt_state, key, row_ids, prompt_of_row, cache)
+    return state, store, prompt_state if keep_prompts else None
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -260,20 +275,21 @@ def _admit(
 ) -> DecodeState:
     """Starts waiting rows in the places of finished ones. DONATES the state."""
     modules, prompt_state, key, slots, row_ids, prompt_of_row = context
-    fresh = start_rows(modules, prompt_state, key, row_ids, prompt_of_row)
+    cache = take_rows(prompt_state.cache, prompt_of_row)
+    fresh = start_rows(modules, prompt_state, key, row_ids, prompt_of_row, cache)
     return jax.tree.map(lambda old, new: old.at[slots].set(new), state, fresh)
 
 
 @eqx.filter_jit(donate="all-except-first")
 def _segment(
-    modules: Modules,
+    context: tuple[Modules, AbstractPromptStore],
     state: DecodeState,
     max_rounds: Int[Array, ""],
     stop_below: Int[Array, ""],
     length: int,
 ) -> tuple[DecodeState, Int[Array, ""]]:
     """Rounds until few enough rows are active, or `max_rounds`. DONATES the state."""
-    target, draft, verifier, sampling, eos_ids = modules
+    (target, draft, verifier, sampling, eos_ids), store = context
 
     def more(carry):
         state, rounds = carry
@@ -281,14 +297,17 @@ def _segment(
 
     def body(carry):
         state, rounds = carry
-        return decode_round(target, draft, verifier, sampling, eos_ids, state, length), rounds + 1
+        return decode_round(target, draft, verifier, sampling, eos_ids, store, state, length), rounds + 1
 
     return lax.while_loop(more, body, (state, jnp.int32(0)))
 
 
 @eqx.filter_jit
-def _take_rows(state: DecodeState, rows: Int[Array, " kept"]) -> DecodeState:
-    return jax.tree.map(lambda x: x[rows], state)
+def _take_rows(state: DecodeState, store: AbstractPromptStore, rows: Int[Array, " kept"]) -> DecodeState:
+    """The state of some rows, whose caches then begin with their prompts."""
+    cache = store.take(state.cache, rows)
+    others = jax.tree.map(lambda x: x[rows], dataclasses.replace(state, cache=()))
+    return dataclasses.replace(others, cache=cache)
 
 
 class _Output:

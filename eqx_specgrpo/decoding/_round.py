@@ -7,6 +7,7 @@ from jaxtyping import Array, Int
 from .._sampling import AbstractSampling
 from ..drafts import AbstractDraft, NoDraft
 from ..models import AbstractLanguageModel
+from ._prompts import AbstractPromptStore
 from ._state import DecodeState, commit
 from ._verify import AbstractVerifier
 
@@ -17,6 +18,7 @@ def decode_round(
     verifier: AbstractVerifier,
     sampling: AbstractSampling,
     eos_ids: Int[Array, " eos"],
+    prompts: AbstractPromptStore,
     state: DecodeState,
     length: int,
 ) -> DecodeState:
@@ -35,7 +37,7 @@ def decode_round(
     with jax.named_scope("check"):
         block = jnp.concatenate([state.last_token[:, None], proposal.tokens], axis=1)
         positions = (next_position - 1)[:, None] + jnp.arange(length + 1)[None]
-        features, cache = target.hidden(block, positions, state.cache, layers=draft.layers)
+        features, cache = target.hidden(block, positions, prompts.attach(state.cache), layers=draft.layers)
         logits = target.unembed(features.last)
         distribution = sampling.distribution(logits)
 
@@ -50,4 +52,4 @@ def decode_round(
     # Commit: the only place where anything of a row moves.
     with jax.named_scope("commit"):
         draft_state = draft.commit(target, draft_state, features, block, verdict.num_accepted)
-        return commit(state, emitted, logprobs, verdict.num_accepted + 1, eos_ids, cache, draft_state)
+        return commit(state, emitted, logprobs, verdict.num_accepted + 1, eos_ids, prompts.detach(cache), draft_state)

@@ -11,7 +11,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, Key
 from .._sampling import AbstractSampling
 from .._types import StopReason
 from ..drafts import AbstractDraft, Proposal
-from ..models import AbstractLanguageModel, Cache, take_rows
+from ..models import AbstractLanguageModel, Cache
 from ._state import DecodeState, commit
 from ._verify import AbstractVerifier
 
@@ -25,7 +25,8 @@ class PromptState(eqx.Module):
 
     - `lengths`, `limits`: of the prompts, and the most tokens that a row may emit.
     - `logits`: of the first new token.
-    - `cache`, `draft`: the target's cache and the draft's state, with room for whole rows.
+    - `cache`: the target's, with room for whole rows, or for prompts alone where rows share them.
+    - `draft`: the draft's state, with room for whole rows.
     - `tokens`: as many as a row may emit and a block more, all zero.
     """
 
@@ -43,13 +44,21 @@ def prompt_pass(
     tokens: Int[Array, "prompts seq"],
     lengths: Int[Array, " prompts"],
     limits: Int[Array, " prompts"],
-    capacity: int,
     new: int,
     cache_dtype: DTypeLike,
+    *,
+    share: bool,
 ) -> PromptState:
-    """One pass of the target over the right-padded prompts."""
+    """One pass of the target over the right-padded prompts.
+
+    **Arguments:**
+
+    - `new`: positions of a row behind its prompt.
+    - `share`: whether prompts stay where they are, or are copied into every row.
+    """
     num_prompts, width = tokens.shape
-    cache = target.init_cache(num_prompts, capacity, cache_dtype)
+    capacity = width + new
+    cache = target.init_cache(num_prompts, width if share else capacity, cache_dtype)
     positions = jnp.broadcast_to(jnp.arange(width)[None], tokens.shape)
     features, cache = target.hidden(tokens, positions, cache, layers=draft.layers)
     last = jnp.take_along_axis(features.last, (lengths - 1)[:, None, None], axis=1)
@@ -65,6 +74,7 @@ def start_rows(
     key: Key[Array, ""],
     row_ids: Int[Array, " rows"],
     prompt_of_row: Int[Array, " rows"],
+    cache: Cache,
 ) -> DecodeState:
     """Rows with their first token.
 
@@ -72,6 +82,7 @@ def start_rows(
 
     - `key`: of the whole decoding; a row's own derives from it and the row's id.
     - `row_ids`, `prompt_of_row`: which rows, and the prompt of each.
+    - `cache`: the rows' own.
     """
     _, draft, verifier, sampling, eos_ids = modules
     rows = row_ids.shape[0]
@@ -94,7 +105,7 @@ def start_rows(
         limits=prompts.limits[prompt_of_row],
         stop=jnp.full(rows, StopReason.RUNNING, jnp.int32),
         keys=keys,
-        cache=take_rows(prompts.cache, prompt_of_row),
+        cache=cache,
         draft=jax.tree.map(lambda x: x[prompt_of_row], prompts.draft),
         target_forwards=zeros,
         drafted=counts,

@@ -140,7 +140,8 @@ class AbstractDraft(eqx.Module, Generic[State]):
 
         - `features`: of the target's pass over the block, `[rows, block, hidden]`; row `num_accepted` of them predicted
             the round's last committed token. Also called after rounds without drafting, with a block of one.
-        - `block`: the last committed token of the round before, then the drafted tokens.
+        - `block`: the last committed token of the round before, then the drafted tokens; those need not be of this
+            draft's own last proposal, where it is one part of a `FallbackDraft`.
         - `num_accepted`: how many drafted tokens were kept.
         """
 

@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ..models import Block, Features, KVCache, Linear, RopeTable, TransformerConfig, rope_frequencies, rope_table
+from ..models import (
+    Block,
+    Features,
+    KVCache,
+    Linear,
+    RopeTable,
+    TransformerConfig,
+    rms_normalize,
+    rope_frequencies,
+    rope_table,
+)
 
 KeysAndValues = tuple[Float[Array, "rows kv_heads seq head_dim"], Float[Array, "rows kv_heads seq head_dim"]]
 
@@ -38,7 +48,7 @@ class EagleLayer(eqx.Module):
     @jax.named_scope("EagleLayer.fused")
     def fused(self, features: Features) -> Float[Array, "rows seq width"]:
         """The target's features of each position in one vector (Li et al. 2025, EAGLE-3, section 3.1)."""
-        return self.fuse(jnp.concatenate([_unit(x) for x in (*features.layers, features.last)], axis=-1))
+        return self.fuse(jnp.concatenate([rms_normalize(x) for x in (*features.layers, features.last)], axis=-1))
 
     def absorb(
         self,
@@ -96,12 +106,12 @@ class EagleLayer(eqx.Module):
         self, hidden: Float[Array, "*batch hidden"], state: Float[Array, "*batch width"]
     ) -> Float[Array, "*batch hidden"]:
         """From the hidden state that predicted a token to the one that predicts the token after it."""
-        return hidden + self.leave(_unit(state))
+        return hidden + self.leave(rms_normalize(state))
 
     def _inputs(
         self, states: Float[Array, "rows seq width"], embeddings: Float[Array, "rows seq hidden"]
     ) -> Float[Array, "rows seq width"]:
-        return self.enter(jnp.concatenate([_unit(states), _unit(embeddings)], axis=-1))
+        return self.enter(jnp.concatenate([rms_normalize(states), rms_normalize(embeddings)], axis=-1))
 
     def _rope(self, positions: Int[Array, "rows seq"]) -> RopeTable:
         config = self.block.attention.config
@@ -135,8 +145,3 @@ def unrolled_attention(
     for index, (_, own_values) in enumerate(own):
         mixed = mixed + weights[..., seq + index, None] * own_values[:, :, None]
     return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, seq, heads * head_dim)
-
-
-def _unit(x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
-    # A zero vector stays zero, with a finite gradient.
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-12)

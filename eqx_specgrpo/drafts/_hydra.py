@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..models import AbstractLanguageModel, Features, Linear
+from ..models import AbstractLanguageModel, Features, Linear, rms_normalize
 from ._base import AbstractDraft, DraftError, Proposal, pick_positions
 from ._sampler import AbstractSampler
 from ._vocabulary import AbstractDraftVocabulary, FullVocabulary
@@ -34,7 +34,7 @@ class HydraHead(eqx.Module):
     def __call__(
         self, hidden: Float[Array, "*batch hidden"], embedding: Float[Array, "*batch hidden"]
     ) -> Float[Array, "*batch hidden"]:
-        inputs = jnp.concatenate([_unit(hidden), _unit(embedding)], axis=-1)
+        inputs = jnp.concatenate([rms_normalize(hidden), rms_normalize(embedding)], axis=-1)
         return hidden + self.down(jax.nn.silu(self.up(inputs)))
 
 
@@ -127,8 +127,3 @@ class HydraHeads(AbstractDraft[HydraState]):
     def provenance(self) -> dict[str, Any]:
         inner_size, doubled = self.heads[0].up.weight.shape
         return {"hidden_size": doubled // 2, "num_heads": len(self.heads), "inner_size": inner_size}
-
-
-def _unit(x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
-    # A zero vector stays zero, with a finite gradient.
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-12)

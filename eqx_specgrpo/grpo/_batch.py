@@ -19,6 +19,8 @@ class UpdateBatch(eqx.Module):
     - `old_logprobs`: of the completion tokens under the policy that sampled them.
     - `advantages`: one a row.
     - `reference_logprobs`: under the frozen reference, or `None` without one.
+    - `prompts`: each prompt once, right-padded, so that it need not be computed for each of its completions; or `None`.
+    - `prompt_of_row`: which of them a row begins with; or `None`.
     """
 
     tokens: Int[Array | np.ndarray, "rows seq"]
@@ -28,25 +30,42 @@ class UpdateBatch(eqx.Module):
     old_logprobs: Float[Array | np.ndarray, "rows new"]
     advantages: Float[Array | np.ndarray, " rows"]
     reference_logprobs: Float[Array | np.ndarray, "rows new"] | None = None
+    prompts: Int[Array | np.ndarray, "prompts prompt"] | None = None
+    prompt_of_row: Int[Array | np.ndarray, " rows"] | None = None
 
-    def rows(self, rows: slice | Int[np.ndarray, " chosen"], width: int | None = None) -> "UpdateBatch":
+    def rows(self, rows: slice | Int[np.ndarray, " chosen"], new: int | None = None) -> "UpdateBatch":
         """A micro-batch.
 
         **Arguments:**
 
         - `rows`: which rows.
-        - `width`: the positions to keep; all by default. The rows' sequences must end within them.
+        - `new`: the completions' positions to keep; all by default. They must end within them.
         """
-        new = self.completion_tokens.shape[1] if width is None else min(width, self.completion_tokens.shape[1])
+        prompt_width = self.tokens.shape[1] - self.completion_tokens.shape[1]
+        width = self.completion_tokens.shape[1] if new is None else new
+        prompts = prompt_of_row = None
+        if self.prompts is not None:
+            distinct, prompt_of_row = np.unique(np.asarray(self.prompt_of_row)[rows], return_inverse=True)
+            # A power of two of them, so that few shapes are compiled.
+            number = num_prompts(len(distinct), len(self.prompts))
+            prompts = self.prompts[np.resize(distinct, number)]
+            prompt_of_row = prompt_of_row.astype(np.int32)
         return UpdateBatch(
-            self.tokens[rows, :width],
+            self.tokens[rows, : prompt_width + width],
             self.prompt_lengths[rows],
-            self.completion_tokens[rows, :new],
-            self.completion_mask[rows, :new],
-            self.old_logprobs[rows, :new],
+            self.completion_tokens[rows, :width],
+            self.completion_mask[rows, :width],
+            self.old_logprobs[rows, :width],
             self.advantages[rows],
-            None if self.reference_logprobs is None else self.reference_logprobs[rows, :new],
+            None if self.reference_logprobs is None else self.reference_logprobs[rows, :width],
+            prompts,
+            prompt_of_row,
         )
+
+
+def num_prompts(distinct: int, most: int) -> int:
+    """As how many prompts a micro-batch with so many different ones is computed: a power of two, or all."""
+    return min(1 << (distinct - 1).bit_length(), most)
 
 
 def make_update_batch(
@@ -86,6 +105,8 @@ def make_update_batch(
         completion_mask=mask,
         old_logprobs=rollouts.logprobs[:, :new],
         advantages=np.asarray(advantages, np.float32),
+        prompts=np.asarray(prompts.tokens),
+        prompt_of_row=rollouts.group.astype(np.int32),
     )
 
 
@@ -103,21 +124,25 @@ def plan_micro_batches(
     max_tokens: int | None = None,
     sort: bool = True,
     overhead: int = 128,
+    prompt_of_row: Int[np.ndarray, " rows"] | None = None,
+    prompt_width: int = 0,
 ) -> list[tuple[Int[np.ndarray, " part"], int]]:
     """Divides rows into micro-batches of equal size, so that short rows are not padded to the length of long ones.
 
     Rows are sorted by length, cut into `num_parts` or a power of two times as many parts, and each part is padded to
-    its own longest row. Of the divisions that keep to `max_tokens` the one with the fewest positions is taken. Each
-    further part counts as `overhead` more positions; measured on a CPU, where its gradients have to be added. All
-    parts have as many rows, and widths come from a ladder: so few shapes are ever compiled.
+    its own longest row. Of the divisions that keep to `max_tokens` the one with the fewest positions is taken, the
+    prompts' included, of which a part computes each once. Each further part counts as `overhead` more positions;
+    measured on a CPU, where its gradients have to be added. All parts have as many rows, and widths come from a
+    ladder: so few shapes are ever compiled.
 
     **Arguments:**
 
-    - `lengths`: of the rows' sequences, prompt and completion.
-    - `width`: of the array that the sequences are in, which no part exceeds.
+    - `lengths`: of the completions.
+    - `width`: of the array that the completions are in, which no part exceeds.
     - `num_parts`: divides the number of rows.
     - `max_tokens`: the most positions of a micro-batch, padding included; a single row may exceed it. `None`: no limit.
     - `sort`: whether rows may change places, and be divided further than `num_parts`.
+    - `prompt_of_row`, `prompt_width`: which prompt a row has, and as how many positions a prompt is computed.
 
     **Returns:**
 
@@ -133,6 +158,13 @@ def plan_micro_batches(
 
     if not sort:
         return divide(num_parts)
+
+    def positions(part: Int[np.ndarray, " part"], cut: int) -> int:
+        prompts = 0
+        if prompt_of_row is not None:
+            prompts = num_prompts(len(np.unique(prompt_of_row[part])), len(np.unique(prompt_of_row)))
+        return len(part) * cut + prompts * prompt_width
+
     numbers = [num_parts]
     while rows % (2 * numbers[-1]) == 0:
         numbers.append(2 * numbers[-1])
@@ -141,5 +173,5 @@ def plan_micro_batches(
     plans = [divide(num) for num in numbers]
     if max_tokens is not None:
         # The last one has a row a part: nothing can be smaller.
-        plans = [p for p in plans if max(len(part) * cut for part, cut in p) <= max_tokens] or plans[-1:]
-    return min(plans, key=lambda plan: sum(len(part) * cut + overhead for part, cut in plan))
+        plans = [p for p in plans if max(positions(*part) for part in p) <= max_tokens] or plans[-1:]
+    return min(plans, key=lambda plan: sum(positions(*part) + overhead for part in plan))

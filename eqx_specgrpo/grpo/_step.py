@@ -14,7 +14,7 @@ from .._errors import UserError
 from ..models import AbstractLanguageModel, Features, cast_weights
 from ._batch import UpdateBatch
 from ._forward import training_features
-from ._logprobs import chunked_logprobs, next_token_positions
+from ._logprobs import chunked_logprobs
 from ._losses import LossNormalizer, LossType, policy_loss
 from ._metrics import PolicyLossMetrics
 
@@ -83,21 +83,15 @@ class PolicyGradients(eqx.Module):
 def _completion_logprobs(
     model: AbstractLanguageModel, batch: UpdateBatch, settings: LossSettings
 ) -> tuple[Float[Array, "rows new"], Float[Array, "rows new"], Features]:
-    features = training_features(
-        model,
-        jnp.asarray(batch.tokens),
-        layers=settings.layers,
-        gradient_checkpointing=settings.gradient_checkpointing,
+    hidden, features = training_features(
+        model, batch, layers=settings.layers, gradient_checkpointing=settings.gradient_checkpointing
     )
     rows, new = batch.completion_tokens.shape
-    seq = batch.tokens.shape[1]
     # Positions that count go first, so that only their logits are computed.
     mask = jnp.asarray(batch.completion_mask).reshape(-1)
     order = jnp.argsort(~mask, stable=True)
-    within = jnp.minimum(next_token_positions(jnp.asarray(batch.prompt_lengths), new), seq - 1)
-    index = (jnp.arange(rows)[:, None] * seq + within).reshape(-1)
     logprobs, entropies = chunked_logprobs(
-        features.last.reshape(rows * seq, -1)[index[order]],
+        hidden.reshape(rows * new, -1)[order],
         jnp.asarray(batch.completion_tokens).reshape(-1)[order],
         model.unembed,
         settings.temperature,

@@ -1,9 +1,12 @@
 from ._base import AbstractLanguageModel as AbstractLanguageModel, Features as Features
 from ._cache import (
     AbstractLayerCache as AbstractLayerCache,
+    AbstractSlotCache as AbstractSlotCache,
     Cache as Cache,
     KVCache as KVCache,
     NoCache as NoCache,
+    PrefixCache as PrefixCache,
+    PrefixPass as PrefixPass,
     take_rows as take_rows,
 )
 from ._checkpoint import (
@@ -15,8 +18,9 @@ from ._checkpoint import (
 from ._config import LinearRope as LinearRope, Llama3Rope as Llama3Rope, TransformerConfig as TransformerConfig
 from ._linear import Linear as Linear, matmul as matmul
 from ._locate import could_be_downloaded as could_be_downloaded, locate as locate
-from ._norm import RMSNorm as RMSNorm
+from ._norm import RMSNorm as RMSNorm, rms_normalize as rms_normalize
 from ._rope import rope_frequencies as rope_frequencies, rope_table as rope_table
+from ._shared_prompt import SharedPromptCache as SharedPromptCache
 from ._tokenizer import Tokenizer as Tokenizer, check_tokenizer as check_tokenizer
 from ._transformer import (
     Block as Block,

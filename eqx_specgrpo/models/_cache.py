@@ -17,9 +17,37 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from ._attention import attention, causal_mask
+
 
 class AbstractLayerCache(eqx.Module):
     """What one attention layer reads and writes."""
+
+    @abstractmethod
+    def attend(
+        self,
+        queries: Float[Array, "batch block heads head_dim"],
+        keys: Float[Array, "batch kv_heads block head_dim"],
+        values: Float[Array, "batch kv_heads block head_dim"],
+        positions: Int[Array, "batch block"],
+        sliding_window: int | None,
+    ) -> tuple[Float[Array, "batch block heads*head_dim"], "AbstractLayerCache"]:
+        """Takes the block in, and lets its queries attend to all that is there, causally.
+
+        **Arguments:**
+
+        - `queries`, `keys`, `values`: of the block, turned to their positions.
+        - `positions`: absolute positions; consecutive within a row.
+        - `sliding_window`: how many positions a query sees, its own included; `None` for all.
+
+        **Returns:**
+
+        What attention mixed, all heads of a position in one vector, and the updated cache.
+        """
+
+
+class AbstractSlotCache(AbstractLayerCache):
+    """Keys and values in slots, each of one position."""
 
     @abstractmethod
     def update(
@@ -45,15 +73,54 @@ class AbstractLayerCache(eqx.Module):
         The keys and values to attend to, the absolute position of each slot, and the updated cache.
         """
 
+    def attend(self, queries, keys, values, positions, sliding_window):
+        keys, values, slot_positions, cache = self.update(keys, values, positions)
+        return attention(queries, keys, values, causal_mask(positions, slot_positions, sliding_window)), cache
 
-class NoCache(AbstractLayerCache):
+
+class NoCache(AbstractSlotCache):
     """The null cache: a block attends to itself only. What training and a single forward use."""
 
     def update(self, keys, values, positions):
         return keys, values, positions, self
 
 
-class KVCache(AbstractLayerCache):
+class PrefixCache(AbstractSlotCache):
+    """Keys and values of what came before, which a block attends to besides itself; the block is not kept.
+
+    `positions` of slots that hold nothing are beyond any block's.
+    """
+
+    keys: Float[Array, "batch kv_heads slots head_dim"]
+    values: Float[Array, "batch kv_heads slots head_dim"]
+    positions: Int[Array, "batch slots"]
+
+    def update(self, keys, values, positions):
+        return (
+            jnp.concatenate([self.keys, keys], axis=2),
+            jnp.concatenate([self.values, values], axis=2),
+            jnp.concatenate([self.positions, positions], axis=1),
+            self,
+        )
+
+
+class PrefixPass(AbstractSlotCache):
+    """What prompts go through: each attends to itself, and its keys and values become a `PrefixCache`.
+
+    **Arguments:**
+
+    - `lengths`: of the prompts; what is right of them is padding.
+    """
+
+    lengths: Int[Array, " batch"]
+
+    def update(self, keys, values, positions):
+        beyond = jnp.iinfo(positions.dtype).max
+        slots = jnp.where(positions < self.lengths[:, None], positions, beyond)
+        return keys, values, positions, PrefixCache(keys, values, slots)
+
+
+class KVCache(AbstractSlotCache):
     """Linear cache with slot = absolute position.
 
     Writes beyond the last slot would be clamped silently by XLA and overwrite valid entries, so whoever sizes the cache
@@ -75,14 +142,14 @@ class KVCache(AbstractLayerCache):
     def update(self, keys, values, positions):
         start = positions[:, 0]
         new = KVCache(
-            _write_rows(self.transposed_keys, keys.swapaxes(2, 3), start, axis=2),
-            _write_rows(self.values, values, start, axis=1),
+            write_rows(self.transposed_keys, keys.swapaxes(2, 3), start, axis=2),
+            write_rows(self.values, values, start, axis=1),
         )
         slot_positions = jnp.arange(new.values.shape[2], dtype=positions.dtype)[None]
         return new.keys, new.values, slot_positions, new
 
 
-def _write_rows(
+def write_rows(
     cache: Float[Array, "batch kv_heads _ _"],
     block: Float[Array, "batch kv_heads _ _"],
     start: Int[Array, " batch"],

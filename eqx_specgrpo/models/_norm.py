@@ -7,6 +7,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 
+def rms_normalize(x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+    """`x / rms(x)` over the last axis, without a weight; a zero vector stays zero, with a finite gradient."""
+    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-12)
+
+
 class RMSNorm(eqx.Module):
     """`x / rms(x) * weight` over the last axis."""
 

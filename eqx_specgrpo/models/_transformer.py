@@ -1,14 +1,13 @@
 """One decoder-only transformer for Llama 2/3, SmolLM2, Mistral, Qwen2/2.5 and Qwen3."""
 
 import dataclasses
-import math
 from typing import TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from ._base import AbstractLanguageModel, Features
 from ._cache import AbstractLayerCache, Cache, KVCache, NoCache
@@ -19,31 +18,6 @@ from ._rope import apply_rope, rope_frequencies, rope_table
 
 Module = TypeVar("Module")
 RopeTable = tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]
-
-
-def attention(
-    queries: Float[Array, "batch seq heads head_dim"],
-    keys: Float[Array, "batch kv_heads slots head_dim"],
-    values: Float[Array, "batch kv_heads slots head_dim"],
-    mask: Bool[Array, "batch_or_1 seq slots"],
-) -> Float[Array, "batch seq heads*head_dim"]:
-    """Grouped-query attention (Ainslie et al. 2023), softmax in float32.
-
-    The query heads that share a key/value head are folded into the position axis, so that each key/value head is read
-    once and both products are plain batched matrix products with leading batch axes.
-    """
-    batch, seq, heads, head_dim = queries.shape
-    kv_heads, slots = keys.shape[1], keys.shape[2]
-    group = heads // kv_heads
-    folded = queries.reshape(batch, seq, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
-    folded = folded.reshape(batch, kv_heads, group * seq, head_dim) / math.sqrt(head_dim)
-    scores = jnp.einsum("bkqd,bksd->bkqs", folded.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, kv_heads, group, seq, slots)
-    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).reshape(batch, kv_heads, group * seq, slots)
-    mixed = jnp.einsum("bkqs,bksd->bkqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    mixed = mixed.reshape(batch, kv_heads, group, seq, head_dim).transpose(0, 3, 1, 2, 4)
-    return mixed.reshape(batch, seq, heads * head_dim)
 
 
 class Attention(eqx.Module):
@@ -75,12 +49,8 @@ class Attention(eqx.Module):
         cache: AbstractLayerCache,
     ) -> tuple[Float[Array, "batch seq hidden"], AbstractLayerCache]:
         queries, keys, values = self.project(x, rope)
-        keys, values, slot_positions, cache = cache.update(keys, values, positions)
-        distance = positions[:, :, None] - slot_positions[:, None, :]
-        mask = distance >= 0
-        if self.config.sliding_window is not None:
-            mask = mask & (distance < self.config.sliding_window)
-        return self.output(attention(queries, keys, values, mask)), cache
+        mixed, cache = cache.attend(queries, keys, values, positions, self.config.sliding_window)
+        return self.output(mixed), cache
 
     def project(
         self, x: Float[Array, "batch seq hidden"], rope: RopeTable

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ..decoding import DecodeProgress
 from ..drafts import AbstractDraft, AbstractHistoryDraft, FallbackDraft
 from ..models import AbstractLanguageModel, Features
-from ._lessons import Lesson, examine, learn_lesson, make_lesson, recall_lesson
+from ._lessons import Lesson, examine, learn_lesson, make_lesson, recall_lesson, with_falling_rate
 from ._parts import RunParts
 from ._state import RunState
 
@@ -101,13 +101,7 @@ def distil_on(
     The draft in float32, and a JSON-able record of how it came about.
     """
     begin = time.perf_counter()
-    state = RunState(
-        target,
-        None,
-        draft,
-        parts.draft_optimizer.init(eqx.filter(draft, eqx.is_inexact_array)),
-        jnp.zeros(draft.train_length),
-    )
+    state = RunState.frozen_policy(target, draft, parts.draft_optimizer)
     layers, count = draft.layers, len(generations.lessons)
     for number in range(1, count):
         state = recall_lesson(state, generations.lessons[number])
@@ -116,9 +110,8 @@ def distil_on(
     curve, update, elapsed = [], 0, 0.0
     while update == 0 or elapsed < seconds:
         on_phase(f"{parts.config.draft.kind} learns: update {update + 1}, {max(0.0, seconds - elapsed):.0f} s left")
-        rate = parts.config.draft.learning_rate * min(1.0, 2 * (1 - elapsed / seconds))
         lesson = generations.lesson(1 + update % (count - 1), layers)
-        state, metrics = learn_lesson(_with_rate(parts, rate), state, target, lesson, update)
+        state, metrics = learn_lesson(with_falling_rate(parts, elapsed / seconds), state, target, lesson, update)
         update, elapsed = update + 1, time.perf_counter() - begin
         if update == 1 or elapsed >= seconds or elapsed - curve[-1]["seconds"] > seconds / _RECORDED:
             curve.append({"update": update, "seconds": elapsed, "loss": metrics["draft/loss"]})
@@ -155,9 +148,3 @@ def expected_acceptance(
     if draft.train_length == 0 or isinstance(draft, AbstractHistoryDraft | FallbackDraft):
         return None
     return examine(parts, draft, target, lesson, jnp.zeros(draft.train_length))[1]
-
-
-def _with_rate(parts: RunParts, rate: float) -> RunParts:
-    config = parts.config
-    draft = config.draft.model_copy(update={"learning_rate": rate})
-    return dataclasses.replace(parts, config=config.model_copy(update={"draft": draft}))

@@ -5,10 +5,8 @@ from typing import Any
 import equinox as eqx
 
 from .._errors import UserError
-from .._nearest import did_you_mean
-from ..decoding import AbstractVerifier, Block, Coupled, FixedLength, GreedyMatch, Rejection
-
-_VERIFIERS = ("rejection", "block", "coupled", "greedy")
+from ..decoding import AbstractVerifier, FixedLength
+from ._parts import make_verifier
 
 
 class BenchSettings(eqx.Module):
@@ -75,8 +73,7 @@ class BenchSettings(eqx.Module):
         if not self.minutes > 0:
             raise UserError(f"--minutes is {self.minutes}, but a draft needs some time to learn: give more than 0")
         for name in self.verifiers:
-            if name not in _VERIFIERS:
-                raise UserError(f"there is no verifier {name!r}.{did_you_mean(name, _VERIFIERS)}")
+            make_verifier(name)
         if "greedy" in self.verifiers and self.temperature > 0:
             raise UserError(
                 f"the verifier 'greedy' keeps only the likeliest tokens, which is not lossless at temperature "
@@ -86,7 +83,8 @@ class BenchSettings(eqx.Module):
     @property
     def rules(self) -> dict[str, AbstractVerifier]:
         """The verifiers, by name."""
-        return {name: _verifier(name) for name in self.verifiers or (("rejection" if self.temperature else "greedy"),)}
+        by_default = "rejection" if self.temperature else "greedy"
+        return {name: make_verifier(name) for name in self.verifiers or (by_default,)}
 
     @property
     def drafted(self) -> tuple[int, ...]:
@@ -115,15 +113,3 @@ def whole_numbers(option: str, text: str) -> tuple[int, ...]:
         raise UserError(
             f"{option} {text}: write whole numbers with commas between them, as in {option} 1,2,4"
         ) from None
-
-
-def _verifier(name: str) -> AbstractVerifier:
-    match name:
-        case "rejection":
-            return Rejection()
-        case "block":
-            return Block()
-        case "coupled":
-            return Coupled()
-        case _:
-            return GreedyMatch()

@@ -1,14 +1,11 @@
 """A draft trained on the target's own generations, before (or without) any run."""
 
-import dataclasses
 import json
 import math
 import time
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
-import jax.numpy as jnp
 from rich.console import Console
 
 from .._compile import count_compilations
@@ -28,6 +25,7 @@ from ._lessons import (
     mean_entropy,
     recall_lesson,
     updates_per_lesson,
+    with_falling_rate,
 )
 from ._parts import RunParts, draft_spec, load_policy, make_draft, make_parts, model_name
 from ._progress import RunProgress
@@ -91,13 +89,7 @@ def distill(
                 f"with specgrpo run --draft {config.draft.kind}"
             )
         parts = make_parts(config, tokenizer, draft, with_rewards=False)
-        state = RunState(
-            policy,
-            None,
-            draft,
-            parts.draft_optimizer.init(eqx.filter(draft, eqx.is_inexact_array)),
-            jnp.zeros(draft.train_length),
-        )
+        state = RunState.frozen_policy(policy, draft, parts.draft_optimizer)
         del policy, draft
         _Session(parts, state, steps, minutes, out, progress).work()
     console.print(f"Draft: {out}", soft_wrap=True, markup=False, highlight=False)
@@ -194,7 +186,6 @@ class _Session:
     def _learn(self, target: AbstractLanguageModel, layers: tuple[int, ...], decoding, interrupted) -> int:
         """Updates until there is no more time; how many there were."""
         per_lesson = updates_per_lesson(self.parts)
-        rate = self.parts.config.draft.learning_rate
         lesson, saved, update = None, time.perf_counter(), 0
         while update < self.steps and self._elapsed() < self.seconds and not interrupted():
             number, within = divmod(update, per_lesson)
@@ -207,7 +198,7 @@ class _Session:
                 self.state = recall_lesson(self.state, lesson)
                 self.record["learned_from_tokens"] += int(lesson.rollouts.lengths.sum())
             self.progress.phase(f"update {update + 1}")
-            parts = _with_rate(self.parts, rate * min(1.0, 2 * (1 - self._done(update))))
+            parts = with_falling_rate(self.parts, self._done(update))
             self.state, metrics = learn_lesson(parts, self.state, target, lesson, update)
             update += 1
             if update == 1:
@@ -301,11 +292,6 @@ def _provenance(config: RunConfig) -> dict[str, Any]:
         "temperature": grpo.temperature,
         "draft": config.draft.model_dump(),
     }
-
-
-def _with_rate(parts: RunParts, rate: float) -> RunParts:
-    draft = parts.config.draft.model_copy(update={"learning_rate": rate})
-    return dataclasses.replace(parts, config=parts.config.model_copy(update={"draft": draft}))
 
 
 def _positions(acceptance: list[float]) -> str:

@@ -77,6 +77,14 @@ def recall_lesson(state: RunState, lesson: Lesson) -> RunState:
     return dataclasses.replace(state, draft=remember(state.draft, lesson.rollouts))
 
 
+def with_falling_rate(parts: RunParts, done: float) -> RunParts:
+    """The draft's learning rate when so great a share of the time is over: constant for half of it, then falling
+    linearly to 0."""
+    draft = parts.config.draft
+    draft = draft.model_copy(update={"learning_rate": draft.learning_rate * min(1.0, 2 * (1 - done))})
+    return dataclasses.replace(parts, config=parts.config.model_copy(update={"draft": draft}))
+
+
 def learn_lesson(
     parts: RunParts, state: RunState, target: AbstractLanguageModel, lesson: Lesson, update: int
 ) -> tuple[RunState, dict[str, float]]:

@@ -12,6 +12,7 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from .._errors import UserError
+from .._nearest import did_you_mean
 from .._sampling import AbstractSampling, Sampling
 from ..decoding import (
     AbstractLengthController,
@@ -20,6 +21,7 @@ from ..decoding import (
     Block,
     Coupled,
     FixedLength,
+    GreedyMatch,
     Rejection,
 )
 from ..distill import AbstractDraftLoss, EndToEndTV, ForwardKL, LKHybrid, ReverseKL, TotalVariation
@@ -230,7 +232,7 @@ def make_parts(config: RunConfig, tokenizer: Tokenizer, draft: AbstractDraft, *,
         task=task,
         rewards=rewards,
         sampling=Sampling(jnp.float32(grpo.temperature)),
-        verifier=_verifier(config.draft.verifier),
+        verifier=make_verifier(config.draft.verifier),
         length=_length(config.draft),
         loss=LossSettings(
             temperature=grpo.temperature,
@@ -263,7 +265,8 @@ def _length(config: DraftConfig) -> AbstractLengthController:
     return AdaptiveLength(config.length) if config.adaptive else FixedLength(config.length)
 
 
-def _verifier(name: Literal["rejection", "block", "coupled"]) -> AbstractVerifier:
+def make_verifier(name: str) -> AbstractVerifier:
+    """The verifier of a name; `greedy` keeps only the likeliest tokens, and is lossless at temperature 0 alone."""
     match name:
         case "rejection":
             return Rejection()
@@ -271,6 +274,11 @@ def _verifier(name: Literal["rejection", "block", "coupled"]) -> AbstractVerifie
             return Block()
         case "coupled":
             return Coupled()
+        case "greedy":
+            return GreedyMatch()
+        case _:
+            names = ("rejection", "block", "coupled", "greedy")
+            raise UserError(f"there is no verifier {name!r}.{did_you_mean(name, names)}")
 
 
 def _draft_loss(name: Literal["kl", "reverse_kl", "tv", "hybrid", "e2e_tv"]) -> AbstractDraftLoss:

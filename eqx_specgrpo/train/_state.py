@@ -46,6 +46,19 @@ class RunState(eqx.Module):
             jnp.zeros(draft.train_length),
         )
 
+    @staticmethod
+    def frozen_policy(
+        policy: AbstractLanguageModel, draft: AbstractDraft, draft_optimizer: optax.GradientTransformation
+    ) -> "RunState":
+        """The state before a draft's first update, for a policy that stands still: it has no optimizer."""
+        return RunState(
+            policy,
+            None,
+            draft,
+            draft_optimizer.init(eqx.filter(draft, eqx.is_inexact_array)),
+            jnp.zeros(draft.train_length),
+        )
+
     def trees(self) -> dict[str, Any]:
         """By name, as a checkpoint keeps them."""
         return {

@@ -30,8 +30,9 @@ from ..grpo import (
     plan_micro_batches,
     policy_gradients,
     policy_logprobs,
+    training_features,
 )
-from ..models import AbstractLanguageModel, Features, Tokenizer, sequence_features
+from ..models import AbstractLanguageModel, Features, Tokenizer
 from ..tasks import AbstractTask, Example, Rewards, collate
 from ._parts import RunParts, check_prompt
 from ._segments import SegmentLog
@@ -124,13 +125,15 @@ def update_policy(
     batch = make_update_batch(
         scored.rollouts, scored.advantages, mask_truncated_completions=grpo.mask_truncated_completions
     )
-    width = batch.tokens.shape[1]
+    width, new = batch.tokens.shape[1], batch.completion_tokens.shape[1]
     plan = plan_micro_batches(
-        np.asarray(batch.prompt_lengths) + scored.rollouts.lengths,
-        width,
+        scored.rollouts.lengths,
+        new,
         num_parts=grpo.gradient_accumulation_steps,
         max_tokens=grpo.max_tokens_per_micro_batch,
         sort=parts.loss.loss_type != "bnpo",  # whose value depends on which rows are together
+        prompt_of_row=scored.rollouts.group,
+        prompt_width=width - new,
     )
     if reference is not None:
         gaps = np.zeros(batch.old_logprobs.shape, np.float32)
@@ -256,12 +259,12 @@ def vocabulary_metrics(draft: AbstractDraft, rollouts: Rollouts) -> dict[str, fl
 
 def features_of(target: AbstractLanguageModel, batch: UpdateBatch, layers: tuple[int, ...]) -> Features:
     """The target's features of whole sequences, for a draft that learns outside a policy update."""
-    return _features(target, jnp.asarray(batch.tokens), layers)
+    return _features(target, batch, layers)
 
 
 @eqx.filter_jit
-def _features(target: AbstractLanguageModel, tokens: Int[Array, "rows seq"], layers: tuple[int, ...]) -> Features:
-    return sequence_features(target, tokens, layers=layers)
+def _features(target: AbstractLanguageModel, batch: UpdateBatch, layers: tuple[int, ...]) -> Features:
+    return training_features(target, batch, layers=layers)[1]
 
 
 def rollout_metrics(scored: ScoredRollouts, reward_names: tuple[str, ...]) -> dict[str, float]:

@@ -1,0 +1,67 @@
+"""Where the keys and values of prompts are while rows are decoded: in each row's cache, or once for all its rows."""
+
+from abc import abstractmethod
+from typing import cast
+
+import equinox as eqx
+from jaxtyping import Array, Int
+
+from ..models import AbstractLanguageModel, Cache, KVCache, SharedPromptCache, Transformer, take_rows
+
+
+class AbstractPromptStore(eqx.Module):
+    """What of the caches is not the rows' own. It does not change while rows are decoded."""
+
+    @abstractmethod
+    def attach(self, cache: Cache) -> Cache:
+        """What the target's pass takes, from the rows' own part."""
+
+    @abstractmethod
+    def detach(self, cache: Cache) -> Cache:
+        """The rows' own part of what the target's pass returned."""
+
+    @abstractmethod
+    def take(self, cache: Cache, rows: Int[Array, " kept"]) -> Cache:
+        """Whole caches of some of the rows, prompts included."""
+
+
+class PromptsInRows(AbstractPromptStore):
+    """Each row's cache begins with its prompt."""
+
+    def attach(self, cache):
+        return cache
+
+    def detach(self, cache):
+        return cache
+
+    def take(self, cache, rows):
+        return take_rows(cache, rows)
+
+
+class PromptsOnce(AbstractPromptStore):
+    """Each prompt is stored, and read, once for all of its rows, which are consecutive and as many for each.
+
+    **Arguments:**
+
+    - `prompts`: a cache a layer, a row a prompt.
+    - `lengths`: of the prompts.
+    """
+
+    prompts: tuple[KVCache, ...]
+    lengths: Int[Array, " prompts"]
+
+    def attach(self, cache):
+        layers = zip(self.prompts, cast(tuple[KVCache, ...], cache), strict=True)
+        return tuple(SharedPromptCache(prompts, self.lengths, rows) for prompts, rows in layers)
+
+    def detach(self, cache):
+        return tuple(layer.rows for layer in cast(tuple[SharedPromptCache, ...], cache))
+
+    def take(self, cache, rows):
+        return tuple(layer.unshared(rows) for layer in cast(tuple[SharedPromptCache, ...], self.attach(cache)))
+
+
+def can_share(target: AbstractLanguageModel, samples: int, waiting: int) -> bool:
+    """Whether prompts can be stored once: several rows each, all of which start at once; and a `Transformer`, whose
+    layers leave it to the cache how to attend."""
+    return samples > 1 and waiting == 0 and isinstance(target, Transformer)

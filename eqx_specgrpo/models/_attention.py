@@ -1,0 +1,64 @@
+"""Scaled dot-product attention over keys and values, wherever those come from."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def fold_queries(
+    queries: Float[Array, "batch seq heads head_dim"], kv_heads: int
+) -> Float[Array, "batch kv_heads folded head_dim"]:
+    """Scaled queries, those that share a key/value head in one axis with the positions of the block.
+
+    Each key/value head is then read once, and both products of attention are plain batched matrix products.
+    """
+    batch, seq, heads, head_dim = queries.shape
+    group = heads // kv_heads
+    folded = queries.reshape(batch, seq, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    return folded.reshape(batch, kv_heads, group * seq, head_dim) / math.sqrt(head_dim)
+
+
+def unfold_heads(
+    mixed: Float[Array, "batch kv_heads folded head_dim"], seq: int
+) -> Float[Array, "batch seq mixed"]:
+    """The inverse of `fold_queries`, with all heads of a position in one vector."""
+    batch, kv_heads, folded, head_dim = mixed.shape
+    group = folded // seq
+    mixed = mixed.reshape(batch, kv_heads, group, seq, head_dim).transpose(0, 3, 1, 2, 4)
+    return mixed.reshape(batch, seq, kv_heads * group * head_dim)
+
+
+def masked_softmax(
+    scores: Float[Array, "batch kv_heads folded slots"], mask: Bool[Array, "batch_or_1 seq slots"]
+) -> Float[Array, "batch kv_heads folded slots"]:
+    """Attention weights, in float32."""
+    batch, kv_heads, folded, slots = scores.shape
+    seq = mask.shape[1]
+    scores = scores.reshape(batch, kv_heads, folded // seq, seq, slots)
+    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+    return jax.nn.softmax(scores, axis=-1).reshape(batch, kv_heads, folded, slots)
+
+
+def causal_mask(
+    positions: Int[Array, "batch seq"], slot_positions: Int[Array, "batch_or_1 slots"], sliding_window: int | None
+) -> Bool[Array, "batch seq slots"]:
+    """Whether a position sees a slot: not if the slot lies after it, or too far before it."""
+    distance = positions[:, :, None] - slot_positions[:, None, :]
+    mask = distance >= 0
+    return mask if sliding_window is None else mask & (distance < sliding_window)
+
+
+def attention(
+    queries: Float[Array, "batch seq heads head_dim"],
+    keys: Float[Array, "batch kv_heads slots head_dim"],
+    values: Float[Array, "batch kv_heads slots head_dim"],
+    mask: Bool[Array, "batch_or_1 seq slots"],
+) -> Float[Array, "batch seq heads*head_dim"]:
+    """Grouped-query attention (Ainslie et al. 2023), softmax in float32."""
+    folded = fold_queries(queries, keys.shape[1])
+    scores = jnp.einsum("bkqd,bksd->bkqs", folded.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+    weights = masked_softmax(scores, mask)
+    mixed = jnp.einsum("bkqs,bksd->bkqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return unfold_heads(mixed, queries.shape[1])

@@ -1,0 +1,92 @@
+"""The cache of rows that begin with common prompts: what is common is stored, and read, once."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from ._attention import causal_mask, fold_queries, masked_softmax, unfold_heads
+from ._cache import AbstractLayerCache, KVCache, write_rows
+
+
+class SharedPromptCache(AbstractLayerCache):
+    """Prompts, each followed by as many rows as the others; a row's own slots begin behind its prompt.
+
+    Attention is exact: scores of both parts go through one softmax. Positions are a row's own, the prompt included, as
+    with any other cache.
+
+    ??? cite
+
+        Juravsky et al., "Hydragen: high-throughput LLM inference with shared prefixes",
+        [arXiv:2402.05099](https://arxiv.org/abs/2402.05099), section 3. There each part has its own softmax, and the
+        results are combined; here scores are few, and one does.
+
+    **Arguments:**
+
+    - `prompts`: their keys and values, a row each.
+    - `lengths`: of the prompts.
+    - `rows`: what follows them; those of a prompt are consecutive, and all prompts have as many.
+    """
+
+    prompts: KVCache
+    lengths: Int[Array, " prompts"]
+    rows: KVCache
+
+    def attend(self, queries, keys, values, positions, sliding_window):
+        batch, kv_heads, seq, _ = keys.shape
+        num_prompts, _, width, _ = self.prompts.values.shape
+        samples = batch // num_prompts
+        starts = jnp.repeat(self.lengths, samples, total_repeat_length=batch)[:, None]
+        # Slots are counted from the prompt's end.
+        own_keys, own_values, slots, rows = self.rows.update(keys, values, positions - starts)
+
+        place = jnp.arange(width, dtype=positions.dtype)[None]
+        in_prompt = jnp.where(place < starts, place, jnp.iinfo(positions.dtype).max)
+        mask = jnp.concatenate(
+            [
+                causal_mask(positions, in_prompt, sliding_window),
+                causal_mask(positions, slots + starts, sliding_window),
+            ],
+            axis=2,
+        )
+        folded = fold_queries(queries, kv_heads).astype(self.prompts.values.dtype)
+        queries_of = folded.shape[2]
+
+        def by_prompt(x):
+            # All rows of a prompt become queries of one product.
+            x = x.reshape(num_prompts, samples, kv_heads, queries_of, -1).transpose(0, 2, 1, 3, 4)
+            return x.reshape(num_prompts, kv_heads, samples * queries_of, -1)
+
+        def by_row(x):
+            x = x.reshape(num_prompts, kv_heads, samples, queries_of, -1).transpose(0, 2, 1, 3, 4)
+            return x.reshape(batch, kv_heads, queries_of, -1)
+
+        scores = jnp.concatenate(
+            [
+                by_row(_product("pkqd,pkds->pkqs", by_prompt(folded), self.prompts.transposed_keys)),
+                _product("bkqd,bksd->bkqs", folded, own_keys),
+            ],
+            axis=3,
+        )
+        weights = masked_softmax(scores, mask).astype(own_values.dtype)
+        mixed = by_row(_product("pkqs,pksd->pkqd", by_prompt(weights[..., :width]), self.prompts.values))
+        mixed = mixed + _product("bkqs,bksd->bkqd", weights[..., width:], own_values)
+        return unfold_heads(mixed, seq), SharedPromptCache(self.prompts, self.lengths, rows)
+
+    def unshared(self, chosen: Int[Array, " chosen"]) -> KVCache:
+        """Some of the rows with a copy of their prompt each, in slots equal to their positions."""
+        samples = self.rows.values.shape[0] // self.prompts.values.shape[0]
+        prompt_of_row = chosen // samples
+        more = self.rows.values.shape[2]
+
+        def join(prompts, rows, axis):
+            pad = [(0, more if i == axis else 0) for i in range(4)]
+            whole = jnp.pad(prompts, pad)[prompt_of_row]
+            return write_rows(whole, rows[chosen], self.lengths[prompt_of_row], axis=axis - 1)
+
+        return KVCache(
+            join(self.prompts.transposed_keys, self.rows.transposed_keys, 3),
+            join(self.prompts.values, self.rows.values, 2),
+        )
+
+
+def _product(subscripts, x, y):
+    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
