@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import quick_compilation
+from helpers import quick_compilation, tiny_transformer
 from tiny_run import tiny_config, tiny_folder as tiny_folder, tiny_model, tiny_tokenizer
 
 from eqx_specgrpo._errors import UserError
@@ -49,6 +49,19 @@ def test_a_fresh_vocabulary_begins_with_the_end_of_a_sequence_and_the_lowest_ids
     assert isinstance(draft, FallbackDraft) and isinstance(draft.then, TemperedDraft)
     assert draft_vocabulary(draft).size == 5
     assert tempered_part(made()) is None
+
+
+def test_a_large_vocabulary_is_reduced_unless_told_otherwise():
+    large = tiny_transformer(vocab_size=16_385, num_layers=1, hidden_size=4)
+
+    def size(*settings, target=large):
+        return draft_vocabulary(make_draft(load_config(None, settings).draft, target, 0, tiny_tokenizer())).size
+
+    assert size() == size("draft.kind=hydra", "draft.ngram=true") == 8192
+    assert size("draft.vocabulary=0") == 0 and size("draft.vocabulary=100") == 100
+    # Nothing to exchange; and not much larger.
+    assert size("draft.kind=ngram") == 0
+    assert size(target=tiny_transformer(vocab_size=16_384, num_layers=1, hidden_size=4)) == 0
 
 
 def test_a_saved_draft_keeps_its_vocabulary_unless_told_otherwise(tmp_path):

@@ -46,6 +46,7 @@ from ._vocabulary import (
     completion_tokens as completion_tokens,
     coverage as coverage,
     draft_vocabulary as draft_vocabulary,
+    has_vocabulary as has_vocabulary,
     most_used_tokens as most_used_tokens,
     with_vocabulary as with_vocabulary,
 )

@@ -209,6 +209,11 @@ def draft_vocabulary(draft: AbstractDraft) -> AbstractDraftVocabulary:
     return found[0] if found else FullVocabulary()
 
 
+def has_vocabulary(draft: AbstractDraft) -> bool:
+    """Whether the draft, or one inside it, has a vocabulary of its own to exchange."""
+    return bool(_vocabularies(draft))
+
+
 def _vocabularies(draft: AbstractDraft) -> list[AbstractDraftVocabulary]:
     return [part for part in jax.tree.leaves(draft, is_leaf=_is_vocabulary) if _is_vocabulary(part)]
 

@@ -20,9 +20,7 @@ def fold_queries(
     return folded.reshape(batch, kv_heads, group * seq, head_dim) / math.sqrt(head_dim)
 
 
-def unfold_heads(
-    mixed: Float[Array, "batch kv_heads folded head_dim"], seq: int
-) -> Float[Array, "batch seq mixed"]:
+def unfold_heads(mixed: Float[Array, "batch kv_heads folded head_dim"], seq: int) -> Float[Array, "batch seq mixed"]:
     """The inverse of `fold_queries`, with all heads of a position in one vector."""
     batch, kv_heads, folded, head_dim = mixed.shape
     group = folded // seq

@@ -191,7 +191,7 @@ class DraftConfig(_Section):
     vocabulary: Annotated[Annotated[int, Field(ge=0)] | None, _NoneWord] = Field(
         default=None,
         description="guess only so many tokens, those that the policy's completions use most, kept up to date; 0: all; "
-        "none: as a saved draft has it, else all",
+        "none: as a saved draft has it; a fresh one 8192 if the model has more than twice as many, else all",
     )
     fit_temperature: bool = Field(
         default=False, description="follow the temperature of each draft position that is accepted most"
