@@ -1,0 +1,263 @@
+"""Tokens a second of plain, speculative and adaptive decoding for several numbers of rows, the physical floor of a
+round, and transformers' `generate` on the same prompts.
+
+    python benchmarks/rollout.py --out results/rollout --model path/to/folder --draft drafts/hydra
+    python benchmarks/rollout.py --out results/rollout --draft medusa --rows 16 --lengths 1,2
+
+Every arm decodes the same prompts in every round, one after the other in one process; ratios are within a round. Writes
+`rollout.json`, `rollout.md` and `rollout.png`.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from rich.console import Console
+
+from eqx_specgrpo._types import Prompts
+from eqx_specgrpo.decoding import Sampling, decode
+from eqx_specgrpo.grpo import compute_copy
+from eqx_specgrpo.models import AbstractLanguageModel, matmul
+from eqx_specgrpo.train import BenchSettings, default_model_path, plot_bench, whole_numbers
+from eqx_specgrpo.train._bench import PLAIN
+from eqx_specgrpo.train._bench_command import draft_run_config, generate_for, make_contender, measure_drafts, prepare
+from eqx_specgrpo.train._machine import machine
+from eqx_specgrpo.train._parts import load_policy
+from eqx_specgrpo.train._progress import RunProgress
+from eqx_specgrpo.train._step import next_examples
+
+SAMPLES = 8  # completions a prompt, where there are as many rows
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Rollouts: tokens a second, and how far from the floor.")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--model", default="", help="folder or .gguf file; the embedded model by default")
+    parser.add_argument("--draft", action="append", help="folder of a saved draft, or a kind; repeatable")
+    parser.add_argument("--rows", default="1,4,8,16,32,64")
+    parser.add_argument("--lengths", default="1,2,3,4")
+    parser.add_argument("--verifier", default="rejection")
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=5.0, help="to get a draft ready that is not a saved one")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for specgrpo; repeatable")
+    parser.add_argument(
+        "--transformers-rows", default="16", help="rows to compare with transformers at; empty for no comparison"
+    )
+    return parser.parse_args()
+
+
+def median_seconds(call: Callable[[], Any], times: int = 7) -> float:
+    call()
+    found = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        jax.block_until_ready(call())
+        found.append(time.perf_counter() - begin)
+    return statistics.median(found)
+
+
+def floor_seconds(target: AbstractLanguageModel, rows: int) -> dict[str, float]:
+    """The least that a pass over one token of each row can take: reading the weights, and their products alone."""
+    weights = [x for x in jax.tree.leaves(eqx.filter(target, eqx.is_inexact_array)) if x.ndim == 2]
+    inputs = {x.shape[1]: jr.normal(jr.key(0), (rows, x.shape[1])) for x in weights}
+
+    @jax.jit
+    def products(inputs, weights):
+        # A maximum needs every entry, so that no product can be left out.
+        return sum(jnp.max(matmul(inputs[w.shape[1]], w)) for w in weights)
+
+    large = jnp.ones(1 << 27, jnp.float32)
+    read = median_seconds(lambda: jnp.sum(large))
+    bandwidth = large.size * large.dtype.itemsize / read
+    size = sum(x.size * x.dtype.itemsize for x in weights)
+    return {
+        "weight_bytes": size,
+        "bytes_per_second": bandwidth,
+        "read_seconds": size / bandwidth,
+        "product_seconds": median_seconds(lambda: products(inputs, weights)),
+    }
+
+
+def transformers_generate(
+    model: Any, prompts: Prompts, samples: int, new: int, eos_ids: Sequence[int], seed: int
+) -> tuple[int, float]:
+    """Tokens up to the end of each sequence, and seconds."""
+    import torch
+
+    torch.manual_seed(seed)
+    width = int(prompts.lengths.max())
+    ids = np.full((len(prompts.lengths), width), eos_ids[0], np.int64)
+    mask = np.zeros_like(ids)
+    for row, length in enumerate(prompts.lengths):
+        ids[row, width - length :] = prompts.tokens[row, :length]
+        mask[row, width - length :] = 1
+    ids, mask = (torch.from_numpy(np.repeat(x, samples, axis=0)) for x in (ids, mask))
+    begin = time.perf_counter()
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=True, temperature=1.0, top_k=0,
+            top_p=1.0, eos_token_id=list(eos_ids), pad_token_id=eos_ids[0],
+        )  # fmt: skip
+    seconds = time.perf_counter() - begin
+    tokens = output[:, width:].numpy()
+    is_eos = np.isin(tokens, eos_ids)
+    lengths = np.where(is_eos.any(1), is_eos.argmax(1) + 1, tokens.shape[1])
+    return int(lengths.sum()), seconds
+
+
+def against_transformers(
+    path: str,
+    target: AbstractLanguageModel,
+    prompts: Sequence[Prompts],
+    samples: int,
+    eos_ids: Sequence[int],
+    arguments: argparse.Namespace,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Plain decoding and `generate` in float32 and bfloat16, in turn, round by round; the first one is the warm-up."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    models = {
+        f"transformers {name}": AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, name)).eval()
+        for name in ("float32", "bfloat16")
+    }
+
+    def ours(batch: Prompts, seed: int) -> tuple[int, float]:
+        begin = time.perf_counter()
+        rollouts = decode(
+            target, batch, sampling=Sampling(1.0), key=jr.key(seed), max_new_tokens=arguments.new, eos_ids=eos_ids,
+            samples=samples,
+        )  # fmt: skip
+        return int(rollouts.lengths.sum()), time.perf_counter() - begin
+
+    arms: dict[str, Callable[[Prompts, int], tuple[int, float]]] = {f"ours {arguments.dtype}, plain": ours}
+    for name, model in models.items():
+        arms[name] = lambda batch, seed, model=model: transformers_generate(
+            model, batch, samples, arguments.new, eos_ids, seed
+        )
+    found = []
+    for number, batch in enumerate(prompts):
+        for name, arm in arms.items():
+            say(f"round {number} of {len(prompts) - 1}, {name}")
+            tokens, seconds = arm(batch, number)
+            if name.startswith("ours"):
+                while number == 0 and seconds > 1.2 * (again := arm(batch, number)[1]):  # It compiled.
+                    seconds = again
+            if number:
+                rows = len(batch.lengths) * samples
+                found.append({"arm": name, "rows": rows, "round": number, "tokens": tokens, "seconds": seconds})
+    return found
+
+
+def table(record: dict[str, Any]) -> str:
+    """In Markdown."""
+    lines = [
+        "| rows | draft | length | tokens/s | ratio to plain | acceptance length | round, ms | share of the floor |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["results"]:
+        floor = record["floor"][str(row["rows"])]
+        full = row["by_rows"].get(str(row["rows"]))
+        milliseconds, share = "", ""
+        if full is not None:
+            seconds = full["seconds_per_round"]["median"]
+            milliseconds = f"{1e3 * seconds:.0f}"
+            if row["draft"] == PLAIN:
+                share = f"{max(floor['read_seconds'], floor['product_seconds']) / seconds:.0%}"
+        ratio = row["ratio"]
+        lines.append(
+            f"| {row['rows']} | {row['draft']} | {row['length']} | {row['tokens_per_second']['median']:.0f} | "
+            f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}) | {row['acceptance_length']:.2f} | "
+            f"{milliseconds} | {share} |"
+        )
+    if record["transformers"]:
+        lines += ["", "| rows | arm | tokens/s | ours, plain, over it |", "| --- | --- | --- | --- |"]
+        for rows in dict.fromkeys(run["rows"] for run in record["transformers"]):
+            runs = [run for run in record["transformers"] if run["rows"] == rows]
+            rates = {
+                arm: [run["tokens"] / run["seconds"] for run in runs if run["arm"] == arm]
+                for arm in dict.fromkeys(run["arm"] for run in runs)
+            }
+            own = next(iter(rates.values()))
+            for arm, values in rates.items():
+                ratio = statistics.median(a / b for a, b in zip(own, values, strict=True))
+                lines.append(f"| {rows} | {arm} | {statistics.median(values):.0f} | {ratio:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def settings_of(rows: int, arguments: argparse.Namespace) -> BenchSettings:
+    return BenchSettings(
+        rows=(rows,),
+        lengths=whole_numbers("--lengths", arguments.lengths),
+        adaptive=True,
+        verifiers=(arguments.verifier,),
+        new=arguments.new,
+        samples=min(rows, SAMPLES),
+        rounds=arguments.rounds,
+    )
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    drafts = arguments.draft or ["ngram"]
+    record: dict[str, Any] = {"about": machine(), "results": [], "runs": [], "floor": {}, "transformers": []}
+    flags = {"model.path": arguments.model or None, "seed": arguments.seed, "model.dtype": arguments.dtype}
+    with RunProgress(Console(stderr=True)) as progress:
+        policy, tokenizer = load_policy(arguments.model)
+        target = compute_copy(policy, arguments.dtype)
+        every_rows = whole_numbers("--rows", arguments.rows)
+        settings = [settings_of(rows, arguments) for rows in every_rows]
+        configs = {name: draft_run_config(name, settings[0], None, arguments.set, flags) for name in drafts}
+        made = [make_contender(Path(name).name, config, policy, tokenizer) for name, config in configs.items()]
+        generations = generate_for(made, target, arguments.minutes, progress)
+        ready = [prepare(one, target, arguments.minutes, progress, generations) for one in made]
+        for rows, asked in zip(every_rows, settings, strict=True):
+            found = measure_drafts(ready, target, asked, progress).to_json()
+            record["results"] += found["results"]
+            record["runs"] += found["runs"]
+            record |= {key: found[key] for key in ("settings", "policy")}
+            record["drafts"] = [{"name": draft["name"], "class": draft["class"]} for draft in found["drafts"]]
+            record["model"] = {**found["model"], "name": Path(arguments.model or "embedded").name}
+            record["floor"][str(rows)] = floor_seconds(target, rows)
+            write(record, arguments.out)
+        for text in filter(None, arguments.transformers_rows.split(",")):
+            rows, samples = int(text), min(int(text), SAMPLES)
+            count, task = rows // samples, made[0].parts.task
+            _, prompts = next_examples(task, tokenizer, target, 1 << 21, count * (1 + arguments.rounds), arguments.new)
+            batches = [
+                Prompts(prompts.tokens[i : i + count], prompts.lengths[i : i + count])
+                for i in range(0, len(prompts.lengths), count)
+            ]
+            record["transformers"] += against_transformers(
+                arguments.model or str(default_model_path()), target, batches, samples, tokenizer.eos_ids, arguments,
+                progress.phase,
+            )  # fmt: skip
+            write(record, arguments.out)
+    print((arguments.out / "rollout.md").read_text(encoding="utf-8"))
+    return 0
+
+
+def write(record: dict[str, Any], out: Path) -> None:
+    (out / "rollout.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    (out / "rollout.md").write_text(table(record), encoding="utf-8")
+    entropy = record["policy"]["entropy"]
+    plot_bench(record["results"], out / "rollout.png", f"{record['model']['name']}, {entropy:.2f} nats a token")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
