@@ -3,8 +3,8 @@
     python benchmarks/compare_runs.py --out results/step ours=runs/a plain=runs/b TRL=runs/trl
     python benchmarks/compare_runs.py --out results/learning --threshold 0.5 ours=runs/a,runs/b TRL=runs/c,runs/d
 
-Each argument is NAME=FOLDER, or NAME=FOLDER,FOLDER for seeds, of `specgrpo run` or of `benchmarks/trl_run.py`. Ratios are
-to the first one. Writes `runs.json`, `runs.md` and `runs.png`.
+Each argument is NAME=FOLDER, or NAME=FOLDER,FOLDER for seeds, of `specgrpo run` or of `benchmarks/trl_run.py`. Ratios
+are to the first one. Writes `runs.json`, `runs.md` and `runs.png`.
 """
 
 import argparse
@@ -81,9 +81,10 @@ def table(arms: list[dict[str, Any]], skip: int, threshold: float | None) -> str
         m = medians(arm, skip)
         step = m["time/step"]
         compiled = [run["compile/count"][-1] for run in arm["runs"] if "compile/count" in run]
+        draft = m.get("time/draft", 0.0)
         lines.append(
             f"| {arm['name']} | {len(arm['runs'])} | {step:.1f} | {m['time/rollout']:.1f} | {m['time/update']:.1f} | "
-            f"{m.get('time/draft', 0.0):.2f} | {m.get('time/draft', 0.0) / step:.1%} | {m['time/rollout'] / step:.0%} | "
+            f"{draft:.2f} | {draft / step:.1%} | {m['time/rollout'] / step:.0%} | "
             f"{step / first:.2f} | {max(compiled, default='')} |"
         )
     share = medians(arms[0], skip)
