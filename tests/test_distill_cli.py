@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 from helpers import quick_compilation
 from safetensors.numpy import load_file
-from tiny_run import as_flags, main_like, tiny_folder as tiny_folder, tiny_model, tiny_settings
+from tiny_run import (
+    as_flags,
+    main_like,
+    tiny_config,
+    tiny_folder as tiny_folder,
+    tiny_model,
+    tiny_settings,
+    tiny_tokenizer,
+)
 
 from eqx_specgrpo._errors import UserError
 from eqx_specgrpo.drafts import (
@@ -26,13 +34,15 @@ from eqx_specgrpo.drafts import (
     MedusaHeads,
     ModelDraft,
     NGramDraft,
+    NoDraft,
     describe_saved_draft,
     load_draft,
     save_draft,
 )
 from eqx_specgrpo.models import cast_weights, load_pretrained
 from eqx_specgrpo.train import draft_flags, load_config, named_draft, read_records
-from eqx_specgrpo.train._parts import make_draft
+from eqx_specgrpo.train._lessons import with_scheduled_rate
+from eqx_specgrpo.train._parts import make_draft, make_parts
 
 EXAMPLE = f"{Path(__file__).parents[1] / 'examples' / 'custom_draft.py'}:MyDraft"
 
@@ -108,6 +118,17 @@ def test_distilling_teaches(distilled, tiny_folder):
     about = json.loads((out / "draft.json").read_text())
     assert (about["kind"], about["max_length"]) == ("hydra", 3)
     assert about["target"]["name"] == str(tiny_folder)
+
+
+def test_the_rate_rises_then_falls(tiny_folder, tmp_path):
+    config = tiny_config(tiny_folder, tmp_path, "draft.learning_rate=0.5")
+    parts = make_parts(config, tiny_tokenizer(), NoDraft())
+
+    def rate(update, done):
+        return with_scheduled_rate(parts, update, done).config.draft.learning_rate
+
+    assert [rate(0, 0.0), rate(4, 0.1), rate(9, 0.5), rate(50, 0.5)] == pytest.approx([0.05, 0.25, 0.5, 0.5])
+    assert [rate(50, 0.75), rate(99, 1.0), rate(1, 0.99)] == pytest.approx([0.25, 0.0, 0.01])
 
 
 def test_a_run_goes_on_with_it(distilled, tiny_folder, tmp_path, specgrpo):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ..decoding import DecodeProgress
 from ..drafts import AbstractDraft, AbstractHistoryDraft, FallbackDraft
 from ..models import AbstractLanguageModel, Features
-from ._lessons import Lesson, examine, learn_lesson, make_lesson, recall_lesson, with_falling_rate
+from ._lessons import Lesson, examine, learn_lesson, make_lesson, recall_lesson, with_scheduled_rate
 from ._parts import RunParts
 from ._state import RunState
 
@@ -84,8 +84,7 @@ def distil_on(
     seconds: float,
     on_phase: Callable[[str], None] = lambda text: None,
 ) -> tuple[AbstractDraft, dict[str, Any]]:
-    """A draft trained on batches in turn until time is up; at a rate that is constant for half of it, then falls
-    linearly to 0.
+    """A draft trained on batches in turn until time is up, at the rate of `with_scheduled_rate`.
 
     DONATES the draft.
 
@@ -111,7 +110,8 @@ def distil_on(
     while update == 0 or elapsed < seconds:
         on_phase(f"{parts.config.draft.kind} learns: update {update + 1}, {max(0.0, seconds - elapsed):.0f} s left")
         lesson = generations.lesson(1 + update % (count - 1), layers)
-        state, metrics = learn_lesson(with_falling_rate(parts, elapsed / seconds), state, target, lesson, update)
+        at_its_rate = with_scheduled_rate(parts, update, elapsed / seconds)
+        state, metrics = learn_lesson(at_its_rate, state, target, lesson, update)
         update, elapsed = update + 1, time.perf_counter() - begin
         if update == 1 or elapsed >= seconds or elapsed - curve[-1]["seconds"] > seconds / _RECORDED:
             curve.append({"update": update, "seconds": elapsed, "loss": metrics["draft/loss"]})

@@ -25,7 +25,7 @@ from ._lessons import (
     mean_entropy,
     recall_lesson,
     updates_per_lesson,
-    with_falling_rate,
+    with_scheduled_rate,
 )
 from ._parts import RunParts, draft_spec, load_policy, make_draft, make_parts, model_name
 from ._progress import RunProgress
@@ -52,8 +52,8 @@ def distill(
     """Trains a draft on completions that the target samples on a task, and saves it.
 
     The target stands still. Batches of rollouts are decoded plainly, each serves several updates, and is replaced. The
-    first batch is never learned from: on it the draft is examined before and after. The learning rate is constant for
-    half of the time, then falls linearly to 0.
+    first batch is never learned from: on it the draft is examined before and after. The learning rate rises
+    over ten updates, is constant until half of the time is over, then falls linearly to 0.
 
     **Arguments:**
 
@@ -198,7 +198,7 @@ class _Session:
                 self.state = recall_lesson(self.state, lesson)
                 self.record["learned_from_tokens"] += int(lesson.rollouts.lengths.sum())
             self.progress.phase(f"update {update + 1}")
-            parts = with_falling_rate(self.parts, self._done(update))
+            parts = with_scheduled_rate(self.parts, update, self._done(update))
             self.state, metrics = learn_lesson(parts, self.state, target, lesson, update)
             update += 1
             if update == 1:

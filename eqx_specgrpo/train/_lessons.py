@@ -27,6 +27,7 @@ from ._step import POSITION_DECAY, draft_rows, features_of, next_examples, roll_
 DECODE, CHOOSE, COMPARE = 0, 1, 2
 # Rows are drawn anew for each update, so that a batch is gone through about so many times before it is replaced.
 _PASSES = 4
+_WARMUP_UPDATES = 10
 
 
 class Lesson(eqx.Module):
@@ -77,11 +78,20 @@ def recall_lesson(state: RunState, lesson: Lesson) -> RunState:
     return dataclasses.replace(state, draft=remember(state.draft, lesson.rollouts))
 
 
-def with_falling_rate(parts: RunParts, done: float) -> RunParts:
-    """The draft's learning rate when so great a share of the time is over: constant for half of it, then falling
-    linearly to 0."""
+def with_scheduled_rate(parts: RunParts, update: int, done: float) -> RunParts:
+    """The draft's learning rate at an update: rising over the first ten, then constant until half of the time is over,
+    then falling linearly to 0.
+
+    Without the rise a layer with attention is thrown far off by Adam's first steps (docs/experiments.md).
+
+    **Arguments:**
+
+    - `update`: counted from 0.
+    - `done`: the share of the time that is over.
+    """
     draft = parts.config.draft
-    draft = draft.model_copy(update={"learning_rate": draft.learning_rate * min(1.0, 2 * (1 - done))})
+    factor = min(1.0, (update + 1) / _WARMUP_UPDATES, 2 * (1 - done))
+    draft = draft.model_copy(update={"learning_rate": draft.learning_rate * factor})
     return dataclasses.replace(parts, config=parts.config.model_copy(update={"draft": draft}))
 
 
