@@ -223,17 +223,18 @@ def test_prompts_computed_once_change_nothing(changes, checkpointing, batch):
     # Ratios of 1, none of them clipped.
     own = np.asarray(policy_logprobs(model, batch, settings))
     batch = eqx.tree_at(lambda b: b.old_logprobs, batch, own)
-    alone = eqx.tree_at(lambda b: (b.prompts, b.prompt_of_row), batch, (None, None))
     for rows in (slice(0, 8), np.array([6, 1, 5])):
-        shared, features = policy_gradients(model, batch.rows(rows), normalizer_of(batch), settings)
-        whole, expected = policy_gradients(model, alone.rows(rows), normalizer_of(batch), settings)
-        np.testing.assert_allclose(shared.loss, whole.loss, rtol=1e-5)
-        assert_close(shared.gradients, whole.gradients)
-        ends = (batch.prompt_lengths + batch.completion_mask.sum(1))[rows]
-        valid = np.arange(batch.tokens.shape[1])[None] < ends[:, None]
+        part = batch.rows(rows)
+        shared, features = policy_gradients(model, part, normalizer_of(part), settings)
+        loss, gradients = dense_loss_and_gradients(model, part, "dapo", 0.0)
+        np.testing.assert_allclose(shared.loss, loss, rtol=2e-5)
+        assert_close(shared.gradients, gradients)
+        ends = part.prompt_lengths + part.completion_mask.sum(1)
+        valid = np.arange(part.tokens.shape[1])[None] < ends[:, None]
+        expected = eqx.filter_jit(sequence_features)(model, jnp.asarray(part.tokens), layers=(1, 0))
         for value, wanted in zip(jax.tree.leaves(features), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(np.asarray(value)[valid], np.asarray(wanted)[valid], atol=2e-5)
-    assert len(batch.rows(np.array([6, 1, 5])).prompts) == 2 and len(set(batch.prompt_lengths)) == 2
+    assert len(part.prompt_rows) == 2 and len(set(part.prompt_lengths)) == 2
 
 
 def test_checkpointing_saves_memory():
@@ -242,7 +243,14 @@ def test_checkpointing_saves_memory():
     rows, seq = 16, 48
     zeros = np.zeros((rows, seq), np.int32)
     batch = UpdateBatch(
-        zeros, np.ones(rows, np.int32), zeros, zeros == 0, 0.0 * zeros.astype(np.float32), np.ones(rows, np.float32)
+        np.pad(zeros, ((0, 0), (1, 0))),
+        np.ones(rows, np.int32),
+        zeros,
+        zeros == 0,
+        0.0 * zeros.astype(np.float32),
+        np.ones(rows, np.float32),
+        np.arange(rows),
+        np.arange(rows),
     )
 
     def temporary(checkpointing):
@@ -329,10 +337,6 @@ def test_padding_does_not_matter(model, batch):
     def rubbish(values):
         return np.where(counted, values, rng.choice([np.nan, np.inf, -1e30, 1e30], counted.shape)).astype(np.float32)
 
-    prompts = np.array(batch.prompts)
-    for row, prompt in enumerate(np.asarray(batch.prompt_of_row)):
-        prompts[prompt, batch.prompt_lengths[row] :] = 3
-    assert (prompts != batch.prompts).any()
     other = UpdateBatch(
         tokens,
         batch.prompt_lengths,
@@ -340,9 +344,9 @@ def test_padding_does_not_matter(model, batch):
         counted,
         rubbish(batch.old_logprobs),
         batch.advantages,
-        rubbish(batch.reference_logprobs),
-        prompts,
+        batch.prompt_rows,
         batch.prompt_of_row,
+        rubbish(batch.reference_logprobs),
     )
     result, _ = policy_gradients(model, other, normalizer, settings)
     np.testing.assert_array_equal(result.loss, expected.loss)
@@ -359,9 +363,9 @@ def test_padding_does_not_matter(model, batch):
         widen(counted, 6, False),
         widen(other.old_logprobs, 6, np.nan),
         batch.advantages,
-        widen(other.reference_logprobs, 6, np.nan),
-        widen(prompts, 7, 4),
+        batch.prompt_rows,
         batch.prompt_of_row,
+        widen(other.reference_logprobs, 6, np.nan),
     )
     result, _ = policy_gradients(model, wider, normalizer, settings)
     np.testing.assert_allclose(result.loss, expected.loss, rtol=1e-5)

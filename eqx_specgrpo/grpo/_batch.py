@@ -18,9 +18,9 @@ class UpdateBatch(eqx.Module):
     - `completion_mask`: `True` where a completion token counts in the policy's loss.
     - `old_logprobs`: of the completion tokens under the policy that sampled them.
     - `advantages`: one a row.
+    - `prompt_rows`: for each prompt, a row that begins with it: a prompt need not be computed for each of its rows.
+    - `prompt_of_row`: which of those prompts a row begins with.
     - `reference_logprobs`: under the frozen reference, or `None` without one.
-    - `prompts`: each prompt once, right-padded, so that it need not be computed for each of its completions; or `None`.
-    - `prompt_of_row`: which of them a row begins with; or `None`.
     """
 
     tokens: Int[Array | np.ndarray, "rows seq"]
@@ -29,9 +29,9 @@ class UpdateBatch(eqx.Module):
     completion_mask: Bool[Array | np.ndarray, "rows new"]
     old_logprobs: Float[Array | np.ndarray, "rows new"]
     advantages: Float[Array | np.ndarray, " rows"]
+    prompt_rows: Int[Array | np.ndarray, " prompts"]
+    prompt_of_row: Int[Array | np.ndarray, " rows"]
     reference_logprobs: Float[Array | np.ndarray, "rows new"] | None = None
-    prompts: Int[Array | np.ndarray, "prompts prompt"] | None = None
-    prompt_of_row: Int[Array | np.ndarray, " rows"] | None = None
 
     def rows(self, rows: slice | Int[np.ndarray, " chosen"], new: int | None = None) -> "UpdateBatch":
         """A micro-batch.
@@ -43,13 +43,6 @@ class UpdateBatch(eqx.Module):
         """
         prompt_width = self.tokens.shape[1] - self.completion_tokens.shape[1]
         width = self.completion_tokens.shape[1] if new is None else new
-        prompts = prompt_of_row = None
-        if self.prompts is not None:
-            distinct, prompt_of_row = np.unique(np.asarray(self.prompt_of_row)[rows], return_inverse=True)
-            # A power of two of them, so that few shapes are compiled.
-            number = num_prompts(len(distinct), len(self.prompts))
-            prompts = self.prompts[np.resize(distinct, number)]
-            prompt_of_row = prompt_of_row.astype(np.int32)
         return UpdateBatch(
             self.tokens[rows, : prompt_width + width],
             self.prompt_lengths[rows],
@@ -57,14 +50,23 @@ class UpdateBatch(eqx.Module):
             self.completion_mask[rows, :width],
             self.old_logprobs[rows, :width],
             self.advantages[rows],
+            *_shared_prompts(np.asarray(self.prompt_of_row)[rows], len(self.prompt_rows)),
             None if self.reference_logprobs is None else self.reference_logprobs[rows, :width],
-            prompts,
-            prompt_of_row,
         )
 
 
+def _shared_prompts(
+    group: Int[np.ndarray, " rows"], most: int
+) -> tuple[Int[np.ndarray, " prompts"], Int[np.ndarray, " rows"]]:
+    """`prompt_rows` and `prompt_of_row` of rows in groups."""
+    distinct, first, prompt_of_row = np.unique(group, return_index=True, return_inverse=True)
+    prompt_rows = np.resize(first, num_prompts(len(distinct), most))
+    return prompt_rows.astype(np.int32), prompt_of_row.astype(np.int32)
+
+
 def num_prompts(distinct: int, most: int) -> int:
-    """As how many prompts a micro-batch with so many different ones is computed: a power of two, or all."""
+    """As how many prompts a micro-batch with so many different ones is computed: a power of two, so that few shapes are
+    compiled, or all."""
     return min(1 << (distinct - 1).bit_length(), most)
 
 
@@ -98,6 +100,7 @@ def make_update_batch(
     mask = np.arange(new)[None] < rollouts.lengths[:, None]
     if mask_truncated_completions:
         mask = mask & (rollouts.stop_reasons != StopReason.LENGTH)[:, None]
+    prompt_rows, prompt_of_row = _shared_prompts(rollouts.group, len(prompts.lengths))
     return UpdateBatch(
         tokens=tokens,
         prompt_lengths=prompt_lengths,
@@ -105,8 +108,8 @@ def make_update_batch(
         completion_mask=mask,
         old_logprobs=rollouts.logprobs[:, :new],
         advantages=np.asarray(advantages, np.float32),
-        prompts=np.asarray(prompts.tokens),
-        prompt_of_row=rollouts.group.astype(np.int32),
+        prompt_rows=prompt_rows,
+        prompt_of_row=prompt_of_row,
     )
 
 

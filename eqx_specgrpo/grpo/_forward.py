@@ -10,7 +10,6 @@ from .._errors import UserError
 from ..models import (
     AbstractLanguageModel,
     Features,
-    NoCache,
     PrefixPass,
     RopeTable,
     Transformer,
@@ -32,8 +31,8 @@ def training_features(
 ) -> tuple[Float[Array, "rows new hidden"], Features]:
     """Hidden states of a batch's sequences, to be differentiated.
 
-    Where the batch says which prompt each row begins with, a `Transformer` computes every prompt once, and its
-    completions attend to the prompt's keys and values: the same function of the weights, with less arithmetic.
+    A `Transformer` computes every prompt once, and its completions attend to the prompt's keys and values: the same
+    function of the weights as of whole sequences, with less arithmetic. Other models are given whole sequences.
 
     ??? cite
 
@@ -65,24 +64,12 @@ def training_features(
             )
         features = sequence_features(model, jnp.asarray(batch.tokens), layers=layers)
         return _predicting(features, batch), features
+    layout = _Layout(batch)
     through = _checkpointed if gradient_checkpointing else _unrolled
-    if batch.prompts is None or batch.prompt_of_row is None:
-        tokens = jnp.asarray(batch.tokens)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=tokens.dtype)[None], tokens.shape)
-        features, _ = through(model, (tokens, positions), None, layers)
-        return _predicting(features, batch), features
-    prompt_of_row = jnp.asarray(batch.prompt_of_row)
-    row_lengths = jnp.asarray(batch.prompt_lengths)
-    prompts, completions = jnp.asarray(batch.prompts), jnp.asarray(batch.completion_tokens)
-    # Of a prompt that no row has (there to make up a round number) the length does not matter.
-    lengths = jnp.ones(prompts.shape[0], row_lengths.dtype).at[prompt_of_row].set(row_lengths)
-    positions = jnp.broadcast_to(jnp.arange(prompts.shape[1], dtype=prompts.dtype)[None], prompts.shape)
-    after = row_lengths[:, None] + jnp.arange(completions.shape[1], dtype=prompts.dtype)[None]
-    shared = (prompts, positions, lengths, prompt_of_row)
-    own, of_prompts = through(model, (completions, after), shared, layers)
-    assert of_prompts is not None
-    whole = jax.tree.map(lambda p, c: _joined(p[prompt_of_row], c, row_lengths), of_prompts, own)
-    first = of_prompts.last[prompt_of_row, row_lengths - 1]
+    prompts, own = through(model, layout, layers)
+    lengths, prompt_of_row = jnp.asarray(batch.prompt_lengths), layout.prompt_of_row
+    whole = jax.tree.map(lambda p, c: _joined(p[prompt_of_row], c, lengths), prompts, own)
+    first = prompts.last[prompt_of_row, lengths - 1]
     return jnp.concatenate([first[:, None], own.last[:, :-1]], axis=1), whole
 
 
@@ -105,30 +92,38 @@ def _joined(
     return jnp.concatenate([prompts, completions], axis=1)[jnp.arange(rows)[:, None], index]
 
 
-_Shared = tuple[Int[Array, "prompts prompt"], Int[Array, "prompts prompt"], Int[Array, " prompts"], Int[Array, " rows"]]
-"""Prompts, their positions and lengths, and which of them each row begins with."""
+class _Layout(eqx.Module):
+    """A batch as prompts, each once, and the completions that follow them."""
+
+    prompts: Int[Array, "prompts prompt"]
+    prompt_positions: Int[Array, "prompts prompt"]
+    prompt_lengths: Int[Array, " prompts"]
+    completions: Int[Array, "rows new"]
+    positions: Int[Array, "rows new"]
+    prompt_of_row: Int[Array, " rows"]
+
+    def __init__(self, batch: UpdateBatch):
+        tokens, lengths = jnp.asarray(batch.tokens), jnp.asarray(batch.prompt_lengths)
+        new = batch.completion_tokens.shape[1]
+        self.prompts = tokens[batch.prompt_rows, : tokens.shape[1] - new]
+        self.prompt_positions = jnp.broadcast_to(
+            jnp.arange(self.prompts.shape[1], dtype=tokens.dtype)[None], self.prompts.shape
+        )
+        self.prompt_lengths = lengths[batch.prompt_rows]
+        self.completions = jnp.asarray(batch.completion_tokens)
+        self.positions = lengths[:, None] + jnp.arange(new, dtype=lengths.dtype)[None]
+        self.prompt_of_row = jnp.asarray(batch.prompt_of_row)
 
 
-def _unrolled(
-    model: Transformer,
-    block: tuple[Int[Array, "rows seq"], Int[Array, "rows seq"]],
-    shared: _Shared | None,
-    layers: tuple[int, ...],
-) -> tuple[Features, Features | None]:
-    """Features of the rows, and of the prompts that they follow."""
-    if shared is None:
-        return model.hidden(*block, model.no_cache(), layers=layers)[0], None
-    prompts, positions, lengths, prompt_of_row = shared
-    of_prompts, cache = model.hidden(prompts, positions, (PrefixPass(lengths),) * len(model.blocks), layers=layers)
-    return model.hidden(*block, take_rows(cache, prompt_of_row), layers=layers)[0], of_prompts
+def _unrolled(model: Transformer, layout: _Layout, layers: tuple[int, ...]) -> tuple[Features, Features]:
+    """Features of the prompts, and of the completions."""
+    cache = (PrefixPass(layout.prompt_lengths),) * len(model.blocks)
+    prompts, cache = model.hidden(layout.prompts, layout.prompt_positions, cache, layers=layers)
+    cache = take_rows(cache, layout.prompt_of_row)
+    return prompts, model.hidden(layout.completions, layout.positions, cache, layers=layers)[0]
 
 
-def _checkpointed(
-    model: Transformer,
-    block: tuple[Int[Array, "rows seq"], Int[Array, "rows seq"]],
-    shared: _Shared | None,
-    layers: tuple[int, ...],
-) -> tuple[Features, Features | None]:
+def _checkpointed(model: Transformer, layout: _Layout, layers: tuple[int, ...]) -> tuple[Features, Features]:
     """As `_unrolled`, keeping nothing but each layer's input for the backward pass."""
     config = model.config
 
@@ -139,29 +134,22 @@ def _checkpointed(
     # barriers or not, and nothing is saved. The copy that stacking makes is small beside the arithmetic here.
     arrays, static = zip(*(eqx.partition(block, eqx.is_array) for block in model.blocks), strict=True)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays)
-    (tokens, positions), row_rope = block, rope(block[1])
-    prompt_rope = None if shared is None else rope(shared[1])
+    prompt_rope, row_rope = rope(layout.prompt_positions), rope(layout.positions)
 
     @jax.checkpoint
     def through(x: PyTree, weights: PyTree) -> PyTree:
-        layer = eqx.combine(weights, static[0])
-        own, of_prompts = x
-        if shared is None:
-            return layer(own, positions, row_rope, NoCache())[0], None
-        _, prompt_positions, lengths, prompt_of_row = shared
-        of_prompts, cache = layer(of_prompts, prompt_positions, prompt_rope, PrefixPass(lengths))
-        return layer(own, positions, row_rope, take_rows((cache,), prompt_of_row)[0])[0], of_prompts
+        (prompts, own), layer = x, eqx.combine(weights, static[0])
+        prompts, cache = layer(prompts, layout.prompt_positions, prompt_rope, PrefixPass(layout.prompt_lengths))
+        (cache,) = take_rows((cache,), layout.prompt_of_row)
+        return prompts, layer(own, layout.positions, row_rope, cache)[0]
 
     def body(x: PyTree, weights: PyTree):
         x = through(x, weights)
-        return x, x if layers else None
+        return x, x if layers else ((), ())
 
-    start = (model.embed(tokens), None if shared is None else model.embed(shared[0]))
-    x, outputs = lax.scan(body, start, stacked)
-
-    def features(last, every):
-        kept = () if every is None else tuple(every[layer] for layer in layers)
-        return Features(last=model.norm(last), layers=kept)
-
-    every = (None, None) if outputs is None else outputs
-    return features(x[0], every[0]), None if shared is None else features(x[1], every[1])
+    last, every = lax.scan(body, (model.embed(layout.prompts), model.embed(layout.completions)), stacked)
+    prompts, own = (
+        Features(last=model.norm(x), layers=tuple(outputs[layer] for layer in layers))
+        for x, outputs in zip(last, every, strict=True)
+    )
+    return prompts, own
