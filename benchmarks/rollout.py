@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--draft", action="append", help="folder of a saved draft, or a kind; repeatable")
     parser.add_argument("--rows", default="1,4,8,16,32,64")
     parser.add_argument("--lengths", default="1,2,3,4")
-    parser.add_argument("--verifier", default="rejection")
+    parser.add_argument("--verifier", default="block")
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=5.0, help="to get a draft ready that is not a saved one")

@@ -245,7 +245,7 @@ def test_refused_with_a_sentence(arguments, words, tiny_folder, saved, specgrpo)
 
 
 def test_default_rule_follows_the_temperature():
-    assert list(BenchSettings().rules) == ["rejection"] and list(BenchSettings(temperature=0.0).rules) == ["greedy"]
+    assert list(BenchSettings().rules) == ["block"] and list(BenchSettings(temperature=0.0).rules) == ["greedy"]
 
 
 #

@@ -18,12 +18,13 @@ from .._sampling import AbstractSampling, GreedySampling, Sampling
 from .._types import DecodeStatistics, Prompts, Rollouts
 from ..drafts import AbstractDraft, NoDraft
 from ..models import AbstractLanguageModel, KVCache, take_rows
+from ._block import Block
 from ._length import AbstractLengthController, FixedLength, SegmentObservation, SegmentPlan
 from ._prompts import AbstractPromptStore, PromptsInRows, PromptsOnce, can_share
 from ._round import decode_round
 from ._start import Modules, PromptState, prompt_pass, start_rows
 from ._state import DecodeState
-from ._verify import AbstractVerifier, GreedyMatch, Rejection
+from ._verify import AbstractVerifier, GreedyMatch
 
 
 class DecodeProgress(eqx.Module):
@@ -78,7 +79,7 @@ def decode(
 
     Other arguments:
 
-    - `verifier`: by default `Rejection`, or `GreedyMatch` under `GreedySampling`.
+    - `verifier`: by default `Block`, or `GreedyMatch` under `GreedySampling`.
     - `length`: how many tokens to draft; by default 3 or the draft's most.
     - `length_state`: what a controller learned in an earlier call, see `on_segment`; by default it starts anew.
     - `max_rows`: decode at most so many rows at a time; as rows finish, waiting ones take their place. By default all.
@@ -98,7 +99,7 @@ def decode(
     sampling = Sampling() if sampling is None else sampling
     length = FixedLength(3) if length is None else length
     if verifier is None:
-        verifier = GreedyMatch() if isinstance(sampling, GreedySampling) else Rejection()
+        verifier = GreedyMatch() if isinstance(sampling, GreedySampling) else Block()
     if isinstance(verifier, GreedyMatch) and not isinstance(sampling, GreedySampling):
         raise ValueError(
             "the verifier GreedyMatch keeps only the most likely tokens, which is not lossless under sampling: use "

@@ -17,7 +17,7 @@ class BenchSettings(eqx.Module):
     - `rows`: completions decoded together; each number is measured by itself.
     - `lengths`: tokens drafted a round. Plain decoding is always measured too.
     - `adaptive`: also let an `AdaptiveLength` choose, up to the greatest of `lengths`.
-    - `verifiers`: `rejection`, `block`, `coupled`, `greedy` (at temperature 0 only); by default `rejection`, or
+    - `verifiers`: `rejection`, `block`, `coupled`, `greedy` (at temperature 0 only); by default `block`, or
         `greedy` at temperature 0.
     - `new`: the longest completion, in tokens.
     - `samples`: completions a prompt; divides each of `rows`.
@@ -83,7 +83,7 @@ class BenchSettings(eqx.Module):
     @property
     def rules(self) -> dict[str, AbstractVerifier]:
         """The verifiers, by name."""
-        by_default = "rejection" if self.temperature else "greedy"
+        by_default = "block" if self.temperature else "greedy"
         return {name: make_verifier(name) for name in self.verifiers or (by_default,)}
 
     @property

@@ -164,7 +164,7 @@ class DraftConfig(_Section):
         default=4, ge=1, le=8, description="the longest draft that it can make: how many heads it has, for instance"
     )
     verifier: Literal["rejection", "block", "coupled"] = Field(
-        default="rejection",
+        default="block",
         description="the lossless rule that checks the guesses: token by token, together, or by shared noise",
     )
     learning_rate: float = Field(default=1e-3, ge=0, description="of the draft's own optimizer")
