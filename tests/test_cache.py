@@ -11,7 +11,8 @@ import pytest
 from helpers import quick_compilation, tiny_transformer
 from jax import lax
 
-from eqx_specgrpo.decoding import Rejection, Sampling, _decode as decode_module
+from eqx_specgrpo.decoding import FixedRounds, Rejection, Sampling, UntilRowsFinish, _decode as decode_module
+from eqx_specgrpo.decoding._segment import run_segment
 from eqx_specgrpo.drafts import MedusaHeads
 from eqx_specgrpo.models import KVCache, NoCache, take_rows
 
@@ -111,7 +112,8 @@ def _anything(like: jax.ShapeDtypeStruct) -> jax.Array:
 
 @only_cpu
 @pytest.mark.parametrize("share", [False, True])
-def test_the_decoding_loop_copies_no_cache(share):
+@pytest.mark.parametrize("loop", [UntilRowsFinish(), FixedRounds(rounds=2)], ids=["until", "fixed"])
+def test_the_decoding_loop_copies_no_cache(share, loop):
     rows, capacity = 4, 1024
     # Wide heads: what attention makes is then smaller than the keys that it reads.
     target, heads = (
@@ -127,7 +129,8 @@ def test_the_decoding_loop_copies_no_cache(share):
 
     shapes = eqx.filter_eval_shape(prefill, jnp.ones((2, capacity // 4), jnp.int32), twos, twos, jr.key(0))
     state, store = jax.tree.map(_anything, shapes)
-    compiled = decode_module._segment.lower((modules, store), state, twos[0], twos[1], 3).compile().compiled
+    context = (modules, store, loop)
+    compiled = run_segment.lower(context, state, twos[0], twos[1], 3).compile().compiled
     hlo = compiled.as_text()
     layer = state.cache[0]
     kept = (layer.transposed_keys, layer.values)

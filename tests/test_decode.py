@@ -28,11 +28,13 @@ from eqx_specgrpo.decoding import (
     AbstractLengthController,
     DecodeProgress,
     FixedLength,
+    FixedRounds,
     GreedyMatch,
     GreedySampling,
     Sampling,
     SegmentObservation,
     SegmentPlan,
+    UntilRowsFinish,
     decode,
     teacher_forced_logprobs,
 )
@@ -370,6 +372,21 @@ def test_rows_that_waited_are_the_same_rows(target, heads, sampled, max_rows):
     np.testing.assert_array_equal(rollouts.statistics.emitted, sampled.statistics.emitted)
     assert max(report.active for report in progress) == max_rows
     assert progress[-1].tokens == sampled.lengths.sum()
+
+
+@pytest.mark.parametrize("max_rows", [None, 3])
+@pytest.mark.parametrize("loop", [FixedRounds(3), FixedRounds(2, ahead=0), UntilRowsFinish(ahead=2)], ids=str)
+def test_rows_do_not_depend_on_when_the_host_looks(target, heads, sampled, loop, max_rows):
+    observations, options = [], dict(max_rows=max_rows, smallest_bucket=1)
+    rollouts = _decode(target, draft=heads, loop=loop, on_segment=lambda seen, _: observations.append(seen), **options)
+    _assert_same_completions(rollouts, sampled)
+    np.testing.assert_array_equal(rollouts.statistics.accepted, sampled.statistics.accepted)
+    np.testing.assert_array_equal(rollouts.statistics.target_forwards, sampled.statistics.target_forwards)
+    # A row's first token is that of the prompt's pass.
+    assert sum(seen.tokens for seen in observations) + 6 == sampled.lengths.sum()
+    assert sum(seen.active_rounds for seen in observations) == sampled.statistics.target_forwards.sum()
+    if isinstance(loop, FixedRounds):
+        assert all(seen.rounds == loop.rounds for seen in observations)
 
 
 def test_those_expected_to_be_longest_start_first(target, heads, sampled):

@@ -25,6 +25,11 @@ from ._length import (
 )
 from ._round import decode_round as decode_round
 from ._score import teacher_forced_logprobs as teacher_forced_logprobs
+from ._segment import (
+    AbstractSegmentLoop as AbstractSegmentLoop,
+    FixedRounds as FixedRounds,
+    UntilRowsFinish as UntilRowsFinish,
+)
 from ._state import DecodeState as DecodeState
 from ._verify import (
     AbstractAcceptanceRule as AbstractAcceptanceRule,

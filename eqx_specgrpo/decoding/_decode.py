@@ -1,7 +1,6 @@
 """The decoder: prompts in, rollouts out. The device runs segments of rounds, the host looks in between."""
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -9,8 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, DTypeLike, Int, Key
+from jaxtyping import Array, Bool, DTypeLike, Int, Key
 
 from .._compile import count_compilations
 from .._errors import UserError
@@ -19,9 +17,9 @@ from .._types import DecodeStatistics, Prompts, Rollouts
 from ..drafts import AbstractDraft, NoDraft
 from ..models import AbstractLanguageModel, KVCache, take_rows
 from ._block import Block
-from ._length import AbstractLengthController, FixedLength, SegmentObservation, SegmentPlan
+from ._length import AbstractLengthController, FixedLength, SegmentObservation
 from ._prompts import AbstractPromptStore, PromptsInRows, PromptsOnce, can_share
-from ._round import decode_round
+from ._segment import AbstractSegmentLoop, SegmentQueue, default_loop
 from ._start import Modules, PromptState, prompt_pass, start_rows
 from ._state import DecodeState
 from ._verify import AbstractVerifier, GreedyMatch
@@ -59,6 +57,7 @@ def decode(
     expected_lengths: Sequence[float] | None = None,
     smallest_bucket: int = 4,
     cache_dtype: DTypeLike | None = None,
+    loop: AbstractSegmentLoop | None = None,
     on_progress: Callable[[DecodeProgress], None] | None = None,
     on_segment: Callable[[SegmentObservation, Any], None] | None = None,
 ) -> Rollouts:
@@ -88,6 +87,8 @@ def decode(
     - `smallest_bucket`: when rows finish, the batch is shrunk to the next power of two, but not below this.
     - `cache_dtype`: of keys and values; by default float32 on CPU (where a bfloat16 write would convert the whole
         cache) and bfloat16 elsewhere.
+    - `loop`: how the device repeats rounds; by default [`eqx_specgrpo.decoding.UntilRowsFinish`][] on CPU and
+        [`eqx_specgrpo.decoding.FixedRounds`][] elsewhere.
     - `on_progress`: called between segments.
     - `on_segment`: called after each segment with what was seen of it and the controller's new state.
 
@@ -139,64 +140,58 @@ def decode(
         share=share,
         keep_prompts=len(waiting) > 0,
     )
-    output = _Output(num_rows, max_new_tokens, draft.max_length)
-    while True:
-        active = np.asarray(state.active)
-        if on_progress is not None:
-            done = output.tokens_of_others(row_ids)
-            on_progress(DecodeProgress(int(active.sum()), num_rows, done + int(np.asarray(state.num_new).sum())))
-        admission = _admission(len(row_ids), len(waiting))
-        if admission and int((~active).sum()) >= admission:
-            assert prompt_state is not None
-            output.take(row_ids, state)
-            slots = np.flatnonzero(~active)[:admission]
-            admitted, waiting = np.split(waiting, [admission])
-            row_ids = row_ids.copy()
-            row_ids[slots] = admitted
-            which = (jnp.asarray(slots), jnp.asarray(admitted), jnp.asarray(admitted // samples))
-            state = _admit((modules, prompt_state, key, *which), state)
-            continue
-        if not active.any():
-            output.take(row_ids, state)
-            break
-        bucket = _bucket(int(active.sum()), smallest_bucket)
-        if not admission and bucket < len(row_ids):
-            output.take(row_ids, state)
-            # Active rows first; finished ones only fill the bucket up.
-            keep = np.argsort(~active, kind="stable")[:bucket]
-            row_ids = row_ids[keep]
-            state = _take_rows(state, store, jnp.asarray(keep))
-            store = PromptsInRows()
-        plan = length.choose(length_state, len(row_ids))
-        stop_below = len(row_ids) - admission if admission else _shrink_below(len(row_ids), smallest_bucket)
-        state, observation = _observed_segment(modules, store, state, plan, stop_below)
+
+    def look(segments: SegmentQueue, length_state: Any) -> tuple[Bool[np.ndarray, " rows"], int, Any]:
+        report, observation = segments.look()
         length_state = length.update(length_state, observation)
         if on_segment is not None:
             on_segment(observation, length_state)
-    return output.rollouts(prompts, samples)
+        return np.asarray(report.active), int(report.tokens_in_all), length_state
 
-
-def _observed_segment(
-    modules: Modules, store: AbstractPromptStore, state: DecodeState, plan: SegmentPlan, stop_below: int
-) -> tuple[DecodeState, SegmentObservation]:
-    accepted, forwards, tokens = (np.asarray(x).sum(0) for x in (state.accepted, state.target_forwards, state.num_new))
-    rows = len(state.num_new)
-    start = time.perf_counter()
+    output = _Output(num_rows, max_new_tokens, draft.max_length)
+    active, emitted = np.asarray(state.active), int(np.asarray(state.num_new).sum())
     with count_compilations() as compilations:
-        state, rounds = _segment(
-            (modules, store), state, jnp.int32(plan.max_rounds), jnp.int32(stop_below), plan.length
-        )
-        rounds = int(rounds)
-    seconds = time.perf_counter() - start
-    return state, SegmentObservation(
-        rows=rows,
-        plan=plan,
-        rounds=rounds,
-        seconds=None if compilations.seconds else seconds,
-        accepted=tuple((np.asarray(state.accepted).sum(0) - accepted)[: plan.length].tolist()),
-        active_rounds=int(np.asarray(state.target_forwards).sum() - forwards),
-        tokens=int(np.asarray(state.num_new).sum() - tokens),
-    )
+        segments = SegmentQueue(default_loop() if loop is None else loop, compilations)
+        while True:
+            if on_progress is not None:
+                done = output.tokens_of_others(row_ids)
+                on_progress(DecodeProgress(int(active.sum()), num_rows, done + emitted))
+            admission = _admission(len(row_ids), len(waiting))
+            admits = admission > 0 and int((~active).sum()) >= admission
+            bucket = _bucket(int(active.sum()), smallest_bucket)
+            shrinks = admission == 0 and bucket < len(row_ids)
+            if len(segments) > 0 and (admits or shrinks or not active.any()):
+                # Rows are moved when nothing is under way, by what is true then.
+                active, emitted, length_state = look(segments, length_state)
+                continue
+            if admits:
+                assert prompt_state is not None
+                output.take(row_ids, state)
+                slots = np.flatnonzero(~active)[:admission]
+                admitted, waiting = np.split(waiting, [admission])
+                row_ids = row_ids.copy()
+                row_ids[slots] = admitted
+                which = (jnp.asarray(slots), jnp.asarray(admitted), jnp.asarray(admitted // samples))
+                state = _admit((modules, prompt_state, key, *which), state)
+                active, emitted = np.asarray(state.active), int(np.asarray(state.num_new).sum())
+                continue
+            if not active.any():
+                output.take(row_ids, state)
+                break
+            if shrinks:
+                output.take(row_ids, state)
+                # Active rows first; finished ones only fill the bucket up.
+                keep = np.argsort(~active, kind="stable")[:bucket]
+                row_ids = row_ids[keep]
+                state = _take_rows(state, store, jnp.asarray(keep))
+                store = PromptsInRows()
+                active, emitted = active[keep], int(output.lengths[row_ids].sum())
+            plan = length.choose(length_state, len(row_ids))
+            stop_below = len(row_ids) - admission if admission else _shrink_below(len(row_ids), smallest_bucket)
+            state = segments.run(modules, store, state, plan, stop_below)
+            if segments.is_full:
+                active, emitted, length_state = look(segments, length_state)
+    return output.rollouts(prompts, samples)
 
 
 def _order(prompts: Prompts, samples: int, expected_lengths: Sequence[float] | None) -> Int[np.ndarray, " rows"]:
@@ -279,28 +274,6 @@ def _admit(
     cache = take_rows(prompt_state.cache, prompt_of_row)
     fresh = start_rows(modules, prompt_state, key, row_ids, prompt_of_row, cache)
     return jax.tree.map(lambda old, new: old.at[slots].set(new), state, fresh)
-
-
-@eqx.filter_jit(donate="all-except-first")
-def _segment(
-    context: tuple[Modules, AbstractPromptStore],
-    state: DecodeState,
-    max_rounds: Int[Array, ""],
-    stop_below: Int[Array, ""],
-    length: int,
-) -> tuple[DecodeState, Int[Array, ""]]:
-    """Rounds until few enough rows are active, or `max_rounds`. DONATES the state."""
-    (target, draft, verifier, sampling, eos_ids), store = context
-
-    def more(carry):
-        state, rounds = carry
-        return (jnp.sum(state.active) > stop_below) & (rounds < max_rounds)
-
-    def body(carry):
-        state, rounds = carry
-        return decode_round(target, draft, verifier, sampling, eos_ids, store, state, length), rounds + 1
-
-    return lax.while_loop(more, body, (state, jnp.int32(0)))
 
 
 @eqx.filter_jit

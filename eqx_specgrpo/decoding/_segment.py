@@ -1,0 +1,200 @@
+"""Segments of rounds: what the device does between two looks of the host, and when the host looks."""
+
+import time
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from .._compile import CompileCounter
+from ._length import SegmentObservation, SegmentPlan
+from ._prompts import AbstractPromptStore
+from ._round import decode_round
+from ._start import Modules
+from ._state import DecodeState
+
+
+class AbstractSegmentLoop(eqx.Module):
+    """How the device repeats rounds. A matter of speed only: finished rows do not change, however often they are run.
+
+    - `ahead`: how many segments the device has been given before the host looks at an earlier one.
+    """
+
+    ahead: eqx.AbstractVar[int]
+
+    @abstractmethod
+    def run(
+        self,
+        decode_once: Callable[[DecodeState], DecodeState],
+        state: DecodeState,
+        max_rounds: Int[Array, ""],
+        stop_below: Int[Array, ""],
+    ) -> tuple[DecodeState, Int[Array, ""]]:
+        """A segment.
+
+        **Arguments:**
+
+        - `decode_once`: one round.
+        - `max_rounds`: a segment need not be longer.
+        - `stop_below`: nor go on when no more rows than this are active.
+
+        **Returns:**
+
+        The state, and the number of rounds.
+        """
+
+
+class UntilRowsFinish(AbstractSegmentLoop):
+    """Ends as soon as rows can be taken out or let in. For CPUs, where asking after each round costs nothing."""
+
+    ahead: int = eqx.field(static=True, default=0)
+
+    def __check_init__(self):
+        _check_ahead(self.ahead)
+
+    def run(self, decode_once, state, max_rounds, stop_below):
+        def more(carry):
+            state, rounds = carry
+            return (jnp.sum(state.active) > stop_below) & (rounds < max_rounds)
+
+        def body(carry):
+            state, rounds = carry
+            return decode_once(state), rounds + 1
+
+        return lax.while_loop(more, body, (state, jnp.int32(0)))
+
+
+class FixedRounds(AbstractSegmentLoop):
+    """Always as many rounds, and the host looks one segment late: the device is never asked, and never waits. For GPUs,
+    where a loop that ends by what it computed stops the device after every round.
+
+    **Arguments:**
+
+    - `rounds`: of a segment. When rows finish, up to twice as many rounds are run before they are taken out.
+    - `ahead`: segments in flight besides the one that is looked at.
+    """
+
+    rounds: int = eqx.field(static=True, default=8)
+    ahead: int = eqx.field(static=True, default=1)
+
+    def __check_init__(self):
+        _check_ahead(self.ahead)
+        if self.rounds < 1:
+            raise ValueError(f"rounds is {self.rounds}, but a segment has at least one")
+
+    def run(self, decode_once, state, max_rounds, stop_below):
+        del max_rounds, stop_below
+        return lax.fori_loop(0, self.rounds, lambda _, state: decode_once(state), state), jnp.int32(self.rounds)
+
+
+def _check_ahead(ahead: int) -> None:
+    if ahead < 0:
+        raise ValueError(f"ahead is {ahead}, but it is a number of segments, from 0")
+
+
+def default_loop() -> AbstractSegmentLoop:
+    """The one for the device that computes."""
+    return UntilRowsFinish() if jax.default_backend() == "cpu" else FixedRounds()
+
+
+class SegmentReport(eqx.Module):
+    """What the host is told of a segment, in arrays of its own: the state is donated to the next segment.
+
+    **Arguments:**
+
+    - `active`: rows that are not finished at its end.
+    - `rounds`: rounds run.
+    - `accepted`, `active_rounds`, `tokens`: of this segment, summed over rows.
+    - `tokens_in_all`: that the rows have emitted so far.
+    """
+
+    active: Bool[Array | np.ndarray, " rows"]
+    rounds: Int[Array | np.ndarray, ""]
+    accepted: Int[Array | np.ndarray, " max_draft"]
+    active_rounds: Int[Array | np.ndarray, ""]
+    tokens: Int[Array | np.ndarray, ""]
+    tokens_in_all: Int[Array | np.ndarray, ""]
+
+
+@eqx.filter_jit(donate="all-except-first")
+def run_segment(
+    context: tuple[Modules, AbstractPromptStore, AbstractSegmentLoop],
+    state: DecodeState,
+    max_rounds: Int[Array, ""],
+    stop_below: Int[Array, ""],
+    length: int,
+) -> tuple[DecodeState, SegmentReport]:
+    """Rounds with one draft length. DONATES the state."""
+    (target, draft, verifier, sampling, eos_ids), store, loop = context
+
+    def decode_once(state: DecodeState) -> DecodeState:
+        return decode_round(target, draft, verifier, sampling, eos_ids, store, state, length)
+
+    def totals(state: DecodeState):
+        return state.accepted.sum(0), state.target_forwards.sum(), state.num_new.sum()
+
+    before = totals(state)
+    state, rounds = loop.run(decode_once, state, max_rounds, stop_below)
+    after = totals(state)
+    accepted, active_rounds, tokens = jax.tree.map(jnp.subtract, after, before)
+    return state, SegmentReport(state.active, rounds, accepted, active_rounds, tokens, after[2])
+
+
+class SegmentQueue:
+    """The segments that the device was given and the host has not looked at yet, oldest first."""
+
+    def __init__(self, loop: AbstractSegmentLoop, compilations: CompileCounter):
+        self._loop = loop
+        self._compilations = compilations
+        self._flights: deque[tuple[SegmentPlan, SegmentReport, float, float]] = deque()
+        self._landed_at = 0.0
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is time to look at the oldest."""
+        return len(self._flights) > self._loop.ahead
+
+    def run(
+        self,
+        modules: Modules,
+        store: AbstractPromptStore,
+        state: DecodeState,
+        plan: SegmentPlan,
+        stop_below: int,
+    ) -> DecodeState:
+        """Gives the device a segment. DONATES the state."""
+        began, compiled = time.perf_counter(), self._compilations.seconds
+        state, report = run_segment(
+            (modules, store, self._loop), state, jnp.int32(plan.max_rounds), jnp.int32(stop_below), plan.length
+        )
+        for array in jax.tree.leaves(report):
+            array.copy_to_host_async()
+        self._flights.append((plan, report, began, compiled))
+        return state
+
+    def look(self) -> tuple[SegmentReport, SegmentObservation]:
+        """Waits for the oldest segment."""
+        plan, report, began, compiled = self._flights.popleft()
+        report = jax.device_get(report)
+        now = time.perf_counter()
+        # One that was given while another ran has begun when that one was seen to end.
+        seconds, self._landed_at = now - max(began, self._landed_at), now
+        observation = SegmentObservation(
+            rows=len(report.active),
+            plan=plan,
+            rounds=int(report.rounds),
+            seconds=None if self._compilations.seconds > compiled else seconds,
+            accepted=tuple(report.accepted[: plan.length].tolist()),
+            active_rounds=int(report.active_rounds),
+            tokens=int(report.tokens),
+        )
+        return report, observation
