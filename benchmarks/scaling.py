@@ -115,7 +115,7 @@ def update(size: str, vocab: int, chunk: int, checkpointing: bool, dtype: str) -
     """One micro-batch of 8 rows of a prompt of 128 tokens and 256 new ones: bytes, and seconds."""
     rows, prompt, new = 8, 128, 256
     model = compute_copy(make_model(size, vocab, prompt + new), dtype)
-    tokens = np.asarray(jr.randint(jr.key(1), (rows, prompt + new), 0, vocab))
+    tokens = np.random.default_rng(1).integers(0, vocab, (rows, prompt + new), dtype=np.int32)
     tokens[:, :prompt] = tokens[:1, :prompt]
     mask = np.ones((rows, new), bool)
     batch = UpdateBatch(
@@ -234,7 +234,7 @@ def main() -> int:
                 write()
         for vocab in vocabs:
             for chunk, checkpointing in ((1 << 30, False), (512, False), (512, True)):
-                progress.phase(f"update: vocabulary {vocab}, chunk {chunk}")
+                progress.phase(f"update: vocabulary {vocab}" + (", checkpointing" if checkpointing else ""))
                 record["update"].append(update(base["size"], vocab, chunk, checkpointing, arguments.dtype))
                 write()
     draw(record, arguments.out / "scaling.png")
