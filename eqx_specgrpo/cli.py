@@ -254,13 +254,23 @@ def verify(
     rows: Annotated[int, typer.Option(min=2, help="Completions to compare with plain decoding's.")] = 8,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling and of fresh weights.")] = 0,
+    frozen: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PLACE", help="A weight that is meant not to learn, as in .adapter.scale. Repeatable."),
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Prove, as far as can be, that a draft leaves a model's distribution as it is; exit code 1 if it does not."""
+    """Prove, as far as can be, that a draft leaves a model's distribution as it is; exit code 1 if a check fails."""
     from . import train
 
     certificate = train.verify_pair(
-        model=model, draft=draft, rows=rows, tokens=tokens, seed=seed, console=Console(stderr=True)
+        model=model,
+        draft=draft,
+        rows=rows,
+        tokens=tokens,
+        seed=seed,
+        frozen=frozen or (),
+        console=Console(stderr=True),
     )
     if json_:
         print(json.dumps(certificate.to_json()))

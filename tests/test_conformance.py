@@ -6,6 +6,7 @@ tokens must be plain decoding's; and at temperature 1, where the law of the toke
 
 import functools as ft
 import itertools as it
+import time
 from typing import Any
 
 import equinox as eqx
@@ -55,8 +56,10 @@ from eqx_specgrpo.testing import (
     check_draws,
     check_gradients,
     check_interface,
+    check_law,
     check_rewind,
     check_saving,
+    check_training,
     compare_tokens,
     make_pair,
 )
@@ -295,13 +298,16 @@ class Wrapped(AbstractDraft[Any]):
         return self.draft.commit(target, state, features, block, num_accepted)
 
     def train_hidden(self, target, features, tokens):
-        return self.draft.train_hidden(target, features, tokens)
+        hidden = self.draft.train_hidden(target, features, tokens)
+        return jnp.roll(hidden, 1, axis=1) if self.fault == "trained a position late" else hidden
 
     def train_logits(self, target, hidden):
         logits = self.draft.train_logits(target, hidden)
         return logits / 0.0 if self.fault == "no finite loss" else logits
 
     def provenance(self):
+        if self.fault == "says something else each time":
+            return {"at": time.perf_counter()}
         return {"where": {1}} if self.fault == "provenance" else {}
 
 
@@ -384,14 +390,16 @@ def test_a_draft_may_remember_more_than_a_restart_knows_but_nothing_of_what_was_
 @pytest.mark.parametrize(
     "fault, words",
     [
-        ("another distribution is returned", "a token are not drawn as the returned distributions say"),
-        ("a doubtful token is replaced", "a token are not drawn as the returned distributions say"),
-        ("one random number for all positions", "two consecutive tokens are not drawn"),
+        ("another distribution is returned", "a token: not drawn as the returned distributions say"),
+        ("a doubtful token is replaced", "a token: not drawn as the returned distributions say"),
+        ("one random number for all positions", "two consecutive tokens: not drawn"),
     ],
 )
 def test_statistics_of_the_draws_catch(fault, words):
     with pytest.raises(ConformanceError, match=words):
         check_draws(_pair(fault), draws=200)
+    with pytest.raises(ConformanceError, match="what is decoded with it is not the target's law"):
+        check_law(_pair(fault), draws=4096)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +428,7 @@ def test_a_draft_that_accepts_any_target():
     "fault, extra, words",
     [
         ("an array of the target's", TARGET.embedding, "holds an array of the target's"),
-        ("a weight that is not used", jnp.ones(3), r"\.extra gets no gradient.*`frozen`"),
+        ("a weight that is not used", jnp.ones(3), r"\.extra gets no gradient.*frozen=..\.extra"),
         ("no finite loss", None, "the loss of the draft step is nan"),
     ],
 )
@@ -440,6 +448,16 @@ def test_a_draft_that_comes_back_as_another(monkeypatch):
     monkeypatch.setattr("eqx_specgrpo.testing._saving.load_draft", lambda *_: jax.tree.map(lambda x: x + 1, HYDRA))
     with pytest.raises(ConformanceError, match="comes back from disk as another draft"):
         check_saving(pair)
+    with pytest.raises(ConformanceError, match="provenance.. says something else at every call"):
+        check_saving(_pair("says something else each time"))
+
+
+@pytest.mark.parametrize("kind", ["medusa", "hydra", "eagle", "model", "layer skip"])
+def test_training_sees_what_is_drafted_with(kind):
+    draft = CONFORMANCE_DRAFTS[kind]
+    assert check_training(make_pair(draft, TARGET, None)) < 1e-5
+    with pytest.raises(ConformanceError, match="at draft offset . training sees .* off by a position"):
+        check_training(_pair("trained a position late", draft))
 
 
 #

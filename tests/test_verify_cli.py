@@ -21,9 +21,11 @@ CHECKS = [
     "the law of Block",
     "the law of GreedyMatch",
     "the law of Coupled",
+    "drafted tokens",
+    "the law of what is decoded",
     "the draft's interface",
     "rewinding",
-    "drafted tokens",
+    "training",
     "the draft's gradient",
     "saving and loading",
     "greedy tokens are plain decoding's",
@@ -96,7 +98,7 @@ def test_the_whole_certificate_of_a_saved_draft(tiny_folder, tmp_path, monkeypat
     result = _verify("--model", tiny_folder, "--draft", tmp_path / "draft", "--rows", 3, "--tokens", 12, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found["passed"] and found["model"] == str(tiny_folder)
+    assert found["passed"] and found["lossless"] and found["model"] == str(tiny_folder)
     checks = {check["name"]: check for check in found["checks"]}
     assert list(checks) == CHECKS and all(check["passed"] for check in checks.values())
     assert 0 < checks["the law of Block"]["law_error"] < 1e-6
@@ -119,7 +121,28 @@ def test_the_table_and_a_failure(tiny_folder, tmp_path, without_laws):
     assert "RuntimeError: out of order" in result.stdout
     assert re.search("all were accepted: row . then proposes", " ".join(result.stdout.replace("│", " ").split()))
     assert "10 of 10 equal (100.00%)" in result.stdout  # wrong about its place, and harmless
-    assert result.stdout.splitlines()[-1].startswith("NOT lossless as far as was checked: the draft's interface, rew")
+    verdict = result.stdout.splitlines()[-1]
+    assert verdict.startswith("Lossless as far as was checked, but the draft is not in order: the draft's interface, ")
+
+
+COLD = BROKEN.replace(
+    "return self.heads.propose(*args)",
+    """
+        proposal, state = self.heads.propose(*args)
+        warmer = jax.tree.map(lambda x: x, Categorical.from_logits(proposal.distribution.logits / 2.0))
+        return Proposal(proposal.tokens, warmer), state""",
+).replace("from typing import Any", "import jax\nfrom typing import Any\nfrom eqx_specgrpo.decoding import Categorical")
+COLD = COLD.replace("import AbstractDraft, HydraHeads", "import AbstractDraft, HydraHeads, Proposal")
+
+
+def test_a_draft_that_reports_other_distributions_is_not_lossless(tiny_folder, tmp_path, without_laws):
+    path = tmp_path / "cold.py"
+    path.write_text(COLD)
+    result = _verify("--model", tiny_folder, "--draft", f"{path}:Forgetful", "--rows", 2, "--tokens", 5, "--json")
+    assert result.exit_code == 1, result.output
+    found = json.loads(result.stdout)
+    failed = [check["name"] for check in found["checks"] if not check["passed"]]
+    assert not found["lossless"] and failed[:2] == ["drafted tokens", "the law of what is decoded"]
 
 
 def test_what_fails_is_a_finding():

@@ -13,7 +13,7 @@ from ._rounds import SMALLEST_P_VALUE
 from ._statistics import uniform_p_value
 
 
-def check_draws(pair: Pair, *, draws: int = 64) -> float:
+def check_draws(pair: Pair, *, draws: int = 256) -> float:
     """That drafted tokens are draws from the returned distributions, independent between positions and rows.
 
     **Arguments:**
@@ -29,7 +29,7 @@ def check_draws(pair: Pair, *, draws: int = 64) -> float:
         return 1.0
     state = start(draft, target, padded_prompts(pair), pair.prompts.lengths, capacity_of(pair))
     rng = np.random.default_rng(2)
-    last, uniforms = rng.integers(0, target.vocab_size, rows).astype(np.int32), []
+    last, uniforms, by_rank = rng.integers(0, target.vocab_size, rows).astype(np.int32), [], []
     for key in jr.split(jr.key(3), draws):
         sampler = eqx.tree_at(
             lambda s: (s.is_scripted, s.keys),
@@ -50,12 +50,20 @@ def check_draws(pair: Pair, *, draws: int = 64) -> float:
         )
         if probs is None:
             return 1.0
-        # A token's probability is an interval of the cumulative sum; a uniform point of it is uniform in the whole.
+        # A token's probability is an interval of the cumulative sum, and a uniform point of it is uniform in the whole.
+        # With the tokens in their order random numbers that were used twice show; with the likeliest first, a
+        # distribution that is too sharp or too flat.
         probs = np.asarray(probs, np.float64)
-        before = np.where(np.arange(target.vocab_size) < tokens[..., None], probs, 0.0).sum(-1)
-        uniforms.append((before + np.exp(logprobs) * rng.uniform(size=tokens.shape)) / probs.sum(-1))
+        own = np.take_along_axis(probs, tokens[..., None], axis=-1)
+        is_before = np.arange(target.vocab_size) < tokens[..., None]
+        point = np.exp(logprobs) * rng.uniform(size=tokens.shape)
+        for found, comes_first in ((uniforms, is_before), (by_rank, (probs > own) | ((probs == own) & is_before))):
+            found.append((np.where(comes_first, probs, 0.0).sum(-1) + point) / probs.sum(-1))
     uniform = np.stack(uniforms)  # [draws, rows, draft]
-    p_values = {"a token": uniform_p_value(uniform.reshape(-1, 1), 16)}
+    p_values = {
+        "a token": uniform_p_value(uniform.reshape(-1, 1), 16),
+        "a token, by rank": uniform_p_value(np.stack(by_rank).reshape(-1, 1), 16),
+    }
     if draft.max_length > 1:
         neighbours = np.stack([uniform[..., :-1], uniform[..., 1:]], axis=-1)
         p_values["two consecutive tokens"] = uniform_p_value(neighbours.reshape(-1, 2), 4)
@@ -65,7 +73,7 @@ def check_draws(pair: Pair, *, draws: int = 64) -> float:
     for what, p_value in p_values.items():
         require(
             p_value > SMALLEST_P_VALUE,
-            f"{pair.name}: {what} are not drawn as the returned distributions say (p = {p_value:.1e}): ask the sampler "
+            f"{pair.name}: {what}: not drawn as the returned distributions say (p = {p_value:.1e}). Ask the sampler "
             "once for each offset, and return what it gave",
         )
     return min(p_values.values())

@@ -73,6 +73,6 @@ def check_gradients(pair: Pair, *, frozen: Sequence[str] = (), noise: float = 0.
         require(bool(np.isfinite(gradient).all()), f"{name}{place}: the gradient is not finite")
         require(
             bool(gradient.any()) or place in frozen,
-            f"{name}{place} gets no gradient, so that it never learns; if that is meant, say so in `frozen`",
+            f"{name}{place} gets no gradient, so that it never learns; if that is meant, say so: frozen=[{place!r}]",
         )
     return reached
