@@ -98,7 +98,7 @@ def _check_names(path: Path, found: set[str], wanted: set[str], way_out: str) ->
     missing, unexpected = sorted(wanted - found), sorted(found - wanted)
     if missing or unexpected:
         lists = [f"{word} {_few(names)}" for word, names in (("missing", missing), ("unexpected", unexpected)) if names]
-        raise CheckpointError(f"{path} holds other tensors than this run: {'; '.join(lists)}. {way_out}")
+        raise CheckpointError(f"{path} holds other tensors than were expected: {'; '.join(lists)}. {way_out}")
 
 
 def _check_shape(path: Path, name: str, value: np.ndarray, leaf: Any, way_out: str) -> None:

@@ -39,6 +39,8 @@ class Prompts(eqx.Module):
         if not rows:
             raise ValueError("no prompts: give at least one list of token ids")
         for index, row in enumerate(rows):
+            if not isinstance(row, Sequence | np.ndarray):
+                raise ValueError(f"prompt {index} is {row!r}: give a list of token ids for each prompt")
             if len(row) == 0:
                 raise ValueError(f"prompt {index} is empty: every prompt needs at least one token")
         longest = max(len(row) for row in rows)

@@ -183,14 +183,21 @@ def test_bad_rewards(refused, specgrpo, tiny_folder, tmp_path):
         ("draft.kind=hydra", ("is of kind 'medusa', but draft.kind is 'hydra'", "draft.kind=medusa")),
         ("draft.max_length=4", ("has a max_length of 3, but draft.max_length is 4", "draft.max_length=3")),
         ("draft.length=9", ("draft.length = 9", "at most 8")),
-        ("draft.length=5", ("draft.length = 5 is more than draft.max_length = 3",)),
+        ("draft.length=5", ("draft.length = 5 is more than draft.max_length = 3", "or name another draft")),
         ("draft.mode=off", ("names a draft, but draft.mode says that there is none",)),
     ],
 )
 def test_a_saved_draft_that_is_not_what_was_asked_for(setting, words, refused, tiny_folder, tiny_draft, tmp_path):
     settings = [text for text in tiny_settings(tiny_folder, tmp_path / "run") if not text.startswith("draft.max_")]
-    message = refused("run", *as_flags([*settings, "steps=1", setting]), "--draft", tiny_draft)
-    assert all(word in message for word in words), message
+    for dry in ([], ["--dry-run"]):
+        message = refused("run", *as_flags([*settings, "steps=1", setting]), "--draft", tiny_draft, *dry)
+        assert all(word in message for word in words), message
+
+
+def test_a_file_without_the_name_of_a_class(refused, tmp_path):
+    (tmp_path / "mine.py").write_text("class MyDraft: ...")
+    message = refused("run", "--draft", tmp_path / "mine.py", "--out", tmp_path / "run")
+    assert f"say which class of it is the draft, as in {tmp_path / 'mine.py'}:MyDraft" in message
 
 
 def test_bad_resumes(refused, tiny_folder, tmp_path):

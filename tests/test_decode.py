@@ -35,6 +35,7 @@ from eqx_specgrpo.decoding import (
     SegmentObservation,
     SegmentPlan,
     UntilRowsFinish,
+    _decode as decode_module,
     decode,
     teacher_forced_logprobs,
 )
@@ -345,6 +346,8 @@ def test_bad_input_gets_a_sentence(target, heads):
         _decode(target, [[1], [1] * CONTEXT])
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         _decode(target, [[1], []])
+    with pytest.raises(ValueError, match="token 2 of prompt 1 is 999, but the model's vocabulary has .* tokens"):
+        _decode(target, [[1], [1, 2, 999]])
     with pytest.raises(ValueError, match="no prompts"):
         _decode(target, [])
     with pytest.raises(ValueError, match="max_new_tokens"):
@@ -353,6 +356,8 @@ def test_bad_input_gets_a_sentence(target, heads):
         _decode(target, samples=0)
     with pytest.raises(ValueError, match="GreedyMatch .* not lossless under sampling"):
         _decode(target, draft=heads, verifier=GreedyMatch())
+    with pytest.raises(TypeError, match="length is 3, but must be an AbstractLengthController, as in length=FixedLen"):
+        decode_module._check_modules(length=(3, AbstractLengthController, "FixedLength(3)"))
     with pytest.raises(DraftError, match="size 8, .* size 16"):
         _decode(target, draft=MedusaHeads.fresh(8, 2))
     with pytest.raises(ValueError, match="lengths are 0 to 8"):

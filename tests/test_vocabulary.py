@@ -1,5 +1,6 @@
 """Drafting from a part of the vocabulary: lossless, kept up to date, and cheap where it should be."""
 
+import json
 import re
 
 import equinox as eqx
@@ -302,6 +303,14 @@ def test_saved_and_loaded_behind_a_lookup(tmp_path):
     draft = FallbackDraft(NGramDraft(LENGTH), draft_of("hydra", SOME))
     save_draft(tmp_path, draft, TARGET, "tiny")
     assert draft_vocabulary(load_draft(tmp_path, TARGET)).support.tolist() == SOME
+
+
+def test_a_saved_vocabulary_larger_than_the_targets(tmp_path):
+    save_draft(tmp_path, draft_of("hydra", SOME), TARGET, "tiny")
+    about = json.loads((tmp_path / "draft.json").read_text())
+    (tmp_path / "draft.json").write_text(json.dumps(about | {"vocabulary": 50}))
+    with pytest.raises(DraftError, match="has a vocabulary of 50 tokens, but this target's is 13"):
+        load_draft(tmp_path, TARGET)
 
 
 def test_impossible_vocabularies():

@@ -101,6 +101,12 @@ def decode(
     length = FixedLength(3) if length is None else length
     if verifier is None:
         verifier = GreedyMatch() if isinstance(sampling, GreedySampling) else Block()
+    _check_modules(
+        draft=(draft, AbstractDraft, "MedusaHeads.fresh(target.hidden_size, num_heads=3)"),
+        sampling=(sampling, AbstractSampling, "Sampling(temperature=0.7)"),
+        length=(length, AbstractLengthController, "FixedLength(3)"),
+        verifier=(verifier, AbstractVerifier, "Block()"),
+    )
     if isinstance(verifier, GreedyMatch) and not isinstance(sampling, GreedySampling):
         raise ValueError(
             "the verifier GreedyMatch keeps only the most likely tokens, which is not lossless under sampling: use "
@@ -113,7 +119,7 @@ def decode(
         raise ValueError(
             f"samples ({samples}), max_new_tokens ({max_new_tokens}) and max_rows ({max_rows}) must be at least 1"
         )
-    _check_lengths(target, prompts)
+    _check_prompts(target, prompts)
     draft.check(target)
     length_state = length.init(draft.max_length) if length_state is None else length_state
 
@@ -210,7 +216,21 @@ def _admission(rows: int, waiting: int) -> int:
     return 1 << (most.bit_length() - 1) if most else 0
 
 
-def _check_lengths(target: AbstractLanguageModel, prompts: Prompts) -> None:
+def _check_modules(**modules: tuple[Any, type, str]) -> None:
+    for name, (value, kind, example) in modules.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is {value!r}, but must be an {kind.__name__}, as in {name}={example}")
+
+
+def _check_prompts(target: AbstractLanguageModel, prompts: Prompts) -> None:
+    counts = np.arange(prompts.tokens.shape[1])[None] < prompts.lengths[:, None]
+    unknown = counts & ((prompts.tokens < 0) | (prompts.tokens >= target.vocab_size))
+    if unknown.any():
+        row, place = np.argwhere(unknown)[0]
+        raise ValueError(
+            f"token {place} of prompt {row} is {prompts.tokens[row, place]}, but the model's vocabulary has "
+            f"{target.vocab_size} tokens: was it made by another model's tokenizer?"
+        )
     longest = int(np.argmax(prompts.lengths))
     if prompts.lengths[longest] >= target.max_length:
         raise UserError(

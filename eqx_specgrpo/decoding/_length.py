@@ -70,7 +70,7 @@ class AbstractLengthController(eqx.Module, Generic[State]):
 
     @abstractmethod
     def init(self, max_length: int) -> State:
-        """The state before the first segment; `max_length` is the draft's. Raises if they do not fit."""
+        """The state before the first segment; `max_length` is the draft's, and no longer plan may be made."""
 
     @abstractmethod
     def choose(self, state: State, rows: int) -> SegmentPlan:

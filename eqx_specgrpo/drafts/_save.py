@@ -92,6 +92,7 @@ def load_draft(folder: Path, target: AbstractLanguageModel) -> AbstractDraft:
     `CheckpointError` if the folder is incomplete or damaged, or its class can't be found; `DraftError`, naming both
     sides, if the draft was made for a target of other sizes.
     """
+    folder = Path(folder)
     about = _read_about(folder)
     made_for = about["target"]
     sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
@@ -103,10 +104,15 @@ def load_draft(folder: Path, target: AbstractLanguageModel) -> AbstractDraft:
             )
     try:
         template = _build(about["kind"], dict(about["settings"]), about["max_length"], target)
+        if about["vocabulary"] > target.vocab_size:
+            raise DraftError(
+                f"the draft in {folder} has a vocabulary of {about['vocabulary']} tokens, but this target's is "
+                f"{target.vocab_size}: use a draft trained for this target, or start from a fresh one"
+            )
         if about["vocabulary"]:
             ids = most_used_tokens(np.zeros(0, int), about["vocabulary"], target.vocab_size)
             template = with_vocabulary(template, ReducedVocabulary(ids))
-    except CheckpointError:
+    except (CheckpointError, DraftError):
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise _unreadable(folder, error) from error

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from .._import_spec import import_callable, is_import_spec
-from ..drafts import describe_saved_draft
+from ..drafts import DraftError, describe_saved_draft
 from ..models import could_be_downloaded, locate
 from ..tasks import AbstractTask, Rewards, load_rewards, load_task
-from ._config import RunConfig
+from ._config import DraftConfig, RunConfig
 from ._run_folder import check_unused
 
 
@@ -33,8 +33,26 @@ def check_places(config: RunConfig, resume: bool) -> None:
     if path and (Path(path).expanduser().exists() or not could_be_downloaded(path)):
         locate(path)
     if config.draft.path is not None:
-        describe_saved_draft(Path(config.draft.path).expanduser())
+        check_saved_draft(config.draft)
     if config.draft.path is None and config.draft.enabled and is_import_spec(config.draft.kind):
         import_callable(config.draft.kind, "draft", "class")
     if not resume:
         check_unused(Path(config.out))
+
+
+def check_saved_draft(config: DraftConfig) -> None:
+    """Raises `UserError` if the folder of a saved draft is none, or holds another draft than the configuration says.
+    Loads nothing."""
+    assert config.path is not None
+    saved = describe_saved_draft(Path(config.path).expanduser())
+    if saved["kind"] != config.kind:
+        raise DraftError(
+            f"the draft in {config.path} is of kind {saved['kind']!r}, but draft.kind is {config.kind!r}: set "
+            f"draft.kind={saved['kind']}, or name another draft"
+        )
+    if saved["max_length"] != config.max_length:
+        raise DraftError(
+            f"the draft in {config.path} has a max_length of {saved['max_length']}, but draft.max_length is "
+            f"{config.max_length}: set draft.max_length={saved['max_length']} (and a draft.length of at most that), or "
+            "name another draft"
+        )

@@ -225,9 +225,11 @@ class DraftConfig(_Section):
     @model_validator(mode="after")
     def _consistent(self):
         if self.length > self.max_length:
+            longer = f"set draft.max_length={self.length} or a shorter draft.length"
+            way_out = longer if self.path is None else "set a shorter draft.length, or name another draft"
             raise ValueError(
                 f"draft.length = {self.length} is more than draft.max_length = {self.max_length}, the longest draft it "
-                f"can make: set draft.max_length={self.length} (not for a saved draft) or a shorter draft.length"
+                f"can make: {way_out}"
             )
         if self.enabled and self.kind in _NEED_LEARNING and self.mode == "frozen" and self.path is None:
             if self.warmup == 0:

@@ -97,6 +97,8 @@ def draft_flags(text: str) -> dict[str, Any]:
             f"there is no saved draft in the folder {text}, for it has no {folder / 'draft.json'}: name a folder that "
             "`specgrpo distill` has written, or draft/ of a run"
         )
+    if folder.suffix == ".py" and folder.is_file():
+        raise ConfigError(f"{text} is a file of Python: say which class of it is the draft, as in {text}:MyDraft")
     raise ConfigError(
         f"there is no saved draft in {text!r}, and no such kind of draft."
         f"{did_you_mean(text, DRAFT_KINDS)} (Or a class of your own as file.py:Class or package.module:Class.)"

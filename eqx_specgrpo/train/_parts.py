@@ -41,7 +41,6 @@ from ..drafts import (
     check_fit,
     check_same_vocabulary,
     custom_draft,
-    describe_saved_draft,
     draft_vocabulary,
     has_vocabulary,
     load_draft,
@@ -53,7 +52,7 @@ from ..drafts import (
 from ..grpo import LossSettings, adamw
 from ..models import AbstractLanguageModel, Tokenizer, Transformer, load_pretrained
 from ..tasks import AbstractTask, Rewards, load_task
-from ._check import load_task_and_rewards
+from ._check import check_saved_draft, load_task_and_rewards
 from ._config import DRAFT_KINDS, DraftConfig, RunConfig
 from ._load_config import draft_config
 
@@ -153,21 +152,9 @@ def _of_other_vocabulary(
 
 
 def _saved_draft(config: DraftConfig, target: AbstractLanguageModel) -> AbstractDraft:
+    check_saved_draft(config)
     assert config.path is not None
-    folder = Path(config.path).expanduser()
-    saved = describe_saved_draft(folder)
-    if saved["kind"] != config.kind:
-        raise DraftError(
-            f"the draft in {config.path} is of kind {saved['kind']!r}, but draft.kind is {config.kind!r}: set "
-            f"draft.kind={saved['kind']}, or name another draft"
-        )
-    if saved["max_length"] != config.max_length:
-        raise DraftError(
-            f"the draft in {config.path} has a max_length of {saved['max_length']}, but draft.max_length is "
-            f"{config.max_length}: set draft.max_length={saved['max_length']} (and a draft.length of at most that), or "
-            "name another draft"
-        )
-    draft = load_draft(folder, target)
+    draft = load_draft(Path(config.path).expanduser(), target)
     return draft.then if isinstance(draft, FallbackDraft) and not config.ngram else draft
 
 
