@@ -1,5 +1,7 @@
 """The law of what is decoded with a draft, against the target's own, for any vocabulary."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -45,7 +47,14 @@ def _judge(
     return probs.sum(0), own[..., 0], before, likelier
 
 
-def check_law(pair: Pair, *, draws: int = 1024, verifier: AbstractVerifier | None = None, seed: int = 0) -> float:
+def check_law(
+    pair: Pair,
+    *,
+    draws: int = 1024,
+    verifier: AbstractVerifier | None = None,
+    seed: int = 0,
+    on_progress: Callable[[int], None] | None = None,
+) -> float:
     """That what is decoded with the draft follows the target's own law, through the decoder itself.
 
     Rows of a few tokens are sampled behind random prompts, where the target is uncertain. Given the tokens before it,
@@ -59,6 +68,7 @@ def check_law(pair: Pair, *, draws: int = 1024, verifier: AbstractVerifier | Non
     - `draws`: rows. A bias of 5% in the law of a token takes some thousands to be seen.
     - `verifier`: [`eqx_specgrpo.decoding.Block`][] by default.
     - `seed`: of prompts and sampling.
+    - `on_progress`: is told how many rows have been decoded.
 
     **Returns:**
 
@@ -96,6 +106,8 @@ def check_law(pair: Pair, *, draws: int = 1024, verifier: AbstractVerifier | Non
         point = own * rng.uniform(size=own.shape)
         in_order.append(before + point)
         by_rank.append(likelier + point)
+        if on_progress is not None:
+            on_progress(min(draws, len(by_rank) * at_once))
     uniform, ranked = np.concatenate(in_order), np.concatenate(by_rank)
     neighbours = np.stack([uniform[:, :-1], uniform[:, 1:]], axis=-1)
     # The sum of unequal laws varies less than one law drawn as often, so that these p-values are rather too large.

@@ -42,7 +42,7 @@ _NOISE = 0.02
 _DRIVEN_ROWS = 4
 _DRAWS = 1000
 # So many rows, or as many as can be judged in a minute or two with a large vocabulary.
-_LAW_ROWS, _LAW_LOGITS = 4096, 1 << 26
+_LAW_ROWS, _LAW_LOGITS = 4096, 1 << 25
 
 
 class Finding(eqx.Module):
@@ -170,7 +170,7 @@ def verify_pair(
         findings = []
         for checks, of_output in (
             (_of_verifiers(), True),
-            (_of_output(chosen, target), True),
+            (_of_output(chosen, target, progress), True),
             (_of_draft(chosen, target, prompts[:_DRIVEN_ROWS], frozen, _own_kind(draft)), False),
         ):
             for name, check in checks:
@@ -244,7 +244,7 @@ def _of_verifiers() -> list[tuple[str, Check]]:
     return [*checks, ("the law of Coupled", law_of(Coupled(), False, True))]
 
 
-def _of_output(draft: AbstractDraft, target: AbstractLanguageModel) -> list[tuple[str, Check]]:
+def _of_output(draft: AbstractDraft, target: AbstractLanguageModel, progress: RunProgress) -> list[tuple[str, Check]]:
     # Behind random prompts, where the target is uncertain: where it is not, any draft looks honest.
     pair = make_pair(draft, target, None)
 
@@ -254,7 +254,11 @@ def _of_output(draft: AbstractDraft, target: AbstractLanguageModel) -> list[tupl
 
     def law():
         rows = max(256, min(_LAW_ROWS, _LAW_LOGITS // target.vocab_size))
-        p_value = check_law(pair, draws=rows)
+
+        def say(done: int) -> None:
+            progress.phase(f"checking the law of what is decoded: {done} of {rows} rows")
+
+        p_value = check_law(pair, draws=rows, on_progress=say)
         return (
             f"{rows} rows, block verification at temperature 1: least p-value {p_value:.3f}",
             {"p_value": p_value, "rows": rows},
