@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ Decoding = Callable[[int], Iterator[Any]]
 
 
 def make_arms(
-    target: EndsAtRandom, draft: AbstractDraft, prompts: list[Prompts], samples: int, arguments: argparse.Namespace
+    target: EndsAtRandom, draft: AbstractDraft, prompts: Sequence[Prompts], samples: int, arguments: argparse.Namespace
 ) -> dict[str, Decoding]:
     """By name, what decodes the prompts of a round, and yields one or several `Rollouts`."""
     rows, at_once = arguments.rows, arguments.at_once
@@ -137,10 +137,8 @@ def make_arms(
 
     def in_parts(name: str, **options: Any) -> Decoding:
         def arm(number: int):
-            batch, count = prompts[number], at_once // samples
-            for part in range(0, len(batch.lengths), count):
-                some = Prompts(batch.tokens[part : part + count], batch.lengths[part : part + count])
-                yield call(some, 1000 * number + part, name, **options)
+            for place, part in enumerate(prompts[number].parts(at_once // samples)):
+                yield call(part, 1000 * number + place, name, **options)
 
         return arm
 
@@ -252,12 +250,9 @@ def main() -> int:
         _, prompts = next_examples(
             made.parts.task, tokenizer, target, 1 << 21, count * (1 + arguments.rounds), arguments.new
         )
-        batches = [
-            Prompts(prompts.tokens[i : i + count], prompts.lengths[i : i + count])
-            for i in range(0, len(prompts.lengths), count)
-        ]
         draft = compute_copy(ready.draft, arguments.dtype)
-        runs = measure(make_arms(target, draft, batches, samples, arguments), arguments.rounds, progress.phase)
+        arms = make_arms(target, draft, prompts.parts(count), samples, arguments)
+        runs = measure(arms, arguments.rounds, progress.phase)
     asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     del asked["out"]
     asked["model"] = Path(arguments.model or "embedded").name

@@ -239,13 +239,9 @@ def main() -> int:
             rows, samples = int(text), min(int(text), SAMPLES)
             count, task = rows // samples, made[0].parts.task
             _, prompts = next_examples(task, tokenizer, target, 1 << 21, count * (1 + arguments.rounds), arguments.new)
-            batches = [
-                Prompts(prompts.tokens[i : i + count], prompts.lengths[i : i + count])
-                for i in range(0, len(prompts.lengths), count)
-            ]
             record["transformers"] += against_transformers(
-                arguments.model or str(default_model_path()), target, batches, samples, tokenizer.eos_ids, arguments,
-                progress.phase,
+                arguments.model or str(default_model_path()), target, prompts.parts(count), samples,
+                tokenizer.eos_ids, arguments, progress.phase,
             )  # fmt: skip
             write(record, arguments.out)
     print((arguments.out / "rollout.md").read_text(encoding="utf-8"))

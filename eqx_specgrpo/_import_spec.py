@@ -22,7 +22,7 @@ def is_import_spec(text: str) -> bool:
 
 
 def import_callable(spec: str, what: str, must_be: str) -> Callable[..., Any]:
-    """The function or class that `spec` names. Its file is run, or its module imported.
+    """The function or class that `spec` names. Its file is run, or its module imported; once, unless it has changed.
 
     **Arguments:**
 
@@ -53,8 +53,16 @@ def _load_file(source: str, what: str) -> ModuleType:
     path = Path(source).expanduser().resolve()
     if not path.is_file():
         raise UserError(f"the {what} file {source} doesn't exist (looked at {path}). Check the path.")
-    # A name of its own: the file mustn't shadow an installed module that happens to be called the same.
-    name = f"{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+    # A name of its own: the file mustn't shadow an installed module that happens to be called the same. Of its content
+    # too: the same file gives the same classes, as any module does, and one that was edited gives new ones.
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"the {what} file {source} can't be read: {error}") from error
+    digest = hashlib.blake2b(str(path).encode() + content, digest_size=4).hexdigest()
+    name = f"{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
     description = importlib.util.spec_from_file_location(name, path)
     if description is None or description.loader is None:
         raise UserError(f"the {what} file {source} can't be imported: is it a Python file?")

@@ -50,6 +50,11 @@ class Prompts(eqx.Module):
             tokens[index, : len(row)] = row
         return Prompts(tokens, np.array([len(row) for row in rows], np.int32))
 
+    def parts(self, count: int) -> tuple["Prompts", ...]:
+        """So many at a time, all padded alike; the last part may be smaller."""
+        starts = range(0, len(self.lengths), count)
+        return tuple(Prompts(self.tokens[i : i + count], self.lengths[i : i + count]) for i in starts)
+
 
 class DecodeStatistics(eqx.Module):
     """Counts of one decoding, summed over rounds, for each row.

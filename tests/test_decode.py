@@ -336,6 +336,14 @@ def test_what_pads_a_prompt_does_not_matter(target, heads, sampled):
     _assert_same_completions(rollouts, sampled)
 
 
+def test_prompts_come_in_parts_of_one_width():
+    prompts = Prompts.from_lists([[1], [2, 3], [4], [5, 6, 7], [8]], multiple_of=4)
+    parts = prompts.parts(2)
+    assert [len(part.lengths) for part in parts] == [2, 2, 1] and all(part.tokens.shape[1] == 4 for part in parts)
+    np.testing.assert_array_equal(np.concatenate([part.tokens for part in parts]), prompts.tokens)
+    np.testing.assert_array_equal(np.concatenate([part.lengths for part in parts]), prompts.lengths)
+
+
 #
 # Bad input
 #

@@ -150,3 +150,19 @@ def test_gather_does_not_convert_the_table_on_cpu():
     assert f"bf16[{OUT},{IN}]" in compiled.as_text()
     assert f"f32[{OUT},{IN}]" not in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < OUT * IN
+
+
+def test_gather_in_a_loop_does_not_copy_the_table_on_cpu():
+    if jax.default_backend() != "cpu":
+        pytest.skip("reads what XLA makes on CPU")
+
+    def loop(table, index, rounds):
+        def body(_, carry):
+            index, total = carry
+            return (index + 1) % OUT, total + gather(table, index).sum()
+
+        return jax.lax.fori_loop(0, rounds, body, (index, jnp.float32(0)))[1]
+
+    arguments = jnp.zeros((OUT, IN), jnp.bfloat16), jnp.zeros((2, 3), jnp.int32), jnp.int32(5)
+    compiled = jax.jit(loop).lower(*arguments).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < OUT * IN

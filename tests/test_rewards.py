@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from eqx_specgrpo._errors import UserError
+from eqx_specgrpo._import_spec import import_callable
 from eqx_specgrpo.tasks import (
     Arithmetic,
     JsonlTask,
@@ -369,6 +370,16 @@ def test_equal_function_names_keep_their_files(reward_files):
     rewards = load_rewards(["my_rewards.py:two", "random.py:two"], None, Arithmetic())
     assert rewards.names == ("my_rewards.py:two", "random.py:two")
     assert rewards(["?"], ["!"], [[1]], {})[0].tolist() == [[2.0, 20.0]]
+
+
+def test_a_file_is_run_once_until_it_changes(tmp_path):
+    """Else a draft that is saved and loaded in one process would come back as another class of the same name."""
+    path = tmp_path / "mine.py"
+    path.write_text("class Draft:\n    length = 2\n")
+    first = import_callable(f"{path}:Draft", "draft", "class")
+    assert import_callable(f"{path}:Draft", "draft", "class") is first
+    path.write_text("class Draft:\n    length = 3\n")
+    assert import_callable(f"{path}:Draft", "draft", "class").length == 3 and first.length == 2
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from helpers import quick_compilation, randomise
 from tiny_run import tiny_folder as tiny_folder, tiny_model
 from typer.testing import CliRunner
 
-from eqx_specgrpo._errors import UserError
+from eqx_specgrpo._errors import CheckpointError, UserError
 from eqx_specgrpo.cli import app
 from eqx_specgrpo.drafts import HydraHeads, MedusaHeads, save_draft
-from eqx_specgrpo.testing import ConformanceError
+from eqx_specgrpo.testing import ConformanceError, _saving as saving_module, check_saving, make_pair
 from eqx_specgrpo.train import Certificate, Finding, _verify as verify_module
 
 CHECKS = [
@@ -125,24 +125,79 @@ def test_the_table_and_a_failure(tiny_folder, tmp_path, without_laws):
     assert verdict.startswith("Lossless as far as was checked, but the draft is not in order: the draft's interface, ")
 
 
-COLD = BROKEN.replace(
-    "return self.heads.propose(*args)",
-    """
-        proposal, state = self.heads.propose(*args)
-        warmer = jax.tree.map(lambda x: x, Categorical.from_logits(proposal.distribution.logits / 2.0))
-        return Proposal(proposal.tokens, warmer), state""",
-).replace("from typing import Any", "import jax\nfrom typing import Any\nfrom eqx_specgrpo.decoding import Categorical")
-COLD = COLD.replace("import AbstractDraft, HydraHeads", "import AbstractDraft, HydraHeads, Proposal")
+OTHERS = '''
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from eqx_specgrpo.decoding import Categorical
+from eqx_specgrpo.drafts import HydraHeads, Proposal
+
+
+class Cold(HydraHeads):
+    """Its tokens are drawn at half the temperature that it reports."""
+
+    def __init__(self, target, max_length, *, key):
+        super().__init__(target.hidden_size, max_length, key=key)
+
+    def propose(self, *args):
+        proposal, state = super().propose(*args)
+        warmer = Categorical.from_logits(proposal.distribution.logits / 2.0)
+        return Proposal(proposal.tokens, warmer), state
+
+    def provenance(self):
+        return {}
+
+
+class Scaled(HydraHeads):
+    """Has a weight that nothing uses."""
+
+    scale: Float[Array, ""]
+
+    def __init__(self, target, max_length, *, key):
+        super().__init__(target.hidden_size, max_length, key=key)
+        self.scale = jnp.ones(())
+
+    def provenance(self):
+        return {}
+'''
 
 
 def test_a_draft_that_reports_other_distributions_is_not_lossless(tiny_folder, tmp_path, without_laws):
     path = tmp_path / "cold.py"
-    path.write_text(COLD)
-    result = _verify("--model", tiny_folder, "--draft", f"{path}:Forgetful", "--rows", 2, "--tokens", 5, "--json")
+    path.write_text(OTHERS)
+    result = _verify("--model", tiny_folder, "--draft", f"{path}:Cold", "--rows", 2, "--tokens", 5, "--json")
     assert result.exit_code == 1, result.output
     found = json.loads(result.stdout)
     failed = [check["name"] for check in found["checks"] if not check["passed"]]
     assert not found["lossless"] and failed[:2] == ["drafted tokens", "the law of what is decoded"]
+
+
+def test_a_weight_that_is_not_to_learn_has_to_be_named(tiny_folder, tmp_path, without_laws, monkeypatch):
+    monkeypatch.setattr(verify_module, "_of_output", lambda *_: [])
+    path = tmp_path / "scaled.py"
+    path.write_text(OTHERS)
+    arguments = ("--model", tiny_folder, "--draft", f"{path}:Scaled", "--rows", 2, "--tokens", 5)
+    silent = _verify(*arguments)
+    assert silent.exit_code == 1 and "the draft's gradient failed" in silent.stdout, silent.output
+    named = _verify(*arguments, "--frozen", ".scale")
+    assert named.exit_code == 0, named.output
+
+
+def test_a_draft_that_can_not_be_loaded_again_is_a_finding(monkeypatch):
+    def unreadable(*_):
+        raise CheckpointError("draft.json names no class")
+
+    target = tiny_model()
+    monkeypatch.setattr(saving_module, "load_draft", unreadable)
+    pair = make_pair(MedusaHeads.fresh(target.hidden_size, 2), target, [[1, 2]])
+    with pytest.raises(ConformanceError, match="can't be loaded again: draft.json names no class"):
+        check_saving(pair)
+
+
+def test_the_verdict_names_what_it_rests_on():
+    output = Finding("the law", False, "off", {}, 0.1)
+    own = Finding("saving", False, "lost", {}, 0.1, of_output=False)
+    assert Certificate("m", "d", (output, own)).verdict() == "NOT lossless as far as was checked: the law failed."
+    assert "not in order: saving failed" in Certificate("m", "d", (own,)).verdict()
 
 
 def test_what_fails_is_a_finding():

@@ -102,6 +102,7 @@ def tiny_settings(folder: Path, out: Path, *settings: str) -> list[str]:
         "grpo.logprob_chunk=24",
         "draft.max_length=3",
         "draft.length=3",
+        "draft.adaptive=false",
         "draft.warmup=2",
         "draft.fraction=0.5",
         "draft.learning_rate=1e-2",

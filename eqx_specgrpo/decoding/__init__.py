@@ -12,7 +12,8 @@ from .._types import (
     ScoredRollouts as ScoredRollouts,
     StopReason as StopReason,
 )
-from ._adaptive import AdaptiveLength as AdaptiveLength, AdaptiveState as AdaptiveState
+from ._adaptive import AdaptiveLength as AdaptiveLength
+from ._adaptive_state import AdaptiveState as AdaptiveState
 from ._block import Block as Block
 from ._coupled import Coupled as Coupled
 from ._decode import DecodeProgress as DecodeProgress, decode as decode

@@ -1,42 +1,29 @@
 """The draft length that pays: measured costs, measured acceptance, and plain decoding always among the choices."""
 
+import dataclasses
 import math
-import statistics
 
 import equinox as eqx
 
+from ._adaptive_state import (
+    AdaptiveState,
+    expected_seconds,
+    expected_speed,
+    expected_tokens,
+    initial_state,
+    known_lengths,
+    with_observation,
+)
 from ._length import LONGEST, AbstractLengthController, Expectation, SegmentObservation, SegmentPlan
 
-_KEPT_TIMES = 5  # of each kind of segment; their median is its cost
-_FORGET_AFTER = 3000.0  # rounds of a row after which an observation of acceptance has lost most of its weight
-_SEGMENT_SECONDS = 0.25  # long enough for the host's share not to show
+_SEGMENT_SECONDS = 0.5  # long enough for the host's share not to show
 _PROBE_SECONDS = 0.06
-_WORTH_TRYING = 1.03  # an untried length must promise this much more than the best one known
+_AGAIN_AFTER = 2.0
 _BENEFIT_OF_DOUBT = 8.0  # tokens taken to be accepted at each position of an untried length: few were seen, perhaps
 _NOT_HOPELESS = 0.7  # a known length is looked at again only if it is at least this good
-
-
-class AdaptiveState(eqx.Module):
-    """What an `AdaptiveLength` has learned.
-
-    **Arguments:**
-
-    - `lengths`: those to choose from, ascending; the first is 0.
-    - `seconds`: of a round, by (rows, length): the newest measurements.
-    - `measured_at`: when each kind was measured last, on the clock of `clock`.
-    - `passed`, `reached`: for each draft position, how many tokens were accepted there and how many could have been,
-        both with old rounds forgotten.
-    - `clock`: seconds of decoding seen so far.
-    - `lost`: of these, seconds that looking again at other lengths has cost.
-    """
-
-    lengths: tuple[int, ...]
-    seconds: dict[tuple[int, int], tuple[float, ...]]
-    measured_at: dict[tuple[int, int], float]
-    passed: tuple[float, ...]
-    reached: tuple[float, ...]
-    clock: float
-    lost: float
+# The longer the draft, the more unevenly rows get on, and the last ones are decoded in a small batch. The speed of a
+# round does not show that, so a shorter length is preferred, plain decoding above all, unless it is so much slower.
+_CLEARLY = 1.03
 
 
 class AdaptiveLength(AbstractLengthController[AdaptiveState]):
@@ -44,10 +31,14 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
 
     A round with `rows` rows and draft length `k` costs `c(rows, k)` seconds, which is measured, and yields
     `E(k) = 1 + a_1 + a_1 a_2 + ...` tokens a row, where `a_i` is the running share of drafted tokens accepted at
-    position `i` among those whose predecessors were. The length with the largest `E(k) / c(rows, k)` is used. Longer
-    ones are tried once, one step at a time, if they could be better by what is known; lengths that were tried are
-    looked at again now and then, so that a draft or a policy that has changed is noticed, but for no more than
-    `exploration` of the time.
+    position `i` among those whose predecessors were, with as many rows: those that are left at the end are often the
+    ones that are hard to draft for. Of the lengths whose `E(k) / c(rows, k)` is about the largest the shortest is used.
+    Others are tried, one step at a time, once that would have paid for their compilation; lengths that were tried are
+    looked at again now and then, the better the more often, so that a draft or a policy that has changed is noticed,
+    but for no more than `exploration` of the time.
+
+    The machine may slow down for a while, and every context grows: what all kinds of rounds have in common is followed
+    at once, so that two lengths are compared as if they had been measured at the same time.
 
     Nothing here looks at a token, so every choice is lossless. With random numbers that depend on the rounds
     (`Rejection`, `Block`) the choices, and so the clock, decide *which* completions of the same distribution come out;
@@ -69,97 +60,84 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
             raise ValueError(f"exploration is {self.exploration}, but it is a share of the time, from 0 to 1")
 
     def init(self, max_length: int) -> AdaptiveState:
-        lengths = tuple(k for k in (0, 1, 2, 3, 4, 6, 8) if k <= min(self.longest, max_length))
-        nothing = (0.0,) * lengths[-1]
-        return AdaptiveState(lengths, {}, {}, nothing, nothing, 0.0, 0.0)
+        return initial_state(tuple(k for k in (0, 1, 2, 3, 4, 6, 8) if k <= min(self.longest, max_length)))
 
     def choose(self, state: AdaptiveState, rows: int) -> SegmentPlan:
-        known = [k for k in state.lengths if (rows, k) in state.seconds]
-        if 0 not in known:
-            return _plan(state, rows, 0, _PROBE_SECONDS)
-        best = max(known, key=lambda k: _speed(state, rows, k))
+        known = known_lengths(state, rows)
+        if not known:
+            return SegmentPlan(_as_with_most_alike(state, rows), max_rounds=8)
+        best = _best(state, rows, known)
         untried = self._worth_trying(state, rows, known, best)
         if untried is not None:
             return _plan(state, rows, untried, _PROBE_SECONDS)
-        if state.lost <= self.exploration * state.clock:
-            again = [
-                k for k in known if k != best and _speed(state, rows, k) > _NOT_HOPELESS * _speed(state, rows, best)
-            ]
-            if not again and best == 0 and len(state.lengths) > 1:
-                again = [state.lengths[1]]  # hopeless by now, but the draft may have learned since
-            if again:
-                oldest = min(again, key=lambda k: state.measured_at.get((rows, k), 0.0))
-                if state.clock - state.measured_at.get((rows, oldest), 0.0) > 8 * _SEGMENT_SECONDS:
-                    return _plan(state, rows, oldest, _PROBE_SECONDS)
+        again = self._worth_a_look(state, rows, known, best)
+        if again is not None:
+            return _plan(state, rows, again, _PROBE_SECONDS)
         return _plan(state, rows, best, _SEGMENT_SECONDS)
 
     def _worth_trying(self, state: AdaptiveState, rows: int, known: list[int], best: int) -> int | None:
-        """The shortest untried length, if it promises more than the best one."""
-        untried = [k for k in state.lengths if k > known[-1]]
-        if not untried or best < known[-1] and len(known) > 2:
-            return None  # beyond the best length it only gets worse
-        promised = expected_tokens(state, untried[0], _BENEFIT_OF_DOUBT) / expected_seconds(state, rows, untried[0])
-        return untried[0] if promised > _WORTH_TRYING * _speed(state, rows, best) else None
+        """An untried length, if what it promises would have paid for its compilation by now.
+
+        So no more time is lost by trying than was lost by not trying, and where few rows are decoded for a moment at
+        the end, nothing is compiled for them.
+        """
+        untried = [k for k in state.lengths if k not in known]
+        longer = [k for k in untried if k > known[-1]][:1]
+        if best < known[-1] and len(known) > 2:
+            longer = []  # beyond the best length it only gets worse
+        candidates = [k for k in untried if k < known[-1]] + longer
+        if not candidates:
+            return None
+        speed = expected_speed(state, rows, best)
+        promises = {k: expected_speed(state, rows, k, _BENEFIT_OF_DOUBT if k > best else 0.0) for k in candidates}
+        length = max(candidates, key=lambda k: promises[k])
+        worth = 1 - speed / promises[length]
+        pays = worth > 1 - 1 / _CLEARLY and worth * state.spent[rows] >= state.compile_seconds
+        return length if pays else None
+
+    def _worth_a_look(self, state: AdaptiveState, rows: int, known: list[int], best: int) -> int | None:
+        """The known length that was not looked at for longest, of those that may be.
+
+        Each has the same share of the time that may be lost, so that a close rival, where a mistake would stay and a
+        look costs next to nothing, is looked at often, and one far behind seldom.
+        """
+        highest = max(expected_speed(state, rows, k) for k in known)
+        others = [k for k in known if k != best and expected_speed(state, rows, k) > _NOT_HOPELESS * highest]
+        if not others and best == 0 and len(known) > 1:
+            others = [known[1]]  # hopeless by now, but the draft may have learned since
+        may_be_lost = self.exploration * state.clock / max(1, len(state.lengths) - 1)
+        ages = {k: state.clock - state.costs[rows, k].looked_at for k in others if state.lost[k] <= may_be_lost}
+        due = [k for k in ages if ages[k] > _AGAIN_AFTER]
+        return max(due, key=lambda k: ages[k]) if due else None
 
     def update(self, state: AdaptiveState, observation: SegmentObservation) -> AdaptiveState:
-        rows, length = observation.rows, observation.plan.length
-        passed, reached = list(state.passed), list(state.reached)
-        could = float(observation.active_rounds)
-        for position, accepted in enumerate(observation.accepted):
-            keep = math.exp(-could / _FORGET_AFTER)
-            passed[position] = keep * passed[position] + accepted
-            reached[position] = keep * reached[position] + could
-            could = float(accepted)
-        seconds, measured_at, lost = dict(state.seconds), dict(state.measured_at), state.lost
-        clock = state.clock
-        if observation.seconds is not None and observation.rounds > 0:
-            clock += observation.seconds
-            times = (*seconds.get((rows, length), ()), observation.seconds / observation.rounds)
-            was_known = len(times) > 1
-            seconds[rows, length] = times[-_KEPT_TIMES:]
-            measured_at[rows, length] = clock
-            new = AdaptiveState(state.lengths, seconds, measured_at, tuple(passed), tuple(reached), clock, state.lost)
-            if was_known:
-                known = [k for k in state.lengths if (rows, k) in seconds]
-                best = max(_speed(new, rows, k) for k in known)
-                lost += observation.seconds * (1 - _speed(new, rows, length) / best)
-        return AdaptiveState(state.lengths, seconds, measured_at, tuple(passed), tuple(reached), clock, lost)
+        rows, length, seconds = observation.rows, observation.plan.length, observation.seconds
+        was_known = (rows, length) in state.costs
+        state = with_observation(state, observation)
+        if not was_known or seconds is None:
+            return state
+        best = _best(state, rows, known_lengths(state, rows))
+        if length == best:
+            return state
+        behind = max(0.0, 1 - expected_speed(state, rows, length) / expected_speed(state, rows, best))
+        return dataclasses.replace(state, lost=state.lost | {length: state.lost[length] + behind * seconds})
 
 
-def expected_tokens(state: AdaptiveState, length: int, benefit: float = 0.0) -> float:
-    """Tokens a round of a row with this draft length, from acceptance so far; at positions never drafted, as at the one
-    before. So many further tokens are taken to have been accepted at each position."""
-    total, survival, rate = 1.0, 1.0, 1.0
-    for passed, reached in zip(state.passed[:length], state.reached[:length], strict=True):
-        rate = (passed + benefit) / (reached + benefit) if reached > 0 else rate
-        survival *= rate
-        total += survival
-    return total
+def _as_with_most_alike(state: AdaptiveState, rows: int) -> int:
+    """For a new number of rows: what is best with the one most like it, and plain decoding at the very first."""
+    seen = [r for r in state.spent if known_lengths(state, r)]
+    if not seen:
+        return 0
+    nearest = min(seen, key=lambda r: abs(math.log(r / rows)))
+    return _best(state, nearest, known_lengths(state, nearest))
 
 
-def expected_seconds(state: AdaptiveState, rows: int, length: int) -> float:
-    """Seconds of a round: measured, or guessed low from what was measured with as many rows.
-
-    A guess that is too low is put right by trying; one that is too high would never be.
-    """
-    if (rows, length) in state.seconds:
-        return statistics.median(state.seconds[rows, length])
-    known = [k for k in state.lengths if (rows, k) in state.seconds]
-    # The same step was taken with another number of rows, perhaps: then by the ratio there.
-    others = {r for r, k in state.seconds if k == length and (r, 0) in state.seconds}
-    if others and 0 in known:
-        nearest = min(others, key=lambda r: abs(math.log(r / rows)))
-        ratio = statistics.median(state.seconds[nearest, length]) / statistics.median(state.seconds[nearest, 0])
-        return ratio * statistics.median(state.seconds[rows, 0])
-    return statistics.median(state.seconds[rows, known[-1]])
-
-
-def _speed(state: AdaptiveState, rows: int, length: int) -> float:
-    return expected_tokens(state, length) / expected_seconds(state, rows, length)
+def _best(state: AdaptiveState, rows: int, known: list[int]) -> int:
+    """The shortest length that is about as fast as any."""
+    speeds = {k: expected_speed(state, rows, k) for k in known}
+    return next(k for k in known if _CLEARLY * speeds[k] >= max(speeds.values()))
 
 
 def _plan(state: AdaptiveState, rows: int, length: int, seconds: float) -> SegmentPlan:
-    if not any(r == rows for r, _ in state.seconds):
-        return SegmentPlan(length, max_rounds=8)
-    expected = Expectation(expected_tokens(state, length), expected_seconds(state, rows, length))
+    expected = Expectation(expected_tokens(state, rows, length), expected_seconds(state, rows, length))
     return SegmentPlan(length, max(4, min(256, round(seconds / expected.seconds_per_round))), expected)

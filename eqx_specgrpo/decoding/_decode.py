@@ -55,7 +55,7 @@ def decode(
     samples: int = 1,
     max_rows: int | None = None,
     expected_lengths: Sequence[float] | None = None,
-    smallest_bucket: int = 4,
+    smallest_bucket: int = 2,
     cache_dtype: DTypeLike | None = None,
     loop: AbstractSegmentLoop | None = None,
     on_progress: Callable[[DecodeProgress], None] | None = None,

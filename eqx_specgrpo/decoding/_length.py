@@ -50,6 +50,7 @@ class SegmentObservation(eqx.Module):
     - `plan`: what was asked for.
     - `rounds`: rounds run.
     - `seconds`: wall-clock time, or `None` if a program was compiled within it.
+    - `compile_seconds`: of compilation within it.
     - `accepted`: for each draft position, accepted tokens summed over rows and rounds.
     - `active_rounds`: rounds summed over the rows that were still active in them.
     - `tokens`: tokens emitted, over all rows.
@@ -62,6 +63,7 @@ class SegmentObservation(eqx.Module):
     accepted: tuple[int, ...]
     active_rounds: int
     tokens: int
+    compile_seconds: float = 0.0
 
 
 class AbstractLengthController(eqx.Module, Generic[State]):

@@ -3,11 +3,11 @@
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 
 from .._sampling import AbstractSampling
 from .._types import Rollouts
-from ..models import AbstractLanguageModel
+from ..models import AbstractLanguageModel, sequence_features
 
 
 def teacher_forced_logprobs(
@@ -17,23 +17,37 @@ def teacher_forced_logprobs(
 
     What the decoder reported must agree with this to rounding: the smoke alarm of losslessness.
     """
-    prompts, group = rollouts.prompts, rollouts.group
-    width = prompts.tokens.shape[1] + rollouts.tokens.shape[1]
-    sequences = np.zeros((len(group), width), np.int32)
-    index = np.zeros(rollouts.tokens.shape, np.int32)
-    for row, prompt in enumerate(group):
-        start = int(prompts.lengths[prompt])
-        sequences[row, :start] = prompts.tokens[prompt, :start]
-        sequences[row, start : start + rollouts.tokens.shape[1]] = rollouts.tokens[row]
-        index[row] = start - 1 + np.arange(rollouts.tokens.shape[1])
-    return np.asarray(
-        _score(target, sampling, jnp.asarray(sequences), jnp.asarray(index), jnp.asarray(rollouts.tokens))
-    )
+    sequences, before = whole_sequences(rollouts)
+    return np.asarray(_score(target, sampling, sequences, before, jnp.asarray(rollouts.tokens)))
 
 
 @eqx.filter_jit
-def _score(target, sampling, sequences, index, tokens):
-    positions = jnp.broadcast_to(jnp.arange(sequences.shape[1])[None], sequences.shape)
-    features, _ = target.hidden(sequences, positions, target.no_cache())
-    logits = target.unembed(jnp.take_along_axis(features.last, index[:, :, None], axis=1))
+def _score(
+    target: AbstractLanguageModel,
+    sampling: AbstractSampling,
+    sequences: Int[Array, "rows seq"],
+    before: Int[Array, "rows new"],
+    tokens: Int[Array, "rows new"],
+) -> Float[Array, "rows new"]:
+    logits = completion_logits(target, sequences, before)
     return sampling.logprobs(logits, sampling.distribution(logits), tokens)
+
+
+def whole_sequences(rollouts: Rollouts) -> tuple[Int[Array, "rows seq"], Int[Array, "rows new"]]:
+    """Prompts with their completions, right-padded, and the place before each token of the completions."""
+    prompts, group = rollouts.prompts, rollouts.group
+    rows, new = rollouts.tokens.shape
+    sequences = np.zeros((rows, prompts.tokens.shape[1] + new), np.int32)
+    starts = prompts.lengths[group].astype(np.int32)
+    for row, (prompt, start) in enumerate(zip(group, starts, strict=True)):
+        sequences[row, :start] = prompts.tokens[prompt, :start]
+        sequences[row, start : start + new] = rollouts.tokens[row]
+    return jnp.asarray(sequences), jnp.asarray(starts[:, None] - 1 + np.arange(new, dtype=np.int32)[None])
+
+
+def completion_logits(
+    target: AbstractLanguageModel, sequences: Int[Array, "rows seq"], before: Int[Array, "rows new"]
+) -> Float[Array, "rows new vocab"]:
+    """What the target says of each token of the completions, from one plain forward without a cache."""
+    features = sequence_features(target, sequences)
+    return target.unembed(jnp.take_along_axis(features.last, before[:, :, None], axis=1))

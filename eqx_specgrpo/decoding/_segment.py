@@ -188,13 +188,15 @@ class SegmentQueue:
         now = time.perf_counter()
         # One that was given while another ran has begun when that one was seen to end.
         seconds, self._landed_at = now - max(began, self._landed_at), now
+        compiling = self._compilations.seconds - compiled
         observation = SegmentObservation(
             rows=len(report.active),
             plan=plan,
             rounds=int(report.rounds),
-            seconds=None if self._compilations.seconds > compiled else seconds,
+            seconds=None if compiling > 0 else seconds,
             accepted=tuple(report.accepted[: plan.length].tolist()),
             active_rounds=int(report.active_rounds),
             tokens=int(report.tokens),
+            compile_seconds=compiling,
         )
         return report, observation

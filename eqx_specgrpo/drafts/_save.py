@@ -29,6 +29,17 @@ from ._ngram import NGramDraft
 from ._tempered import TemperedDraft
 from ._vocabulary import ReducedVocabulary, draft_vocabulary, most_used_tokens, with_vocabulary
 
+_KINDS: dict[type[AbstractDraft], str] = {
+    MedusaHeads: "medusa",
+    HydraHeads: "hydra",
+    EagleDraft: "eagle",
+    ModelDraft: "model",
+    LayerSkipDraft: "layer_skip",
+    NGramDraft: "ngram",
+    FallbackDraft: "fallback",
+    TemperedDraft: "tempered",
+}
+
 
 class DraftWarning(UserWarning):
     """A draft that fits its target in size, but was trained for another model."""
@@ -189,25 +200,8 @@ def _check_same_model(folder: Path, made_for: dict[str, Any], target: AbstractLa
 
 def draft_kind(draft: AbstractDraft, own: str | None = None) -> str:
     """The name of a draft's architecture in `draft.json`; `own` is how a class outside the library is found."""
-    match draft:
-        case MedusaHeads():
-            return "medusa"
-        case HydraHeads():
-            return "hydra"
-        case EagleDraft():
-            return "eagle"
-        case ModelDraft():
-            return "model"
-        case LayerSkipDraft():
-            return "layer_skip"
-        case NGramDraft():
-            return "ngram"
-        case FallbackDraft():
-            return "fallback"
-        case TemperedDraft():
-            return "tempered"
-        case _:
-            return own or f"{type(draft).__module__}:{type(draft).__qualname__}"
+    # By the class itself: a subclass of one of these is another draft, which its own class has to make again.
+    return _KINDS.get(type(draft)) or own or f"{type(draft).__module__}:{type(draft).__qualname__}"
 
 
 def _settings(draft: AbstractDraft, own: str | None) -> dict[str, Any]:

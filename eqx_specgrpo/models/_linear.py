@@ -86,7 +86,9 @@ def matmul(x: Float[Array, "*batch in"], weight: Float[Array, "out in"]) -> Floa
 def _gather(table: Float[Array, "size features"], index: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
     if table.dtype != jnp.bfloat16:
         return table[index].astype(jnp.float32)
-    # On CPU a gather in bfloat16 converts the whole table to float32, one of plain bits does not.
+    # On CPU a gather in bfloat16 converts the whole table to float32, one of plain bits does not. In a loop XLA would
+    # take the view as bits out in front, and so make a copy of the whole table: it may not know that they don't change.
+    table, index = lax.optimization_barrier((table, index))
     bits = lax.bitcast_convert_type(table, jnp.uint16)[index]
     return lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
 

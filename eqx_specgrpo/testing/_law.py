@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._sampling import Sampling
-from .._types import Rollouts
 from ..decoding import AbstractVerifier, Block, FixedLength, decode
-from ..models import AbstractLanguageModel, sequence_features
+from ..decoding._score import completion_logits, whole_sequences
+from ..models import AbstractLanguageModel
 from ._errors import require
 from ._pair import Pair
 from ._rounds import SMALLEST_P_VALUE
@@ -25,9 +25,9 @@ _CELLS = 16
 @eqx.filter_jit
 def _judge(
     target: AbstractLanguageModel,
-    sequences: Int[Array | np.ndarray, "rows seq"],
-    lengths: Int[Array | np.ndarray, " rows"],
-    tokens: Int[Array | np.ndarray, "rows new"],
+    sequences: Int[Array, "rows seq"],
+    before: Int[Array, "rows new"],
+    tokens: Int[Array, "rows new"],
 ) -> tuple[Float[Array, "new vocab"], Float[Array, "rows new"], Float[Array, "rows new"], Float[Array, "rows new"]]:
     """What was to be expected of each token, given those before it, from one forward without a cache.
 
@@ -36,15 +36,12 @@ def _judge(
     At each place: the sum of the rows' distributions; the probability of the token that came, of those before it in the
     vocabulary, and of those that are likelier.
     """
-    features = sequence_features(target, jnp.asarray(sequences))
-    places = lengths[:, None] - 1 + jnp.arange(tokens.shape[1])[None]
-    hidden = jnp.take_along_axis(features.last, places[..., None], axis=1)
-    probs = jax.nn.softmax(target.unembed(hidden))
+    probs = jax.nn.softmax(completion_logits(target, sequences, before))
     own = jnp.take_along_axis(probs, tokens[..., None], axis=-1)
-    is_before = jnp.arange(probs.shape[-1])[None, None] < tokens[..., None]
-    before = jnp.sum(jnp.where(is_before, probs, 0.0), axis=-1)
-    likelier = jnp.sum(jnp.where((probs > own) | ((probs == own) & is_before), probs, 0.0), axis=-1)
-    return probs.sum(0), own[..., 0], before, likelier
+    is_earlier = jnp.arange(probs.shape[-1])[None, None] < tokens[..., None]
+    earlier = jnp.sum(jnp.where(is_earlier, probs, 0.0), axis=-1)
+    likelier = jnp.sum(jnp.where((probs > own) | ((probs == own) & is_earlier), probs, 0.0), axis=-1)
+    return probs.sum(0), own[..., 0], earlier, likelier
 
 
 def check_law(
@@ -99,12 +96,13 @@ def check_law(
             smallest_bucket=at_once,
             cache_dtype=jnp.float32,
         )
-        sums, own, before, likelier = (np.asarray(x, np.float64) for x in _judge(target, *_whole(rollouts)))
+        judged = _judge(target, *whole_sequences(rollouts), jnp.asarray(rollouts.tokens))
+        sums, own, earlier, likelier = (np.asarray(x, np.float64) for x in judged)
         seen = np.zeros_like(sums)
         np.add.at(seen, (np.arange(new)[None], rollouts.tokens), 1)
         counts, expected = counts + seen, expected + sums
         point = own * rng.uniform(size=own.shape)
-        in_order.append(before + point)
+        in_order.append(earlier + point)
         by_rank.append(likelier + point)
         if on_progress is not None:
             on_progress(min(draws, len(by_rank) * at_once))
@@ -125,18 +123,6 @@ def check_law(
         "tokens draws from the very distributions that come with them?",
     )
     return p_values[worst]
-
-
-def _whole(rollouts: Rollouts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Right-padded sequences, the prompts' lengths, and the completions."""
-    lengths = np.asarray(rollouts.prompts.lengths)[rollouts.group]
-    rows, new = rollouts.tokens.shape
-    width = rollouts.prompts.tokens.shape[1]
-    sequences = np.zeros((rows, width + new), np.int32)
-    sequences[:, :width] = rollouts.prompts.tokens[rollouts.group]
-    for row, length in enumerate(lengths):
-        sequences[row, length : length + new] = rollouts.tokens[row]
-    return sequences, np.asarray(lengths), np.asarray(rollouts.tokens)
 
 
 def _scaled(expected: np.ndarray, counts: np.ndarray) -> np.ndarray:

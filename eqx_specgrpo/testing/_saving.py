@@ -25,6 +25,10 @@ def check_saving(pair: Pair, kind: str | None = None) -> bool:
     **Returns:**
 
     Whether `load_draft` knows this kind by its name. Where it does not, the weights are read into the draft itself.
+
+    **Raises:**
+
+    `ConformanceError` if it can't be loaded, or comes back as something else.
     """
     draft = pair.draft
     require(
@@ -38,8 +42,10 @@ def check_saving(pair: Pair, kind: str | None = None) -> bool:
             loaded, by_name = load_draft(folder, pair.target), True
         except CheckpointError as error:
             # A class in a script or a notebook, or one that wants other arguments, can't be made by its name.
-            if kind is not None or ":" not in draft_kind(draft) or not isinstance(error.__cause__, UserError):
-                raise
+            require(
+                kind is None and ":" in draft_kind(draft) and isinstance(error.__cause__, UserError),
+                f"{pair.name} was saved and can't be loaded again: {error}",
+            )
             loaded, by_name = read_tree(folder / "draft.safetensors", draft, "Save the draft again")[0], False
     is_same = jax.tree.structure(loaded) == jax.tree.structure(draft) and all(
         not eqx.is_array(a)

@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..drafts import AbstractDraft, FallbackDraft, TemperedDraft
-from ..drafts._vocabulary import draft_vocabulary
+from ..drafts import AbstractDraft, FallbackDraft, TemperedDraft, draft_vocabulary
 from ..models import sequence_features
 from ._drive import propose, script, start
 from ._errors import require

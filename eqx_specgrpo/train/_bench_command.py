@@ -13,7 +13,6 @@ from rich.console import Console
 from .._compile import count_compilations
 from .._errors import UserError
 from .._sampling import make_sampling
-from .._types import Prompts
 from ..drafts import AbstractDraft, NoDraft
 from ..grpo import compute_copy, make_update_batch
 from ..models import AbstractLanguageModel, Tokenizer
@@ -294,10 +293,7 @@ def _workloads(parts: RunParts, target: AbstractLanguageModel, settings: BenchSe
     workloads = []
     for rows in sorted(settings.rows):
         count = rows // settings.samples
-        by_round = tuple(
-            Prompts(prompts.tokens[start : start + count], prompts.lengths[start : start + count])
-            for start in range(0, most * (settings.rounds + 1), most)
-        )
+        by_round = tuple(part.parts(count)[0] for part in prompts.parts(most))
         key = jr.fold_in(step_key(parts.config.seed, 0, _PURPOSE), rows)
         eos_ids = tuple(parts.tokenizer.eos_ids)
         workloads.append((rows, Workload(by_round, settings.samples, settings.new, sampling, eos_ids, key)))

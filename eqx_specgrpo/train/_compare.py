@@ -5,6 +5,7 @@ import time
 
 from jaxtyping import Array, Key
 
+from .._compile import count_compilations
 from ..drafts import AbstractDraft, NoDraft
 from ..models import AbstractLanguageModel
 from ._parts import RunParts
@@ -28,7 +29,7 @@ def compare_with_plain(
     """Tokens a second of both ways, interleaved, and the ratio of the medians.
 
     Sampled completions differ in length between the two, so time is taken per token. The first pass of each compiles
-    and is not counted. One round is enough where it takes long.
+    and is not counted, nor is any other that does. One round is enough where it takes long.
 
     **Arguments:**
 
@@ -45,12 +46,15 @@ def compare_with_plain(
             progress.phase(f"comparing with plain decoding: {name}, {'first pass' if measured == 0 else measured}")
             start = time.perf_counter()
             log = segments if name == "speculative" else None
-            rollouts = roll_out(parts, target, this_draft, prompts, key, segments=log)
-            if measured:
+            with count_compilations() as compilations:
+                rollouts = roll_out(parts, target, this_draft, prompts, key, segments=log)
+            if measured and compilations.seconds == 0:
                 rates[name].append(float(rollouts.lengths.sum()) / (time.perf_counter() - start))
         begin = time.perf_counter() if begin is None else begin
-        if measured and time.perf_counter() - begin > _ENOUGH_SECONDS:
+        if all(rates.values()) and time.perf_counter() - begin > _ENOUGH_SECONDS:
             break
+    if not all(rates.values()):
+        return {}
     plain, speculative = (statistics.median(rates[name]) for name in ("plain", "speculative"))
     progress.note(f"plain decoding {plain:.0f} tokens/s, speculative {speculative:.0f} tokens/s")
     return {"rollout, tokens per second": speculative / plain}

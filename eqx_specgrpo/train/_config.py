@@ -157,8 +157,9 @@ class DraftConfig(_Section):
     )
     length: int = Field(default=3, ge=0, le=8, description="tokens guessed ahead in a round; 0: plain decoding")
     adaptive: bool = Field(
-        default=False,
-        description="guess as many tokens, up to draft.length, as measured times and acceptance say pays, or none",
+        default=True,
+        description="guess as many tokens, up to draft.length, as measured times and acceptance say pays, or none; "
+        "false: always draft.length, and a run can be repeated to the bit",
     )
     max_length: int = Field(
         default=4, ge=1, le=8, description="the longest draft that it can make: how many heads it has, for instance"

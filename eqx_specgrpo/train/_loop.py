@@ -18,7 +18,7 @@ from ..models import locate, save_model
 from ._check import load_task_and_rewards
 from ._checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ._compare import compare_with_plain
-from ._config import RunConfig
+from ._config import DraftConfig, RunConfig
 from ._interrupt import interrupts
 from ._lessons import CHOOSE, COMPARE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
 from ._load_config import check_resume, dump_config, load_config
@@ -255,12 +255,17 @@ def _finish(
         )
     progress.close()
     console.print(summary_table(read_records(folder.metrics_path), speedup))
-    if speedup is not None and max(speedup.values()) < 1:
-        progress.say(
-            "Speculation did not pay here. Try a shorter draft (draft.length), more draft.warmup, or draft.kind=hydra "
-            "or eagle; draft.mode=off decodes plainly."
-        )
+    if speedup and max(speedup.values()) < 1:
+        progress.say(f"Speculation did not pay here. {_advice(config.draft)}")
     console.print(f"Run folder: {folder.path}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _advice(draft: DraftConfig) -> str:
+    """To whom speculation did not pay."""
+    better = "more draft.warmup, a draft that learned beforehand (specgrpo distill), or draft.kind=hydra or eagle"
+    if draft.adaptive:
+        return f"Lengths were chosen by what pays, so little was lost. For a gain try {better}."
+    return f"draft.adaptive=true drafts only what pays. Or try a shorter draft (draft.length), {better}."
 
 
 class _Clock:

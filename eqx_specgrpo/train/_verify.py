@@ -114,12 +114,13 @@ class Certificate(eqx.Module):
 
     def verdict(self) -> str:
         """One line."""
-        failed = ", ".join(finding.name for finding in self.findings if not finding.passed)
+        failed = [finding for finding in self.findings if not finding.passed]
+        names = ", ".join(finding.name for finding in failed if finding.of_output or self.lossless)
         if not self.lossless:
-            return f"NOT lossless as far as was checked: {failed} failed."
+            return f"NOT lossless as far as was checked: {names} failed."
         if failed:
             return (
-                f"Lossless as far as was checked, but the draft is not in order: {failed} failed. It may guess badly, "
+                f"Lossless as far as was checked, but the draft is not in order: {names} failed. It may guess badly, "
                 "not learn, or not be loaded again."
             )
         return "Lossless as far as was checked: the output is the model's own, whatever the draft says."

@@ -1,0 +1,180 @@
+"""What an adaptive draft length knows: the cost of rounds, acceptance by position, and what follows from them."""
+
+import dataclasses
+import math
+
+import equinox as eqx
+
+from ._length import SegmentObservation
+
+_FORGET_AFTER = 3000.0  # rounds of a row after which an observation of acceptance has lost most of its weight
+_UNSEEN_ACCEPTANCE = 0.7  # at the first position, before anything was drafted
+_OTHER_ROWS = 20.0  # rounds of a row that acceptance with any number of rows counts for, beside that with as many
+_FOLLOW = 0.3  # how much of a surprise is put down to the machine, whatever it runs,
+_LEARN = 0.1  # and how much, at least, to the kind of round
+_LARGEST_SURPRISE = 0.5  # as a logarithm: a pause of the machine is not followed further
+
+
+class RoundCost(eqx.Module):
+    """What a round costs.
+
+    **Arguments:**
+
+    - `log_seconds`: on a machine that is as fast as it was when the first round was seen.
+    - `looks`: how often it was measured.
+    - `looked_at`: when last, by the state's clock.
+    """
+
+    log_seconds: float
+    looks: int
+    looked_at: float
+
+
+class AdaptiveState(eqx.Module):
+    """What an `AdaptiveLength` has learned.
+
+    **Arguments:**
+
+    - `lengths`: those to choose from, ascending; the first is 0.
+    - `costs`: of a round, by (rows, length).
+    - `slowness`: the logarithm of how much slower the machine is now than it was at first: other work, or a context
+        that has grown.
+    - `passed`, `reached`: by number of rows, for each draft position, how many tokens were accepted there and how many
+        could have been, both with old rounds forgotten. Under 0, with any number of rows.
+    - `clock`: seconds of decoding seen so far.
+    - `spent`: of these, by number of rows.
+    - `lost`: of these, what looking again has cost, by length.
+    - `seen`: kinds of segments, (rows, length), that were run.
+    - `compile_seconds`: what a new kind costs to compile: the most that was seen, or less where kinds that were new
+        had been compiled already.
+    """
+
+    lengths: tuple[int, ...]
+    costs: dict[tuple[int, int], RoundCost]
+    slowness: float
+    passed: dict[int, tuple[float, ...]]
+    reached: dict[int, tuple[float, ...]]
+    clock: float
+    spent: dict[int, float]
+    lost: dict[int, float]
+    seen: frozenset[tuple[int, int]]
+    compile_seconds: float
+
+
+def initial_state(lengths: tuple[int, ...]) -> AdaptiveState:
+    nothing = (0.0,) * lengths[-1]
+    return AdaptiveState(
+        lengths=lengths,
+        costs={},
+        slowness=0.0,
+        passed={0: nothing},
+        reached={0: nothing},
+        clock=0.0,
+        spent={},
+        lost=dict.fromkeys(lengths, 0.0),
+        seen=frozenset(),
+        compile_seconds=0.0,
+    )
+
+
+def with_observation(state: AdaptiveState, observation: SegmentObservation) -> AdaptiveState:
+    """With a segment's acceptance and time taken in."""
+    rows, seconds = observation.rows, observation.seconds
+    nothing = (0.0,) * state.lengths[-1]
+    counts = {
+        which: _counted(state.passed.get(which, nothing), state.reached.get(which, nothing), observation)
+        for which in (0, rows)
+    }
+    state = dataclasses.replace(
+        state,
+        passed=state.passed | {which: passed for which, (passed, _) in counts.items()},
+        reached=state.reached | {which: reached for which, (_, reached) in counts.items()},
+        spent={rows: 0.0} | state.spent,
+    )
+    kind = (rows, observation.plan.length)
+    compile_seconds = max(state.compile_seconds, observation.compile_seconds)
+    if kind not in state.seen and seconds is not None:
+        compile_seconds /= 2
+    state = dataclasses.replace(state, seen=state.seen | {kind}, compile_seconds=compile_seconds)
+    if seconds is None or observation.rounds == 0:
+        return state
+    state = dataclasses.replace(
+        state, clock=state.clock + seconds, spent=state.spent | {rows: state.spent[rows] + seconds}
+    )
+    return _timed(state, rows, observation.plan.length, math.log(seconds / observation.rounds))
+
+
+def _timed(state: AdaptiveState, rows: int, length: int, log_seconds: float) -> AdaptiveState:
+    """With the time of a round taken in: partly as the machine's pace, partly as what such rounds cost."""
+    old = state.costs.get((rows, length))
+    if old is None:
+        cost, slowness = RoundCost(log_seconds - state.slowness, 1, state.clock), state.slowness
+    else:
+        surprise = log_seconds - old.log_seconds - state.slowness
+        surprise = max(-_LARGEST_SURPRISE, min(_LARGEST_SURPRISE, surprise))
+        learned = max(_LEARN, 1 / (old.looks + 1)) * surprise
+        cost = RoundCost(old.log_seconds + learned, old.looks + 1, state.clock)
+        slowness = state.slowness + _FOLLOW * surprise
+    return dataclasses.replace(state, costs=state.costs | {(rows, length): cost}, slowness=slowness)
+
+
+def _counted(
+    passed: tuple[float, ...], reached: tuple[float, ...], observation: SegmentObservation
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Acceptance with a segment's counted in."""
+    new_passed, new_reached = list(passed), list(reached)
+    could = float(observation.active_rounds)
+    for position, accepted in enumerate(observation.accepted):
+        keep = math.exp(-could / _FORGET_AFTER)
+        new_passed[position] = keep * passed[position] + accepted
+        new_reached[position] = keep * reached[position] + could
+        could = float(accepted)
+    return tuple(new_passed), tuple(new_reached)
+
+
+def expected_tokens(state: AdaptiveState, rows: int, length: int, benefit: float = 0.0) -> float:
+    """Tokens a round of a row with this draft length, from acceptance so far; at positions never drafted, as at the one
+    before. So many further tokens are taken to have been accepted at each position."""
+    nothing = (0.0,) * state.lengths[-1]
+    total, survival, rate = 1.0, 1.0, _UNSEEN_ACCEPTANCE
+    for position in range(length):
+        if state.reached[0][position] > 0:
+            rate = (state.passed[0][position] + benefit) / (state.reached[0][position] + benefit)
+        passed = state.passed.get(rows, nothing)[position]
+        reached = state.reached.get(rows, nothing)[position]
+        survival *= (passed + _OTHER_ROWS * rate) / (reached + _OTHER_ROWS)
+        total += survival
+    return total
+
+
+def expected_seconds(state: AdaptiveState, rows: int, length: int) -> float:
+    """Seconds of a round: measured, or guessed low from what was measured with as many rows.
+
+    A guess that is too low is put right by trying; one that is too high would never be.
+    """
+    if (rows, length) in state.costs:
+        log_seconds = state.costs[rows, length].log_seconds
+    else:
+        log_seconds = _guessed_cost(state, rows, length)
+    return math.exp(log_seconds + state.slowness)
+
+
+def _guessed_cost(state: AdaptiveState, rows: int, length: int) -> float:
+    known = known_lengths(state, rows)
+    nearest = min(known, key=lambda k: abs(k - length))
+    for others in sorted(state.spent, key=lambda r: abs(math.log(r / rows))):
+        # The same step was taken with another number of rows: then as there.
+        if (others, length) in state.costs and (others, nearest) in state.costs:
+            step = state.costs[others, length].log_seconds - state.costs[others, nearest].log_seconds
+            return state.costs[rows, nearest].log_seconds + step
+    return state.costs[rows, nearest].log_seconds
+
+
+def known_lengths(state: AdaptiveState, rows: int) -> list[int]:
+    """Those whose cost with so many rows was measured, ascending."""
+    return [k for k in state.lengths if (rows, k) in state.costs]
+
+
+def expected_speed(state: AdaptiveState, rows: int, length: int, benefit: float = 0.0) -> float:
+    """Tokens a second of a row."""
+    return expected_tokens(state, rows, length, benefit) / expected_seconds(state, rows, length)
