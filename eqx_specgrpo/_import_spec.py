@@ -71,7 +71,7 @@ def _load_file(source: str, what: str) -> ModuleType:
     try:
         with _import_from(path.parent):
             description.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(f"the {what} file {source} raised on import: {type(error).__name__}: {error}") from error
     return module
@@ -88,7 +88,7 @@ def _load_module(source: str, what: str, must_be: str) -> ModuleType:
             f"the module {source!r} of a {what} can't be imported: {error}. Install it, start in its folder, or "
             f"give the file: file.py:{must_be}"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"the module {source!r} of a {what} raised on import: {type(error).__name__}: {error}"
         ) from error

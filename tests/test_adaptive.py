@@ -1,5 +1,7 @@
 """The adaptive draft length, on simulated machines: what it chooses, what looking around costs, what it notices."""
 
+import dataclasses
+
 import jax.random as jr
 import numpy as np
 import pytest
@@ -127,7 +129,8 @@ def test_a_machine_that_changes_its_pace_changes_no_choice(slowness):
     assert plans[-1][0].length == 1
     machine.slowness = slowness
     _, plans, state = _run(machine, controller, 16, 60.0 * slowness, state)
-    assert plans[-1][0].expected.seconds_per_round == pytest.approx(slowness * 0.07, rel=0.05)
+    last = [plan for plan, _ in plans if plan.length == 1][-1]
+    assert last.expected.seconds_per_round == pytest.approx(slowness * 0.07, rel=0.05)
     for number in range(30):
         machine.slowness = slowness if number % 2 else 1.0
         _, more, state = _run(machine, controller, 16, 3.0, state)
@@ -191,6 +194,47 @@ def test_kinds_that_turn_out_to_be_compiled_already_are_tried_sooner():
     assert early.compile_seconds == 0 and {k for _, k in early.seen} == {0, 1, 2, 3, 4}
 
 
+@pytest.mark.parametrize("acceptance, best", [(0.8, 4), (0.05, 0)])
+@pytest.mark.parametrize("disturbed", [0, 1])
+def test_one_disturbed_measurement_does_not_decide_for_ever(acceptance, best, disturbed):
+    """The first timed segment of a length takes twice as long as it should."""
+
+    class Disturbed(Machine):
+        def segment(self, rows, plan):
+            seen = super().segment(rows, plan)
+            if seen.seconds is not None and plan.length == disturbed and not self.done:
+                self.done = True
+                return dataclasses.replace(seen, seconds=2 * seen.seconds)
+            return seen
+
+    machine = Disturbed(_linear, [acceptance] * 4)
+    machine.done = False
+    rate, plans, _ = _run(machine, AdaptiveLength(4), 4, 300.0)
+    late = plans[len(plans) // 2 :]
+    rounds = {k: sum(plan.max_rounds for plan, _ in late if plan.length == k) for k in range(5)}
+    assert machine.done and max(rounds, key=rounds.__getitem__) == best and rate > 0.93 * _best(machine, 4)[1]
+
+
+def test_what_was_compiled_is_measured_at_once():
+    """A compilation that takes longer than the ones before is no reason to leave its program lying idle."""
+    machine, controller = Machine(lambda rows, length: 0.05, [0.8]), AdaptiveLength(1)
+    state = controller.init(1)
+    for _ in range(200):
+        plan = controller.choose(state, 16)
+        machine.compile_seconds = 13.0 if plan.length else 2.0
+        seen = machine.segment(16, plan)
+        state = controller.update(state, seen)
+        if plan.length and seen.seconds is None:
+            assert controller.choose(state, 16).length == 1
+            return
+    raise AssertionError("the longer length was never tried")
+
+
+def test_a_state_of_another_controller_is_refused():
+    with pytest.raises(ValueError, match=r"not one of AdaptiveLength\(1\)"):
+        AdaptiveLength(1).choose(AdaptiveLength(3).init(3), 4)
+
+
 def test_what_is_known_of_other_rows_saves_trying():
     machine = Machine(lambda rows, length: 0.05 * (1 + length), [0.4] * 4)
     controller = AdaptiveLength(4)
@@ -213,6 +257,8 @@ def test_the_longest_length_is_a_bound():
     assert AdaptiveLength(8).init(3).lengths == (0, 1, 2, 3)
     assert AdaptiveLength(2).init(8).lengths == (0, 1, 2)
     assert AdaptiveLength(8).init(8).lengths == (0, 1, 2, 3, 4, 6, 8)
+    assert AdaptiveLength(7).init(8).lengths == (0, 1, 2, 3, 4, 6, 7)
+    assert AdaptiveLength(5).init(8).lengths == (0, 1, 2, 3, 4, 5)
     assert AdaptiveLength(4).init(0).lengths == (0,)
     with pytest.raises(ValueError, match="lengths are 0 to 8"):
         AdaptiveLength(9)

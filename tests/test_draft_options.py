@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from helpers import quick_compilation, tiny_transformer
@@ -116,3 +117,30 @@ def test_a_run_keeps_both_up_to_date_and_resumes(tiny_folder, tmp_path):
     run(config, resume=True)
     np.testing.assert_array_equal(draft_vocabulary(draft()).support, ids)
     np.testing.assert_array_equal(tempered_part(draft()).steps, tempered_part(whole).steps)
+
+
+def test_what_a_function_puts_together_comes_back_in_its_own_parts(tmp_path):
+    """Its parts are saved by their own classes, not by the function's name; a subclass is not its base."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        """
+from eqx_specgrpo.drafts import FallbackDraft, HydraHeads, NGramDraft
+
+
+class Mine(HydraHeads):
+    def __init__(self, target, max_length, *, key):
+        super().__init__(target.hidden_size, max_length, key=key)
+
+    def provenance(self):
+        return {}
+
+
+def both(target, max_length, *, key):
+    return FallbackDraft(NGramDraft(max_length), Mine(target, max_length, key=key))
+"""
+    )
+    draft = made(f"draft.kind={path}:both")
+    save_draft(tmp_path / "draft", draft, TARGET, "tiny", f"{path}:both")
+    loaded = load_draft(tmp_path / "draft", TARGET)
+    assert isinstance(loaded, FallbackDraft) and type(loaded.then).__name__ == "Mine"
+    assert jax.tree.structure(loaded) == jax.tree.structure(draft)

@@ -378,6 +378,10 @@ def test_a_file_is_run_once_until_it_changes(tmp_path):
     path.write_text("class Draft:\n    length = 2\n")
     first = import_callable(f"{path}:Draft", "draft", "class")
     assert import_callable(f"{path}:Draft", "draft", "class") is first
+    path.write_text("import sys\n\nsys.exit(0)\n")
+    for _ in range(2):  # nor is what was begun kept
+        with pytest.raises(UserError, match="raised on import: SystemExit"):
+            import_callable(f"{path}:Draft", "draft", "class")
     path.write_text("class Draft:\n    length = 3\n")
     assert import_callable(f"{path}:Draft", "draft", "class").length == 3 and first.length == 2
 

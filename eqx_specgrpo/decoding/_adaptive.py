@@ -6,6 +6,8 @@ import math
 import equinox as eqx
 
 from ._adaptive_state import (
+    COMPILE_GUESS,
+    ENOUGH_LOOKS,
     AdaptiveState,
     expected_seconds,
     expected_speed,
@@ -20,7 +22,6 @@ _SEGMENT_SECONDS = 0.5  # long enough for the host's share not to show
 _PROBE_SECONDS = 0.06
 _AGAIN_AFTER = 2.0
 _BENEFIT_OF_DOUBT = 8.0  # tokens taken to be accepted at each position of an untried length: few were seen, perhaps
-_NOT_HOPELESS = 0.7  # a known length is looked at again only if it is at least this good
 # The longer the draft, the more unevenly rows get on, and the last ones are decoded in a small batch. The speed of a
 # round does not show that, so a shorter length is preferred, plain decoding above all, unless it is so much slower.
 _CLEARLY = 1.03
@@ -60,10 +61,19 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
             raise ValueError(f"exploration is {self.exploration}, but it is a share of the time, from 0 to 1")
 
     def init(self, max_length: int) -> AdaptiveState:
-        return initial_state(tuple(k for k in (0, 1, 2, 3, 4, 6, 8) if k <= min(self.longest, max_length)))
+        longest = min(self.longest, max_length)
+        return initial_state((*(k for k in (0, 1, 2, 3, 4, 6) if k < longest), longest))
 
     def choose(self, state: AdaptiveState, rows: int) -> SegmentPlan:
+        if not isinstance(state, AdaptiveState) or state.lengths[-1] > self.longest:
+            raise ValueError(
+                f"the length_state is not one of AdaptiveLength({self.longest}): leave it out, or give what on_segment "
+                "was given for this draft and this controller"
+            )
         known = known_lengths(state, rows)
+        compiled = [k for k in state.lengths if (rows, k) in state.seen and k not in known]
+        if compiled:
+            return SegmentPlan(compiled[0], max_rounds=8)
         if not known:
             return SegmentPlan(_as_with_most_alike(state, rows), max_rounds=8)
         best = _best(state, rows, known)
@@ -92,21 +102,23 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
         promises = {k: expected_speed(state, rows, k, _BENEFIT_OF_DOUBT if k > best else 0.0) for k in candidates}
         length = max(candidates, key=lambda k: promises[k])
         worth = 1 - speed / promises[length]
-        pays = worth > 1 - 1 / _CLEARLY and worth * state.spent[rows] >= state.compile_seconds
+        costs = COMPILE_GUESS if state.compile_seconds is None else state.compile_seconds
+        pays = worth > 1 - 1 / _CLEARLY and worth * state.spent[rows] >= costs
         return length if pays else None
 
     def _worth_a_look(self, state: AdaptiveState, rows: int, known: list[int], best: int) -> int | None:
-        """The known length that was not looked at for longest, of those that may be.
+        """A length that is hardly known, or the one that was not looked at for longest, of those that may be.
 
         Each has the same share of the time that may be lost, so that a close rival, where a mistake would stay and a
-        look costs next to nothing, is looked at often, and one far behind seldom.
+        look costs next to nothing, is looked at often, and one far behind seldom, but never not at all: what was
+        measured may have been wrong, and the draft may have learned since.
         """
-        highest = max(expected_speed(state, rows, k) for k in known)
-        others = [k for k in known if k != best and expected_speed(state, rows, k) > _NOT_HOPELESS * highest]
-        if not others and best == 0 and len(known) > 1:
-            others = [known[1]]  # hopeless by now, but the draft may have learned since
+        others = [k for k in known if k != best]
+        hardly = [k for k in others if state.costs[rows, k].looks < ENOUGH_LOOKS]
+        if hardly:
+            return hardly[0]
         may_be_lost = self.exploration * state.clock / max(1, len(state.lengths) - 1)
-        ages = {k: state.clock - state.costs[rows, k].looked_at for k in others if state.lost[k] <= may_be_lost}
+        ages = {k: state.clock - state.costs[rows, k].looked_at for k in others if state.lost[k] < may_be_lost}
         due = [k for k in ages if ages[k] > _AGAIN_AFTER]
         return max(due, key=lambda k: ages[k]) if due else None
 

@@ -13,6 +13,8 @@ _OTHER_ROWS = 20.0  # rounds of a row that acceptance with any number of rows co
 _FOLLOW = 0.3  # how much of a surprise is put down to the machine, whatever it runs,
 _LEARN = 0.1  # and how much, at least, to the kind of round
 _LARGEST_SURPRISE = 0.5  # as a logarithm: a pause of the machine is not followed further
+ENOUGH_LOOKS = 3  # before a cost is relied on: any one of them may have met a pause of the machine
+COMPILE_GUESS = 2.0  # seconds, while no compilation was seen
 
 
 class RoundCost(eqx.Module):
@@ -46,7 +48,7 @@ class AdaptiveState(eqx.Module):
     - `lost`: of these, what looking again has cost, by length.
     - `seen`: kinds of segments, (rows, length), that were run.
     - `compile_seconds`: what a new kind costs to compile: the most that was seen, or less where kinds that were new
-        had been compiled already.
+        had been compiled already; `None` before the first segment.
     """
 
     lengths: tuple[int, ...]
@@ -58,7 +60,7 @@ class AdaptiveState(eqx.Module):
     spent: dict[int, float]
     lost: dict[int, float]
     seen: frozenset[tuple[int, int]]
-    compile_seconds: float
+    compile_seconds: float | None
 
 
 def initial_state(lengths: tuple[int, ...]) -> AdaptiveState:
@@ -73,7 +75,7 @@ def initial_state(lengths: tuple[int, ...]) -> AdaptiveState:
         spent={},
         lost=dict.fromkeys(lengths, 0.0),
         seen=frozenset(),
-        compile_seconds=0.0,
+        compile_seconds=None,
     )
 
 
@@ -92,9 +94,11 @@ def with_observation(state: AdaptiveState, observation: SegmentObservation) -> A
         spent={rows: 0.0} | state.spent,
     )
     kind = (rows, observation.plan.length)
-    compile_seconds = max(state.compile_seconds, observation.compile_seconds)
-    if kind not in state.seen and seconds is not None:
-        compile_seconds /= 2
+    compile_seconds = state.compile_seconds
+    if seconds is None:
+        compile_seconds = max(compile_seconds or 0.0, observation.compile_seconds)
+    elif kind not in state.seen:
+        compile_seconds = (COMPILE_GUESS if compile_seconds is None else compile_seconds) / 2
     state = dataclasses.replace(state, seen=state.seen | {kind}, compile_seconds=compile_seconds)
     if seconds is None or observation.rounds == 0:
         return state
@@ -109,6 +113,9 @@ def _timed(state: AdaptiveState, rows: int, length: int, log_seconds: float) -> 
     old = state.costs.get((rows, length))
     if old is None:
         cost, slowness = RoundCost(log_seconds - state.slowness, 1, state.clock), state.slowness
+    elif old.looks < ENOUGH_LOOKS:
+        mean = old.log_seconds + (log_seconds - state.slowness - old.log_seconds) / (old.looks + 1)
+        cost, slowness = RoundCost(mean, old.looks + 1, state.clock), state.slowness
     else:
         surprise = log_seconds - old.log_seconds - state.slowness
         surprise = max(-_LARGEST_SURPRISE, min(_LARGEST_SURPRISE, surprise))

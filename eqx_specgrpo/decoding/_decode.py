@@ -71,7 +71,8 @@ def decode(
     - `draft`: what guesses; plain decoding by default.
     - `sampling`: temperature and truncation; temperature 1 by default.
     - `key`: a row's random numbers derive from this key, the row's index and the absolute position, and from nothing
-        else; the same key gives the same rollouts.
+        else; the same key gives the same rollouts (under an `AdaptiveLength`, whose choices follow the clock, the same
+        tokens with the verifier `Coupled` alone).
     - `max_new_tokens`: the most tokens a row may emit. A row also stops where the model's context ends.
     - `eos_ids`: end-of-sequence ids; the one that ends a row is part of its completion.
     - `samples`: completions a prompt. Each prompt is prefilled once.
@@ -193,6 +194,11 @@ def decode(
                 store = PromptsInRows()
                 active, emitted = active[keep], int(output.lengths[row_ids].sum())
             plan = length.choose(length_state, len(row_ids))
+            if not 0 <= plan.length <= draft.max_length:
+                raise ValueError(
+                    f"{type(length).__name__} planned to draft {plan.length} tokens, but this draft drafts at most "
+                    f"{draft.max_length}: was the length_state made for another draft?"
+                )
             stop_below = len(row_ids) - admission if admission else _shrink_below(len(row_ids), smallest_bucket)
             state = segments.run(modules, store, state, plan, stop_below)
             if segments.is_full:

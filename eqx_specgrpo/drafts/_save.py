@@ -213,10 +213,14 @@ def _settings(draft: AbstractDraft, own: str | None) -> dict[str, Any]:
             parts = {"draft": draft.draft}
         case _:
             return draft.provenance()
-    return {
-        name: {"kind": draft_kind(part, own), "max_length": part.max_length, "settings": _settings(part, own)}
-        for name, part in parts.items()
-    }
+    source = own.rpartition(":")[0] if own else None
+    found = {}
+    for name, part in parts.items():
+        # What `own` names may have made the whole of them: a part is found by its own class, in the same place.
+        its_own = f"{source}:{type(part).__qualname__}" if source else None
+        settings = _settings(part, its_own)
+        found[name] = {"kind": draft_kind(part, its_own), "max_length": part.max_length, "settings": settings}
+    return found
 
 
 def _build(kind: str, settings: dict[str, Any], max_length: int, target: AbstractLanguageModel) -> AbstractDraft:
