@@ -4,9 +4,11 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,20 +41,40 @@ def import_callable(spec: str, what: str, must_be: str) -> Callable[..., Any]:
     module = _load_file(source, what) if source.endswith(".py") else _load_module(source, what, must_be)
     names = vars(module)
     if name not in names:
-        choices = [name for name, value in names.items() if callable(value) and not name.startswith("_")]
+        own = {name: value for name, value in names.items() if inspect.getmodule(value) is module}
+        choices = [name for name, value in own.items() if callable(value) and not name.startswith("_")]
         raise UserError(f"{source} has no {must_be} {name!r}.{did_you_mean(name, choices)}")
     if not callable(names[name]):
-        raise UserError(f"{spec!r} is a {type(names[name]).__name__}, but a {what} must be a {must_be}")
+        raise UserError(f"{spec!r} is of type {type(names[name]).__name__}, but a {what} must be a {must_be}")
     return names[name]
 
 
+def import_spec_of(named: type) -> str:
+    """How `import_callable` finds a class again, in another process too: `package.module:Name`, or `file.py:Name` if it
+    came from a file, or is defined in the script that is being run."""
+    module = sys.modules.get(named.__module__)
+    source = named.__module__
+    if module is not None:
+        if module.__spec__ is not None and not isinstance(module.__loader__, _OwnFileLoader):
+            source = module.__spec__.name  # of `python -m package.module` too, which calls itself __main__
+        elif "__file__" in vars(module):
+            source = str(Path(inspect.getfile(module)).resolve())
+    return f"{source}:{named.__qualname__}"
+
+
 _MODULE = re.compile(r"\w+(\.\w+)*")
+
+
+class _OwnFileLoader(SourceFileLoader):
+    """Of a file that was named by its path: its module has a name that no other process would find."""
 
 
 def _load_file(source: str, what: str) -> ModuleType:
     path = Path(source).expanduser().resolve()
     if not path.is_file():
         raise UserError(f"the {what} file {source} doesn't exist (looked at {path}). Check the path.")
+    if path == _script():
+        return _main()
     # A name of its own: the file mustn't shadow an installed module that happens to be called the same. Of its content
     # too: the same file gives the same classes, as any module does, and one that was edited gives new ones.
     try:
@@ -63,7 +85,7 @@ def _load_file(source: str, what: str) -> ModuleType:
     name = f"{path.stem}_{digest}"
     if name in sys.modules:
         return sys.modules[name]
-    description = importlib.util.spec_from_file_location(name, path)
+    description = importlib.util.spec_from_file_location(name, path, loader=_OwnFileLoader(name, str(path)))
     if description is None or description.loader is None:
         raise UserError(f"the {what} file {source} can't be imported: is it a Python file?")
     module = importlib.util.module_from_spec(description)
@@ -77,9 +99,22 @@ def _load_file(source: str, what: str) -> ModuleType:
     return module
 
 
+def _main() -> ModuleType:
+    """What Python was started with. Loading its file again would give second copies of its classes."""
+    return sys.modules["__main__"]
+
+
+def _script() -> Path | None:
+    source = vars(_main()).get("__file__")
+    return None if source is None else Path(source).resolve()
+
+
 def _load_module(source: str, what: str, must_be: str) -> ModuleType:
     if not _MODULE.fullmatch(source):
         raise UserError(f"{source!r} is neither a module such as package.module nor a file ending in .py")
+    started_as = _main().__spec__
+    if started_as is not None and started_as.name == source:
+        return _main()
     try:
         with _import_from(Path.cwd()):
             return importlib.import_module(source)

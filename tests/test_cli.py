@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import subprocess
 import sys
 import tomllib
@@ -399,3 +400,44 @@ def test_a_stop_at_once_says_how_to_go_on(specgrpo, tiny_folder, tmp_path, monke
     code, _, err = specgrpo("run", *arguments)
     assert code == 130
     assert err.endswith(f"go on with: specgrpo run --resume --out '{tmp_path}/a run'\n")
+
+
+# Takes and gives back 256 MB, twice; says how many pages the second time has to map anew.
+TAKE_TWICE = """
+import resource
+
+import numpy as np
+
+from eqx_specgrpo import cli
+
+cli._keep_freed_memory()
+
+
+def take():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**28, np.int8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+take()
+print(take())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+@pytest.mark.parametrize(
+    "environment, kept",
+    [
+        ({"JAX_PLATFORMS": "cpu"}, True),
+        ({"JAX_PLATFORMS": "cuda,cpu"}, False),
+        ({"JAX_PLATFORMS": "cpu", "MALLOC_TOP_PAD_": "0"}, False),
+        ({"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.mmap_max=65536"}, False),
+    ],
+)
+def test_freed_memory_is_kept_on_a_cpu_unless_malloc_was_set_up(environment, kept):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
+    output = subprocess.run(
+        [sys.executable, "-c", TAKE_TWICE], env=clean | environment, capture_output=True, text=True, check=True
+    ).stdout
+    # A page is 4 KB, or 2 MB where the system gives large ones.
+    assert int(output) < 16 if kept else int(output) > 64

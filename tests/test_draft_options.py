@@ -1,7 +1,9 @@
 """`draft.vocabulary` and `draft.fit_temperature`, from the configuration to a run's folder."""
 
 import json
+import runpy
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -119,11 +121,7 @@ def test_a_run_keeps_both_up_to_date_and_resumes(tiny_folder, tmp_path):
     np.testing.assert_array_equal(tempered_part(draft()).steps, tempered_part(whole).steps)
 
 
-def test_what_a_function_puts_together_comes_back_in_its_own_parts(tmp_path):
-    """Its parts are saved by their own classes, not by the function's name; a subclass is not its base."""
-    path = tmp_path / "mine.py"
-    path.write_text(
-        """
+MINE = """
 from eqx_specgrpo.drafts import FallbackDraft, HydraHeads, NGramDraft
 
 
@@ -138,9 +136,65 @@ class Mine(HydraHeads):
 def both(target, max_length, *, key):
     return FallbackDraft(NGramDraft(max_length), Mine(target, max_length, key=key))
 """
-    )
+
+
+def test_what_a_function_puts_together_comes_back_in_its_own_parts(tmp_path):
+    """Its parts are saved by their own classes, not by the function's name; a subclass is not its base."""
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
     draft = made(f"draft.kind={path}:both")
     save_draft(tmp_path / "draft", draft, TARGET, "tiny", f"{path}:both")
     loaded = load_draft(tmp_path / "draft", TARGET)
     assert isinstance(loaded, FallbackDraft) and type(loaded.then).__name__ == "Mine"
     assert jax.tree.structure(loaded) == jax.tree.structure(draft)
+
+
+def test_a_class_of_a_file_is_found_again_by_that_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    for kind in ("Mine", "both"):
+        draft = made(f"draft.kind={path}:{kind}")
+        save_draft(tmp_path / kind, draft, TARGET, "tiny")
+        loaded = load_draft(tmp_path / kind, TARGET)
+        assert type(loaded) is type(draft) and jax.tree.structure(loaded) == jax.tree.structure(draft)
+    assert json.loads((tmp_path / "Mine" / "draft.json").read_text())["kind"] == f"{path.resolve()}:Mine"
+
+
+# Saves a draft of a class that it defines itself, and asks for it again.
+SCRIPT = (
+    MINE
+    + """
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    import jax.random as jr
+    from tiny_run import tiny_model
+
+    from eqx_specgrpo.drafts import load_draft, save_draft
+
+    target, folder = tiny_model(), Path(sys.argv[1])
+    save_draft(folder, Mine(target, 2, key=jr.key(0)), target, "tiny")
+    assert type(load_draft(folder, target)) is Mine
+"""
+)
+
+
+@pytest.mark.parametrize("how", ["python file.py", "python -m package.module"])
+def test_a_class_of_a_script_is_found_again(how, tmp_path, monkeypatch):
+    package = tmp_path / "package_of_drafts"
+    package.mkdir()
+    path = package / "script.py"
+    path.write_text(SCRIPT)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script", str(tmp_path / "draft")])
+    if how == "python file.py":
+        runpy.run_path(str(path), run_name="__main__")
+        kind = f"{path.resolve()}:Mine"
+    else:
+        runpy.run_module("package_of_drafts.script", run_name="__main__", alter_sys=True)
+        kind = "package_of_drafts.script:Mine"
+    assert json.loads((tmp_path / "draft" / "draft.json").read_text())["kind"] == kind
+    loaded = load_draft(tmp_path / "draft", TARGET)
+    assert type(loaded).__name__ == "Mine" and loaded.max_length == 2
+    sys.modules.pop("package_of_drafts.script", None)

@@ -386,6 +386,14 @@ def test_a_file_is_run_once_until_it_changes(tmp_path):
     assert import_callable(f"{path}:Draft", "draft", "class").length == 3 and first.length == 2
 
 
+def test_only_what_a_file_defines_is_suggested(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from fractions import Fraction\n\nclass Draft: ...\n\nclass Other: ...\n")
+    with pytest.raises(UserError, match="Draft.*Other") as info:
+        import_callable(f"{path}:xyz", "draft", "class")
+    assert "Fraction" not in str(info.value)
+
+
 @pytest.mark.parametrize(
     "specs, weights, words",
     [

@@ -33,12 +33,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eqx_specgrpo import train
 from eqx_specgrpo._types import ScoredRollouts
-from eqx_specgrpo.decoding import decode
+from eqx_specgrpo.decoding import SegmentObservation, decode
 from eqx_specgrpo.drafts import MedusaHeads, load_draft
 from eqx_specgrpo.grpo import LossSettings, NonFiniteError, compute_copy
 from eqx_specgrpo.models import load_pretrained, sequence_features
 from eqx_specgrpo.train import RunFolder, latest_checkpoint, load_config, read_records
 from eqx_specgrpo.train._parts import make_draft, make_parts
+from eqx_specgrpo.train._segments import SegmentLog
 from eqx_specgrpo.train._state import RunState
 from eqx_specgrpo.train._step import draft_rows
 
@@ -265,6 +266,39 @@ def copied(tree):
 
 def bits(*trees) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(eqx.filter(trees, eqx.is_array))]
+
+
+class Segments(SegmentLog):
+    """Remembers the most rows of a segment."""
+
+    most_rows = 0
+
+    def __call__(self, observation: SegmentObservation, length_state):
+        self.most_rows = max(self.most_rows, observation.rows)
+        super().__call__(observation, length_state)
+
+
+def test_rows_that_wait_take_the_places_of_finished_ones(tiny_folder, tmp_path):
+    """`grpo.max_rows` bounds the rows of a segment, and changes no completion."""
+    policy, tokenizer = load_pretrained(tiny_folder)
+    found, most = {}, {}
+    for rows in ("none", "3"):
+        config = tiny_config(tiny_folder, tmp_path, "draft.mode=off", f"grpo.max_rows={rows}")
+        parts = make_parts(config, tokenizer, make_draft(config.draft, policy))
+        _, prompts = train.next_examples(parts.task, tokenizer, policy, 0, 2, 16)
+        segments = Segments()
+        found[rows] = train.roll_out(
+            parts,
+            compute_copy(policy, "float32"),
+            make_draft(config.draft, policy),
+            prompts,
+            jr.key(0),
+            segments=segments,
+        )
+        most[rows] = segments.most_rows
+    assert most == {"none": 8, "3": 3}
+    np.testing.assert_array_equal(found["3"].tokens, found["none"].tokens)
+    assert len(set(found["none"].lengths.tolist())) > 1
 
 
 def test_the_draft_leaves_the_policy_alone(tiny_folder, tmp_path):

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from .._errors import CheckpointError, UserError
-from .._import_spec import is_import_spec
+from .._import_spec import import_spec_of, is_import_spec
 from .._tree_file import named_arrays, read_tree
 from ..models import AbstractLanguageModel
 from ._base import AbstractDraft, DraftError, check_fit
@@ -56,7 +56,7 @@ def save_draft(
     - `draft`: in float32.
     - `target`, `target_name`: whom it was trained for; the sizes, the name and a fingerprint are kept with it.
     - `kind`: for a class of your own, how it is found: `path/to/file.py:MyDraft` or `package.module:MyDraft`. By
-        default its module and name, which serves where the module can be imported.
+        default its module, or the file if it came from one or is defined in the script that is being run.
 
     **Raises:**
 
@@ -201,7 +201,7 @@ def _check_same_model(folder: Path, made_for: dict[str, Any], target: AbstractLa
 def draft_kind(draft: AbstractDraft, own: str | None = None) -> str:
     """The name of a draft's architecture in `draft.json`; `own` is how a class outside the library is found."""
     # By the class itself: a subclass of one of these is another draft, which its own class has to make again.
-    return _KINDS.get(type(draft)) or own or f"{type(draft).__module__}:{type(draft).__qualname__}"
+    return _KINDS.get(type(draft)) or own or import_spec_of(type(draft))
 
 
 def _settings(draft: AbstractDraft, own: str | None) -> dict[str, Any]:

@@ -73,6 +73,10 @@ class GRPOConfig(_Section):
     num_generations: int = Field(default=8, ge=2, description="completions of each prompt: the group")
     prompts_per_step: int = Field(default=4, ge=1, description="prompts of a step")
     max_completion_length: int = Field(default=160, ge=1, description="longest completion, in tokens")
+    max_rows: Annotated[Annotated[int, Field(ge=1)] | None, _NoneWord] = Field(
+        default=None,
+        description="completions decoded at a time; when some finish, waiting ones take their places; none: all",
+    )
     temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the log-probabilities in the loss")
     learning_rate: float = Field(default=1e-6, ge=0, description="AdamW's, at its height")
     lr_scheduler_type: Literal["constant", "linear"] = Field(
@@ -108,8 +112,8 @@ class GRPOConfig(_Section):
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="micro-batches a step is split into")
     max_tokens_per_micro_batch: Annotated[Annotated[int, Field(ge=1)] | None, _NoneWord] = Field(
         default=None,
-        description="divide the rows further, until no micro-batch holds more tokens, padding included; none: only "
-        "where sorting by length saves padding",
+        description="divide the rows further, until no micro-batch holds more tokens, padding included; none: 2048 on "
+        "a CPU, and elsewhere only where sorting by length saves padding",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="keep only the layers' inputs for the backward pass: less memory, more arithmetic"

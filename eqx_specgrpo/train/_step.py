@@ -38,6 +38,8 @@ from ._parts import RunParts, check_prompt
 from ._segments import SegmentLog
 from ._state import RunState
 
+# A micro-batch of more tokens is no faster on a CPU, and takes more memory.
+_TOKENS_ON_CPU = 2048
 _PROMPT_WIDTH = 32  # prompts are padded to a multiple of this, so that few widths are compiled
 POSITION_DECAY = 0.8  # weight of a draft position relative to the one before it (Cai et al. 2024, section 2.2.1)
 
@@ -85,6 +87,7 @@ def roll_out(
         max_new_tokens=grpo.max_completion_length,
         eos_ids=parts.tokenizer.eos_ids,
         samples=grpo.num_generations,
+        max_rows=grpo.max_rows,
         on_progress=on_progress,
         on_segment=segments,
     )
@@ -130,7 +133,7 @@ def update_policy(
         scored.rollouts.lengths,
         new,
         num_parts=grpo.gradient_accumulation_steps,
-        max_tokens=grpo.max_tokens_per_micro_batch,
+        max_tokens=_most_tokens(grpo.max_tokens_per_micro_batch),
         sort=parts.loss.loss_type != "bnpo",  # whose value depends on which rows are together
         prompt_of_row=scored.rollouts.group,
         prompt_width=width - new,
@@ -174,6 +177,10 @@ def update_policy(
     metrics["learning_rate"] = learning_rate
     back = np.argsort(np.concatenate([chosen for chosen, _ in plan]))
     return policy, optimizer_state, weights, _in_order(features, back), batch, metrics
+
+
+def _most_tokens(wanted: int | None) -> int | None:
+    return _TOKENS_ON_CPU if wanted is None and jax.default_backend() == "cpu" else wanted
 
 
 @eqx.filter_jit
