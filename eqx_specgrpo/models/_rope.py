@@ -29,7 +29,11 @@ def rope_table(
 ) -> tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]:
     """Cosines and sines for absolute positions; computed once a forward and shared by all layers."""
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    # XLA takes cosines for cheap, and on CPU it would compute them again in every layer, for every head. Divisions it
+    # computes once. (An optimization barrier is gone by the time it decides that.)
+    one = cos * cos + sin * sin
+    return cos / one, sin / one
 
 
 def apply_rope(
