@@ -8,7 +8,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,8 +41,10 @@ def import_callable(spec: str, what: str, must_be: str) -> Callable[..., Any]:
     module = _load_file(source, what) if source.endswith(".py") else _load_module(source, what, must_be)
     names = vars(module)
     if name not in names:
-        own = {name: value for name, value in names.items() if inspect.getmodule(value) is module}
-        choices = [name for name, value in own.items() if callable(value) and not name.startswith("_")]
+        callables = {name: value for name, value in names.items() if callable(value) and not name.startswith("_")}
+        # What a package imports it offers; what a file imports it uses.
+        from_file = source.endswith(".py")
+        choices = [name for name, value in callables.items() if not from_file or _is_own(value, module)]
         raise UserError(f"{source} has no {must_be} {name!r}.{did_you_mean(name, choices)}")
     if not callable(names[name]):
         raise UserError(f"{spec!r} is of type {type(names[name]).__name__}, but a {what} must be a {must_be}")
@@ -55,8 +57,9 @@ def import_spec_of(named: type) -> str:
     module = sys.modules.get(named.__module__)
     source = named.__module__
     if module is not None:
-        if module.__spec__ is not None and not isinstance(module.__loader__, _OwnFileLoader):
-            source = module.__spec__.name  # of `python -m package.module` too, which calls itself __main__
+        found_by = _spec(module)
+        if found_by is not None and not isinstance(found_by.loader, _OwnFileLoader):
+            source = found_by.name  # of `python -m package.module` too, which calls itself __main__
         elif "__file__" in vars(module):
             source = str(Path(inspect.getfile(module)).resolve())
     return f"{source}:{named.__qualname__}"
@@ -67,6 +70,16 @@ _MODULE = re.compile(r"\w+(\.\w+)*")
 
 class _OwnFileLoader(SourceFileLoader):
     """Of a file that was named by its path: its module has a name that no other process would find."""
+
+
+def _is_own(value: Any, module: ModuleType) -> bool:
+    """Whether a function or class is defined there. What else can be called, a partial for instance, is made there."""
+    return not (inspect.isroutine(value) or inspect.isclass(value)) or inspect.getmodule(value) is module
+
+
+def _spec(module: ModuleType) -> ModuleSpec | None:
+    """How it was found; debuggers leave a `__main__` that says nothing about it."""
+    return vars(module).get("__spec__")
 
 
 def _load_file(source: str, what: str) -> ModuleType:
@@ -112,7 +125,7 @@ def _script() -> Path | None:
 def _load_module(source: str, what: str, must_be: str) -> ModuleType:
     if not _MODULE.fullmatch(source):
         raise UserError(f"{source!r} is neither a module such as package.module nor a file ending in .py")
-    started_as = _main().__spec__
+    started_as = _spec(_main())
     if started_as is not None and started_as.name == source:
         return _main()
     try:

@@ -1,14 +1,17 @@
 import asyncio
 import math
+import sys
 import textwrap
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from eqx_specgrpo._errors import UserError
-from eqx_specgrpo._import_spec import import_callable
+from eqx_specgrpo._import_spec import import_callable, import_spec_of
 from eqx_specgrpo.tasks import (
     Arithmetic,
     JsonlTask,
@@ -388,10 +391,26 @@ def test_a_file_is_run_once_until_it_changes(tmp_path):
 
 def test_only_what_a_file_defines_is_suggested(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("from fractions import Fraction\n\nclass Draft: ...\n\nclass Other: ...\n")
-    with pytest.raises(UserError, match="Draft.*Other") as info:
+    path.write_text(
+        "from fractions import Fraction\nfrom functools import partial\n\nclass Draft: ...\n\nother = partial(Draft)\n"
+    )
+    with pytest.raises(UserError, match="Draft.*other") as info:
         import_callable(f"{path}:xyz", "draft", "class")
     assert "Fraction" not in str(info.value)
+
+
+def test_what_a_package_offers_is_suggested():
+    with pytest.raises(UserError, match="Did you mean 'MedusaHeads'"):
+        import_callable("eqx_specgrpo.drafts:MedusaHead", "draft", "class")
+
+
+def test_a_debugger_takes_the_mark_of_how_a_script_was_started(monkeypatch):
+    main = ModuleType("__main__")
+    del main.__spec__
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    assert import_callable("fractions:Fraction", "reward", "function") is Fraction
+    main.__file__ = "/script.py"
+    assert import_spec_of(type("Mine", (), {"__module__": "__main__"})) == "/script.py:Mine"
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,8 @@ class GRPOConfig(_Section):
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="micro-batches a step is split into")
     max_tokens_per_micro_batch: Annotated[Annotated[int, Field(ge=1)] | None, _NoneWord] = Field(
         default=None,
-        description="divide the rows further, until no micro-batch holds more tokens, padding included; none: 2048 on "
-        "a CPU, and elsewhere only where sorting by length saves padding",
+        description="divide the rows further, until no micro-batch of several rows holds more tokens, padding "
+        "included; none: 2048 on a CPU (not with bnpo), and elsewhere only where sorting by length saves padding",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="keep only the layers' inputs for the backward pass: less memory, more arithmetic"
