@@ -30,4 +30,4 @@ def test_a_compiled_model_computes_the_table_once_and_not_in_each_layer():
         forward = eqx.filter_jit(lambda m, p: m.hidden(tokens, p, m.no_cache())[0].last)
         return len(re.findall(r" cosine\(", forward.lower(model, positions).compile().compiled.as_text()))
 
-    assert cosines(4) == cosines(1)
+    assert 0 < cosines(1) == cosines(4)
