@@ -86,7 +86,7 @@ def test_it_finds_the_best_length_and_costs_little(rows, rates):
     assert rate > 0.95 * best_rate and rate > 0.95 * plain_rate
     lengths = [plan.length for plan, seen in plans for _ in range(plan.max_rounds)]
     chosen = max(set(lengths), key=lengths.count)
-    assert chosen == best or rate > 0.97 * best_rate  # a tie, but for noise
+    assert chosen == best or rate > 0.96 * best_rate  # a shorter one may be 3% behind, and looking around costs 1%
 
 
 def test_it_is_plain_decoding_where_speculation_does_not_pay():
@@ -123,14 +123,14 @@ def test_it_notices_that_the_draft_has_gone_stale():
 def test_a_machine_that_changes_its_pace_changes_no_choice(slowness):
     """Two lengths are compared as if they had been measured at one time: what was measured long ago is not taken for
     cheap or dear because other work has come to the machine since, or gone."""
-    machine = Machine(lambda rows, length: 0.05 + 0.02 * length, [0.6, 0.3])
+    machine = Machine(lambda rows, length: 0.05 + 0.015 * length, [0.6, 0.3])
     controller = AdaptiveLength(2)
     _, plans, state = _run(machine, controller, 16, 60.0)
     assert plans[-1][0].length == 1
     machine.slowness = slowness
     _, plans, state = _run(machine, controller, 16, 60.0 * slowness, state)
     last = [plan for plan, _ in plans if plan.length == 1][-1]
-    assert last.expected.seconds_per_round == pytest.approx(slowness * 0.07, rel=0.05)
+    assert last.expected.seconds_per_round == pytest.approx(slowness * 0.065, rel=0.05)
     for number in range(30):
         machine.slowness = slowness if number % 2 else 1.0
         _, more, state = _run(machine, controller, 16, 3.0, state)
@@ -152,12 +152,61 @@ def test_rows_that_are_left_at_the_end_may_be_hard_to_draft_for():
     assert rounds[16][3] > 0.85 * sum(rounds[16]) and rounds[4][0] > 0.8 * sum(rounds[4])
 
 
-@pytest.mark.parametrize("gain, length", [(1.02, 0), (1.06, 1)])
-def test_of_two_lengths_that_are_about_as_fast_the_shorter_is_taken(gain, length):
+@pytest.mark.parametrize("rows, gain, length", [(1, 1.02, 0), (1, 1.06, 1), (16, 1.06, 0), (16, 1.11, 1)])
+def test_of_two_lengths_that_are_about_as_fast_the_shorter_is_taken(rows, gain, length):
+    """With more than one row, what uneven ends cost comes on top."""
     machine = Machine(lambda rows, k: 0.05 if k == 0 else 0.05 * 1.5 / gain, [0.5])
-    _, plans, _ = _run(machine, AdaptiveLength(1), 16, 200.0)
+    _, plans, _ = _run(machine, AdaptiveLength(1), rows, 200.0)
     rounds = [plan.max_rounds for plan, _ in plans if plan.length == length]
     assert sum(rounds) > 0.8 * sum(plan.max_rounds for plan, _ in plans)
+
+
+def _decode_to_the_end(machine, controller, state, rng, rows, tokens, spread=0.1):
+    """Seconds and state after a decoding whose rows are not equally hard to draft for, and shrink away as they end."""
+    rates = np.clip(machine.rates[0] + spread * rng.standard_normal(rows), 0, 1)
+    left, seconds, bucket = np.full(rows, tokens), 0.0, rows
+    while left.any():
+        while bucket > 1 and (left > 0).sum() <= bucket // 2:
+            bucket //= 2
+        plan = controller.choose(state, bucket)
+        rounds, active, accepted = 0, 0, 0
+        while rounds < plan.max_rounds and (left > 0).sum() > (bucket // 2 if bucket > 1 else 0):
+            alive = left > 0
+            hit = alive & (rng.random(rows) < rates) if plan.length else np.zeros(rows, bool)
+            left = np.maximum(left - alive - hit, 0)
+            rounds, active, accepted = rounds + 1, active + int(alive.sum()), accepted + int(hit.sum())
+        taken = rounds * machine.cost(bucket, plan.length) * np.exp(machine.noise * rng.standard_normal())
+        seconds += taken
+        state = controller.update(
+            state,
+            SegmentObservation(
+                rows=bucket,
+                plan=plan,
+                rounds=rounds,
+                seconds=taken,
+                accepted=(accepted,) * plan.length,
+                active_rounds=active,
+                tokens=active + accepted,
+            ),
+        )
+    return seconds, state
+
+
+@pytest.mark.parametrize("gain", [0.95, 1.0, 1.05, 1.1, 1.3])
+def test_rows_that_end_at_different_times_do_not_make_it_slower_than_plain_decoding(gain):
+    """Those of a plain decoding all end at the limit. What a round yields in its time does not show it."""
+
+    def cost(rows, length):
+        return (0.02 + 0.001 * rows) * (1.75 / gain if length else 1.0)
+
+    machine, controller, seconds = Machine(cost, [0.75], noise=0.05), AdaptiveLength(1), []
+    for seed in range(3):
+        state, rng = controller.init(1), np.random.default_rng(seed)
+        for number in range(24):
+            taken, state = _decode_to_the_end(machine, controller, state, rng, 32, 64)
+            if number >= 4:
+                seconds.append(taken)
+    assert np.mean(seconds) < 64 * cost(32, 0) / (0.977 if gain < 1.2 else 1.15)
 
 
 def test_a_close_rival_is_looked_at_more_often_than_one_far_behind():

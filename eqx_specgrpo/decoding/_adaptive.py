@@ -19,12 +19,15 @@ from ._adaptive_state import (
 from ._length import LONGEST, AbstractLengthController, Expectation, SegmentObservation, SegmentPlan
 
 _SEGMENT_SECONDS = 0.5  # long enough for the host's share not to show
-_PROBE_SECONDS = 0.06
+_PROBE_SECONDS = 0.1
+_LEAST_ROUNDS = 2  # no more than have to be: rounds of another length are what makes rows uneven
 _AGAIN_AFTER = 2.0
 _BENEFIT_OF_DOUBT = 8.0  # tokens taken to be accepted at each position of an untried length: few were seen, perhaps
-# The longer the draft, the more unevenly rows get on, and the last ones are decoded in a small batch. The speed of a
-# round does not show that, so a shorter length is preferred, plain decoding above all, unless it is so much slower.
-_CLEARLY = 1.03
+# Rows that draft get on unevenly, and the last of them are decoded in a small batch; in plain decoding all reach the
+# limit at once. What a round yields in its time does not show that: a round has to be so much faster for the whole to
+# come out even.
+_UNEVEN_ENDS = 1.05
+_CLEARLY = 1.03  # a shorter length is preferred, plain decoding above all, unless it is so much slower
 
 
 class AdaptiveLength(AbstractLengthController[AdaptiveState]):
@@ -33,7 +36,8 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
     A round with `rows` rows and draft length `k` costs `c(rows, k)` seconds, which is measured, and yields
     `E(k) = 1 + a_1 + a_1 a_2 + ...` tokens a row, where `a_i` is the running share of drafted tokens accepted at
     position `i` among those whose predecessors were, with as many rows: those that are left at the end are often the
-    ones that are hard to draft for. Of the lengths whose `E(k) / c(rows, k)` is about the largest the shortest is used.
+    ones that are hard to draft for. Of the lengths whose `E(k) / c(rows, k)` is about the largest the shortest is used;
+    where there is more than one row, drafting has to be ahead by what is lost when rows finish at different times.
     Others are tried, one step at a time, once that would have paid for their compilation; lengths that were tried are
     looked at again now and then, the better the more often, so that a draft or a policy that has changed is noticed,
     but for no more than `exploration` of the time.
@@ -98,8 +102,8 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
         candidates = [k for k in untried if k < known[-1]] + longer
         if not candidates:
             return None
-        speed = expected_speed(state, rows, best)
-        promises = {k: expected_speed(state, rows, k, _BENEFIT_OF_DOUBT if k > best else 0.0) for k in candidates}
+        speed = _speed(state, rows, best)
+        promises = {k: _speed(state, rows, k, _BENEFIT_OF_DOUBT if k > best else 0.0) for k in candidates}
         length = max(candidates, key=lambda k: promises[k])
         worth = 1 - speed / promises[length]
         costs = COMPILE_GUESS if state.compile_seconds is None else state.compile_seconds
@@ -131,8 +135,14 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
         best = _best(state, rows, known_lengths(state, rows))
         if length == best:
             return state
-        behind = max(0.0, 1 - expected_speed(state, rows, length) / expected_speed(state, rows, best))
+        behind = max(0.0, 1 - _speed(state, rows, length) / _speed(state, rows, best))
         return dataclasses.replace(state, lost=state.lost | {length: state.lost[length] + behind * seconds})
+
+
+def _speed(state: AdaptiveState, rows: int, length: int, benefit: float = 0.0) -> float:
+    """Tokens a second of a row, less what uneven ends cost: nothing where there is one row, or none drafts."""
+    ends = 1.0 if length == 0 or rows == 1 else _UNEVEN_ENDS
+    return expected_speed(state, rows, length, benefit) / ends
 
 
 def _as_with_most_alike(state: AdaptiveState, rows: int) -> int:
@@ -146,10 +156,10 @@ def _as_with_most_alike(state: AdaptiveState, rows: int) -> int:
 
 def _best(state: AdaptiveState, rows: int, known: list[int]) -> int:
     """The shortest length that is about as fast as any."""
-    speeds = {k: expected_speed(state, rows, k) for k in known}
+    speeds = {k: _speed(state, rows, k) for k in known}
     return next(k for k in known if _CLEARLY * speeds[k] >= max(speeds.values()))
 
 
 def _plan(state: AdaptiveState, rows: int, length: int, seconds: float) -> SegmentPlan:
     expected = Expectation(expected_tokens(state, rows, length), expected_seconds(state, rows, length))
-    return SegmentPlan(length, max(4, min(256, round(seconds / expected.seconds_per_round))), expected)
+    return SegmentPlan(length, max(_LEAST_ROUNDS, min(256, round(seconds / expected.seconds_per_round))), expected)
