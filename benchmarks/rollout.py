@@ -4,7 +4,8 @@ round, and transformers' `generate` on the same prompts.
     python benchmarks/rollout.py --out results/rollout --model path/to/folder --draft drafts/hydra
     python benchmarks/rollout.py --out results/rollout --draft medusa --rows 16 --lengths 1,2
 
-Every arm decodes the same prompts in every round, one after the other in one process; ratios are within a round. Writes
+Every arm decodes the same prompts in every round, one after the other in one process; ratios are within a round. On a
+machine with other work, "at median costs" is steadier: the rounds that each arm ran, all of a kind at one price. Writes
 `rollout.json`, `rollout.md` and `rollout.png`.
 """
 
@@ -163,12 +164,49 @@ def against_transformers(
     return found
 
 
+Kind = tuple[int, str, str | None, int | str]
+"""Rows, draft, verifier and length, of an arm or of a round."""
+
+
+def ratios_at_median_costs(runs: Sequence[dict[str, Any]]) -> dict[Kind, float]:
+    """Tokens a second over plain decoding's, had each kind of round taken its median time, of all decodings together.
+
+    Which rounds an arm runs, and with how few rows at the end, is its own doing; how fast the machine was meanwhile is
+    not. Prompts, and what the host does between segments, are left out.
+    """
+    costs: dict[Kind, list[float]] = {}
+    for run in runs:
+        for segment in run["segments"]:
+            # Once for each round: a long segment says more.
+            per_round = [segment["seconds"] / max(1, segment["rounds"])] * segment["rounds"]
+            costs.setdefault(_kind(run, segment), []).extend(per_round)
+    medians = {kind: statistics.median(values) for kind, values in costs.items() if values}
+    sums: dict[Kind, tuple[float, float]] = {}
+    for run in runs:
+        arm = (run["rows"], run["draft"], run["verifier"], run["length"])
+        tokens, seconds = sums.get(arm, (0.0, 0.0))
+        tokens += sum(segment["tokens"] for segment in run["segments"])
+        seconds += sum(segment["rounds"] * medians.get(_kind(run, segment), 0.0) for segment in run["segments"])
+        sums[arm] = (tokens, seconds)
+    rates = {arm: tokens / seconds for arm, (tokens, seconds) in sums.items() if seconds > 0}
+    plain = {rows: rate for (rows, draft, _, _), rate in rates.items() if draft == PLAIN}
+    return {arm: rate / plain[arm[0]] for arm, rate in rates.items() if arm[0] in plain}
+
+
+def _kind(run: dict[str, Any], segment: dict[str, Any]) -> Kind:
+    """Of a segment's rounds. Those that do not draft are alike, whatever draft and verifier there are."""
+    draft, verifier = (run["draft"], run["verifier"]) if segment["length"] else (PLAIN, None)
+    return segment["rows"], draft, verifier, segment["length"]
+
+
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
     lines = [
-        "| rows | draft | length | tokens/s | ratio to plain | acceptance length | round, ms | share of the floor |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| rows | draft | length | tokens/s | ratio to plain | at median costs | acceptance length | round, ms | "
+        "share of the floor |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    at_medians = ratios_at_median_costs(record["runs"])
     for row in record["results"]:
         floor = record["floor"][str(row["rows"])]
         full = row["by_rows"].get(str(row["rows"]))
@@ -181,7 +219,9 @@ def table(record: dict[str, Any]) -> str:
         ratio = row["ratio"]
         lines.append(
             f"| {row['rows']} | {row['draft']} | {row['length']} | {row['tokens_per_second']['median']:.0f} | "
-            f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}) | {row['acceptance_length']:.2f} | "
+            f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}) | "
+            f"{at_medians[row['rows'], row['draft'], row['verifier'], row['length']]:.2f} | "
+            f"{row['acceptance_length']:.2f} | "
             f"{milliseconds} | {share} |"
         )
     if record["transformers"]:

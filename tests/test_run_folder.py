@@ -206,6 +206,21 @@ def test_summary_text():
     assert "Summary of 0 steps" in summary_text([])
 
 
+def test_summary_of_an_adaptive_length():
+    """How often it drafted, also if that was never: then acceptance lengths of 1 need a reason."""
+
+    def rows(*rounds, speedup=None):
+        metrics = [{f"spec/rounds_length_{length}": count for length, count in step.items()} for step in rounds]
+        return [" ".join(line.split()) for line in summary_text(metrics, speedup).splitlines()]
+
+    text = rows({0: 30.0}, {2: 60.0, 0: 10.0}, {10: 20.0})
+    begin = text.index("Draft length rounds share")
+    assert text[begin + 1 : begin + 4] == ["0 (plain decoding) 40 33%", "2 60 50%", "10 20 17%"]
+    assert "0 (plain decoding) 30 100%" in rows({0: 30.0}, speedup={"wall clock": 1.0})
+    assert "Draft length rounds share" not in rows({0: 30.0}), "without a draft it goes without saying"
+    assert "Draft length rounds share" not in rows({3: 30.0}, speedup={"wall clock": 1.0}), "as does a fixed length"
+
+
 def test_plot(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot be read"):
         plot_run(tmp_path)

@@ -27,6 +27,7 @@ _BENEFIT_OF_DOUBT = 8.0  # tokens taken to be accepted at each position of an un
 # limit at once. What a round yields in its time does not show that: a round has to be so much faster for the whole to
 # come out even.
 _UNEVEN_ENDS = 1.05
+_UNEVEN_LOOK = 0.35  # of the time of a look at drafting while plain decoding is best, at most: lost at the ends of rows
 _CLEARLY = 1.03  # a shorter length is preferred, plain decoding above all, unless it is so much slower
 
 
@@ -40,7 +41,8 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
     where there is more than one row, drafting has to be ahead by what is lost when rows finish at different times.
     Others are tried, one step at a time, once that would have paid for their compilation; lengths that were tried are
     looked at again now and then, the better the more often, so that a draft or a policy that has changed is noticed,
-    but for no more than `exploration` of the time.
+    but for no more than `exploration` of the time (by an estimate, where plain decoding is best: each look makes its
+    rows finish at different times).
 
     The machine may slow down for a while, and every context grows: what all kinds of rounds have in common is followed
     at once, so that two lengths are compared as if they had been measured at the same time.
@@ -121,7 +123,11 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
         hardly = [k for k in others if state.costs[rows, k].looks < ENOUGH_LOOKS]
         if hardly:
             return hardly[0]
-        may_be_lost = self.exploration * state.clock / max(1, len(state.lengths) - 1)
+        shares = max(1, len(state.lengths) - 1)
+        if others and best == 0 and rows > 1:
+            # Any look makes rows uneven, so the length that comes closest stands for all.
+            others, shares = [max(others, key=lambda k: _speed(state, rows, k))], 1
+        may_be_lost = self.exploration * state.clock / shares
         ages = {k: state.clock - state.costs[rows, k].looked_at for k in others if state.lost[k] < may_be_lost}
         due = [k for k in ages if ages[k] > _AGAIN_AFTER]
         return max(due, key=lambda k: ages[k]) if due else None
@@ -136,6 +142,8 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
         if length == best:
             return state
         behind = max(0.0, 1 - _speed(state, rows, length) / _speed(state, rows, best))
+        if best == 0 and rows > 1:
+            behind = max(behind, _UNEVEN_LOOK)
         return dataclasses.replace(state, lost=state.lost | {length: state.lost[length] + behind * seconds})
 
 

@@ -27,6 +27,7 @@ from ._lessons import (
     updates_per_lesson,
     with_scheduled_rate,
 )
+from ._machine import cpu_features, dtype_advice
 from ._parts import RunParts, draft_spec, load_policy, make_draft, make_parts, model_name
 from ._progress import RunProgress
 from ._run_folder import replace_file
@@ -82,6 +83,7 @@ def distill(
     with progress, count_compilations(progress.note):
         progress.phase(f"loading {model_name(config)}")
         policy, tokenizer = load_policy(config.model.path)
+        progress.advise(dtype_advice(config.model.dtype, cpu_features()))
         draft = make_draft(config.draft, policy, config.seed, tokenizer)
         if draft.train_length == 0:
             raise UserError(

@@ -51,6 +51,11 @@ class RunProgress:
         """A line that stays, such as what was compiled."""
         self.say(f"  {self._phase}: {text}", style="dim")
 
+    def advise(self, text: str | None) -> None:
+        """A note in full brightness, if there is anything to say."""
+        if text is not None:
+            self.say(f"  {self._phase}: {text}", style="yellow")
+
     def decoding(self, progress: DecodeProgress) -> None:
         """The live line of a rollout."""
         if self._status is not None:

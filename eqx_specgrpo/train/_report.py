@@ -40,8 +40,15 @@ def phase_times(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return times | {"other": other} if times and other > 0 else times
 
 
+def rounds_by_length(metrics: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Rounds of decoding with each draft length over all steps, shortest first."""
+    prefix = "spec/rounds_length_"
+    lengths = sorted({int(key.removeprefix(prefix)) for record in metrics for key in record if key.startswith(prefix)})
+    return {length: sum(_values(metrics, f"{prefix}{length}")) for length in lengths}
+
+
 def summary_table(metrics: Sequence[Mapping[str, Any]], speedup: Mapping[str, float] | None = None) -> Table:
-    """The end of a run on one screen: reward and acceptance length first to last, and where the time went.
+    """The end of a run on one screen: reward and acceptance length first to last, times, and what was drafted.
 
     **Arguments:**
 
@@ -65,6 +72,13 @@ def summary_table(metrics: Sequence[Mapping[str, Any]], speedup: Mapping[str, fl
         for phase, seconds in times.items():
             table.add_row(f"  {phase}", f"{seconds:.1f}", f"{seconds / total:.0%}" if total else "", "")
         table.add_row("  all steps", f"{total:.1f}", "", "")
+    rounds = rounds_by_length(metrics)
+    if len(rounds) > 1 or (speedup and set(rounds) == {0}):  # An adaptive length, even if it never drafted.
+        table.add_section()
+        table.add_row("Draft length", "rounds", "share", "", style="bold")
+        for length, count in rounds.items():
+            label = f"  {length}" if length else "  0 (plain decoding)"
+            table.add_row(label, f"{count:.0f}", f"{count / sum(rounds.values()):.0%}", "")
     if speedup:
         table.add_section()
         table.add_row("Against plain decoding", "ratio", "", "", style="bold")
