@@ -224,6 +224,13 @@ def table(record: dict[str, Any]) -> str:
             f"{row['acceptance_length']:.2f} | "
             f"{milliseconds} | {share} |"
         )
+    stolen = sum(run["stolen_seconds"] or 0.0 for run in record["runs"])
+    if stolen >= 1:
+        seconds = sum(run["seconds"] for run in record["runs"])
+        lines += [
+            "",
+            f"In these {seconds:.0f} s the host gave {stolen:.0f} s of the processors' time to other machines.",
+        ]
     if record["transformers"]:
         lines += ["", "| rows | arm | tokens/s | ours, plain, over it |", "| --- | --- | --- | --- |"]
         for rows in dict.fromkeys(run["rows"] for run in record["transformers"]):

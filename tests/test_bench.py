@@ -14,7 +14,7 @@ from tiny_run import as_flags, main_like, tiny_folder as tiny_folder, tiny_model
 from eqx_specgrpo.drafts import HydraHeads, save_draft
 from eqx_specgrpo.train import BenchSettings, plot_bench
 from eqx_specgrpo.train._bench import PLAIN, ArmRun, rotating
-from eqx_specgrpo.train._bench_result import expected_length, summarize
+from eqx_specgrpo.train._bench_result import BenchResult, expected_length, summarize
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "drafts.py"
 
@@ -65,14 +65,16 @@ def test_every_arm_once_a_round_and_in_every_place(arms):
         assert sorted(place for _, place, a in order if a == arm) == sorted(2 * list(range(arms)))
 
 
-def made_up(draft, number, seconds, tokens, segments, *, length=0, forwards=10, emitted=10, drafted=(), accepted=()):
+def made_up(
+    draft, number, seconds, tokens, segments, *, length=0, forwards=10, emitted=10, drafted=(), accepted=(), stolen=None
+):
     verifier = None if draft == PLAIN else "block"
     names = ("rows", "rounds", "seconds", "active_rounds", "tokens")
     seen = tuple({"length": length, **dict(zip(names, segment, strict=True))} for segment in segments)
     return ArmRun(
         rows=8, draft=draft, verifier=verifier, length=length, round=number, place=0, seconds=seconds, tokens=tokens,
         target_forwards=forwards, emitted=emitted, drafted=drafted, accepted=accepted, segments=seen,
-        compile_seconds=0.0,
+        compile_seconds=0.0, stolen_seconds=stolen,
     )  # fmt: skip
 
 
@@ -108,6 +110,14 @@ def test_without_a_round_of_all_rows_there_is_no_cost():
     runs = [made_up(PLAIN, 0, 1.0, 8, []), made_up("d", 0, 1.0, 8, [(8, 1, 1.0, 8, 8)], length=1)]
     row = summarize(runs)[1]
     assert row["cost_ratio"] is None and row["predicted_ratio"] is None and row["ratio"]["median"] == 1.0
+
+
+@pytest.mark.parametrize("stolen, told", [((None, None), None), ((0.0, 0.3), None), ((None, 3.0), 3), ((1.5, 3.0), 4)])
+def test_what_other_machines_took_is_said(stolen, told):
+    runs = tuple(made_up(PLAIN, number, 5.0, 8, [], stolen=s) for number, s in enumerate(stolen))
+    found = BenchResult({}, {}, {}, {}, [], runs, {}).footnote()
+    assert ("to others" in found) == (told is not None)
+    assert told is None or f"gave {told} s of its processors' time to others in these 10 s." in found
 
 
 def test_expected_length():
@@ -165,6 +175,7 @@ def test_results_follow_from_the_raw_figures(measured):
     names = [draft["name"] for draft in found["drafts"]]
     assert arms == {(PLAIN, 0)} | {(name, length) for name in names for length in (1, 2, "adaptive")}
     assert len(found["runs"]) == 2 * len(arms)
+    assert all(run["stolen_seconds"] is None or run["stolen_seconds"] >= 0 for run in found["runs"])
     # A controller may still ask for a program that it has not had.
     assert all(run["compile_seconds"] == 0 for run in found["runs"] if run["length"] != "adaptive")
     fields = ("drafted", "accepted", "segments")

@@ -1,11 +1,13 @@
 """What is read of the machine, and what is said of it."""
 
 import json
+import os
 
 import jax
 import pytest
 
-from eqx_specgrpo.train._machine import cpu_features, dtype_advice, machine
+from eqx_specgrpo.train import _machine
+from eqx_specgrpo.train._machine import cpu_features, dtype_advice, machine, stolen_seconds
 
 
 def test_a_processor_without_bfloat16_is_told_of():
@@ -38,3 +40,13 @@ def test_the_machine_can_be_written_as_json():
     found = machine()
     assert json.loads(json.dumps(found)) == {**found, "load": found["load"] and list(found["load"])}
     assert found["cores"] >= 1 and found["processor"]
+
+
+def test_stolen_time_is_what_linux_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(_machine, "Path", lambda _: file)
+    (file := tmp_path / "stat").write_text("cpu  1 2 3 4 5 6 7 800 9 10\ncpu0 1 2 3 4 5 6 7 8 9 10\n")
+    assert stolen_seconds() == 800 / os.sysconf("SC_CLK_TCK")
+    file.write_text("cpu  1 2 3 4\n")  # before Linux 2.6.11
+    assert stolen_seconds() is None
+    file.unlink()
+    assert stolen_seconds() is None

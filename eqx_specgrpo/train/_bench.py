@@ -22,6 +22,7 @@ from ..decoding import (
 )
 from ..drafts import AbstractDraft, NoDraft
 from ..models import AbstractLanguageModel
+from ._machine import stolen_seconds
 
 PLAIN, ADAPTIVE = "plain", "adaptive"
 # A program is compiled when a batch first shrinks to a size, which in a sampled decoding can be at any time.
@@ -77,6 +78,8 @@ class ArmRun(eqx.Module):
     - `segments`: for each segment of rounds without compilation: rows of the program, draft length, rounds, seconds,
         rounds summed over active rows, tokens.
     - `compile_seconds`: spent compiling within `seconds`; 0 but for a controller that kept asking for new programs.
+    - `stolen_seconds`: processor time, of all cores, that the host of a virtual machine gave to others meanwhile;
+        `None` where that is not known.
     """
 
     rows: int
@@ -93,6 +96,7 @@ class ArmRun(eqx.Module):
     accepted: tuple[int, ...]
     segments: tuple[dict[str, Any], ...]
     compile_seconds: float
+    stolen_seconds: float | None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able object."""
@@ -216,7 +220,7 @@ def _one(
         observations.append(observation)
         new_state = length_state
 
-    begin = time.perf_counter()
+    begin, stolen_before = time.perf_counter(), stolen_seconds()
     with count_compilations() as compilations:
         rollouts = decode(
             target,
@@ -233,7 +237,7 @@ def _one(
             on_progress=on_progress,
             on_segment=seen,
         )
-    seconds = time.perf_counter() - begin
+    seconds, stolen = time.perf_counter() - begin, stolen_seconds()
     found = rollouts.statistics
     run = ArmRun(
         rows=workload.rows,
@@ -261,6 +265,7 @@ def _one(
             if o.seconds is not None and o.rounds > 0
         ),
         compile_seconds=compilations.seconds,
+        stolen_seconds=None if stolen is None or stolen_before is None else stolen - stolen_before,
     )
     return run, rollouts, new_state
 

@@ -93,11 +93,18 @@ class BenchResult(eqx.Module):
     def footnote(self) -> str:
         """What the table leaves out."""
         compiled = sum(sum(arms.values()) for arms in self.compile_seconds.values())
+        stolen = [run.stolen_seconds for run in self.runs if run.stolen_seconds is not None]
+        disturbed = (
+            f" The host of this virtual machine gave {sum(stolen):.0f} s of its processors' time to others in these "
+            f"{sum(run.seconds for run in self.runs):.0f} s."
+            if sum(stolen) >= 1
+            else ""
+        )
         return (
             "ratio: tokens a second over plain decoding's in the same round. round costs: seconds of a round with all "
             "rows over plain decoding's. expected: acceptance length by the draft's probabilities on the policy's own "
             f"completions. Compilation, {compiled:.0f} s, is left out. Other work on the machine moves all times: "
-            "trust no ratio whose spread holds 1."
+            f"trust no ratio whose spread holds 1.{disturbed}"
         )
 
 

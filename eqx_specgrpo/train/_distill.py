@@ -1,5 +1,6 @@
 """A draft trained on the target's own generations, before (or without) any run."""
 
+import dataclasses
 import json
 import math
 import time
@@ -11,7 +12,7 @@ from rich.console import Console
 from .._compile import count_compilations
 from .._errors import UserError
 from .._types import Rollouts
-from ..decoding import DecodeProgress
+from ..decoding import DecodeProgress, FixedLength
 from ..drafts import AbstractDraft, completion_tokens, coverage, draft_vocabulary, save_draft, tempered_part
 from ..grpo import compute_copy
 from ..models import AbstractLanguageModel
@@ -227,7 +228,9 @@ class _Session:
         )
         draft: AbstractDraft = compute_copy(self.state.draft, config.model.dtype)
         key = step_key(config.seed, -1, COMPARE)
-        rollouts: Rollouts = roll_out(self.parts, target, draft, prompts, key, decoding)
+        # An adaptive length would first look at plain decoding, and might draft nothing at all.
+        parts = dataclasses.replace(self.parts, length=FixedLength(config.draft.length))
+        rollouts: Rollouts = roll_out(parts, target, draft, prompts, key, decoding)
         found = rollouts.statistics
         rates = found.acceptance_rate_by_position[: config.draft.length]
         self.progress.say(

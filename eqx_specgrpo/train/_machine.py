@@ -59,6 +59,17 @@ def cpu_features() -> frozenset[str] | None:
     return frozenset(lines[0].split()) if lines else None
 
 
+def stolen_seconds() -> float | None:
+    """Processor time, of all cores and since the machine started, in which it had work and the host ran other guests;
+    `None` where that is not known."""
+    try:
+        lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    fields = next((line.split() for line in lines if line.startswith("cpu ")), [])
+    return int(fields[8]) / os.sysconf("SC_CLK_TCK") if len(fields) > 8 else None
+
+
 def _processor() -> str:
     return next(iter(_cpuinfo("model name")), platform.processor())
 
