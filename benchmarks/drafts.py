@@ -23,6 +23,7 @@ from typing import Any
 import equinox as eqx
 from rich.console import Console
 
+from eqx_specgrpo._process import keep_freed_memory
 from eqx_specgrpo.drafts import FallbackDraft, load_draft, save_draft
 from eqx_specgrpo.grpo import compute_copy
 from eqx_specgrpo.train import BenchSettings, plot_bench, whole_numbers
@@ -264,4 +265,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 from rich.console import Console
 
+from eqx_specgrpo._process import keep_freed_memory
 from eqx_specgrpo._types import Prompts
 from eqx_specgrpo.decoding import AdaptiveLength, Coupled, FixedLength, decode
 from eqx_specgrpo.drafts import AbstractDraft, NoDraft
@@ -265,4 +266,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from eqx_specgrpo._process import keep_freed_memory
 from eqx_specgrpo.train import load_config, read_records, run, whole_numbers
 from eqx_specgrpo.train._machine import machine
 
@@ -158,4 +159,5 @@ def write(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

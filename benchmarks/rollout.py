@@ -25,6 +25,7 @@ import jax.random as jr
 import numpy as np
 from rich.console import Console
 
+from eqx_specgrpo._process import keep_freed_memory
 from eqx_specgrpo._types import Prompts
 from eqx_specgrpo.decoding import Sampling, decode
 from eqx_specgrpo.grpo import compute_copy
@@ -303,4 +304,5 @@ def write(record: dict[str, Any], out: Path) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

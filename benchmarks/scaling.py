@@ -24,6 +24,7 @@ import jax.random as jr
 import numpy as np
 from rich.console import Console
 
+from eqx_specgrpo._process import keep_freed_memory
 from eqx_specgrpo._types import Prompts
 from eqx_specgrpo.decoding import FixedLength, SegmentObservation, decode
 from eqx_specgrpo.drafts import MedusaHeads, NoDraft, ReducedVocabulary
@@ -243,4 +244,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

@@ -1,10 +1,6 @@
 """The command line: it parses, calls and prints. JAX is imported inside the commands, so that `--help` is immediate."""
 
-import ctypes
-import importlib.metadata
 import json
-import os
-import platform
 import shlex
 import sys
 import warnings
@@ -16,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ._errors import UserError
+from ._process import keep_compiled_programs, keep_freed_memory
 from ._version import package_version
 
 app = typer.Typer(
@@ -31,8 +28,8 @@ app = typer.Typer(
 def main() -> None:
     """Runs the command line. A `UserError` is its message and exit code 2; any other exception is ours, and shown."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    _keep_compiled_programs()
-    _keep_freed_memory()
+    keep_compiled_programs()
+    keep_freed_memory()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         console.print(f"[bold yellow]warning:[/] {escape(str(message))}")
@@ -45,45 +42,6 @@ def main() -> None:
         for line in str(error).splitlines():
             console.print(f"[bold red]error:[/] {escape(line)}")
         sys.exit(error.exit_code)
-
-
-def _keep_compiled_programs() -> None:
-    """Lets JAX keep what it compiles, so that a second start is quick; the user's own settings come first.
-
-    A folder a machine, because programs are made for the processor, and home folders are shared.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "eqx_specgrpo" / platform.node()))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-
-
-# glibc's names of what `mallopt` sets (malloc.h), and what they are set to.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-_KEEP_FREED_MEMORY = {_M_TRIM_THRESHOLD: -1, _M_MMAP_MAX: 0, _M_ARENA_MAX: 1}
-
-
-def _keep_freed_memory() -> None:
-    """Where the CPU computes: lets the process keep the large buffers that it frees, for the next ones.
-
-    glibc gives them back to the system, and each program that XLA runs takes gigabytes: its pages would be mapped and
-    cleared anew every time, which is up to a third of an update (docs/performance.md). Has to be said before there are
-    threads. A user who has set up malloc otherwise is left alone.
-    """
-    if _computes_elsewhere() or any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):
-        return  # no glibc
-    for parameter, value in _KEEP_FREED_MEMORY.items():
-        mallopt(parameter, value)
-
-
-def _computes_elsewhere() -> bool:
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    if platforms:
-        return platforms != "cpu"
-    return any(importlib.metadata.entry_points(group="jax_plugins"))
 
 
 def _print_version(wanted: bool) -> bool:

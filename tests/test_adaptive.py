@@ -19,10 +19,11 @@ class Machine:
     - `cost`: seconds of a round by rows and length.
     - `rates`: the share accepted at each draft position among those that got there.
     - `noise`: relative, of the times.
+    - `start`: seconds of a segment, whatever its rounds.
     """
 
-    def __init__(self, cost, rates, noise=0.0, seed=0):
-        self.cost, self.rates, self.noise = cost, rates, noise
+    def __init__(self, cost, rates, noise=0.0, seed=0, start=0.0):
+        self.cost, self.rates, self.noise, self.start = cost, rates, noise, start
         self.slowness, self.compile_seconds = 1.0, 0.0
         self.rng = np.random.default_rng(seed)
         self.compiled: set[tuple[int, int]] = set()
@@ -34,7 +35,7 @@ class Machine:
             reached = int(self.rng.binomial(reached, rate))
             accepted.append(reached)
         slowness = self.slowness * np.exp(self.noise * self.rng.standard_normal())
-        seconds = plan.max_rounds * self.cost(rows, plan.length) * slowness
+        seconds = (self.start + plan.max_rounds * self.cost(rows, plan.length)) * slowness
         first = (rows, plan.length) not in self.compiled
         self.compiled.add((rows, plan.length))
         return SegmentObservation(
@@ -175,7 +176,8 @@ def _decode_to_the_end(machine, controller, state, rng, rows, tokens, spread=0.1
             hit = alive & (rng.random(rows) < rates) if plan.length else np.zeros(rows, bool)
             left = np.maximum(left - alive - hit, 0)
             rounds, active, accepted = rounds + 1, active + int(alive.sum()), accepted + int(hit.sum())
-        taken = rounds * machine.cost(bucket, plan.length) * np.exp(machine.noise * rng.standard_normal())
+        taken = machine.start + rounds * machine.cost(bucket, plan.length)
+        taken *= np.exp(machine.noise * rng.standard_normal())
         seconds += taken
         state = controller.update(
             state,
@@ -200,13 +202,31 @@ def test_rows_that_end_at_different_times_do_not_make_it_slower_than_plain_decod
         return (0.02 + 0.001 * rows) * (1.75 / gain if length else 1.0)
 
     machine, controller, seconds = Machine(cost, [0.75], noise=0.05), AdaptiveLength(1), []
-    for seed in range(3):
+    for seed in range(6):
         state, rng = controller.init(1), np.random.default_rng(seed)
         for number in range(24):
             taken, state = _decode_to_the_end(machine, controller, state, rng, 32, 64)
             if number >= 4:
                 seconds.append(taken)
-    assert np.mean(seconds) < 64 * cost(32, 0) / (0.99 if gain < 1.2 else 1.15)
+    assert np.mean(seconds) < 64 * cost(32, 0) / (0.985 if gain < 1.2 else 1.15)
+
+
+@pytest.mark.parametrize("gain", [0.9, 1.0])
+def test_what_the_host_does_for_a_segment_does_not_show(gain):
+    """15 ms at the start of each, as were measured with 16 rows of SmolLM2-135M in float32 on two cores."""
+
+    def cost(rows, length):
+        return (0.032 + 0.0035 * rows) * (1.75 / gain if length else 1.0)
+
+    machine, controller, seconds = Machine(cost, [0.75], noise=0.05, start=0.015), AdaptiveLength(1), []
+    for seed in range(6):
+        state, rng = controller.init(1), np.random.default_rng(seed)
+        for number in range(12):
+            taken, state = _decode_to_the_end(machine, controller, state, rng, 16, 128)
+            if number >= 2:
+                seconds.append(taken)
+    plain = 128 * cost(16, 0) + 2 * machine.start  # 64 rounds a segment
+    assert np.mean(seconds) < plain / 0.98
 
 
 def test_a_close_rival_is_looked_at_more_often_than_one_far_behind():

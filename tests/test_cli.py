@@ -408,9 +408,9 @@ import resource
 
 import numpy as np
 
-from eqx_specgrpo import cli
+from eqx_specgrpo._process import keep_freed_memory
 
-cli._keep_freed_memory()
+keep_freed_memory()
 
 
 def take():

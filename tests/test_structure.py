@@ -18,7 +18,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 INITS = [path for path in FILES if path.name == "__init__.py"]
 
 # What each station may import, besides itself. A folder and a file at the top of the package are both stations.
-BOTTOM = {"_types", "_errors", "_version", "_compile", "_noise", "_sampling", "_tree_file", "_nearest", "_import_spec"}
+BOTTOM = {
+    *("_types", "_errors", "_version", "_process", "_compile", "_noise", "_sampling", "_tree_file"),
+    *("_nearest", "_import_spec"),
+}
 STATIONS = {"models", "drafts", "decoding", "tasks", "grpo", "distill"}
 ALLOWED = {
     **{name: BOTTOM for name in BOTTOM},

@@ -125,7 +125,7 @@ def main_like(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     from eqx_specgrpo.cli import main
 
     monkeypatch.setattr("sys.argv", ["specgrpo", *arguments])
-    monkeypatch.setattr("eqx_specgrpo.cli._keep_freed_memory", lambda: None)  # for good, in the tests' own process
+    monkeypatch.setattr("eqx_specgrpo.cli.keep_freed_memory", lambda: None)  # for good, in the tests' own process
     with pytest.raises(SystemExit) as info:
         main()
     captured = capsys.readouterr()

@@ -18,7 +18,10 @@ from ._adaptive_state import (
 )
 from ._length import LONGEST, AbstractLengthController, Expectation, SegmentObservation, SegmentPlan
 
-_SEGMENT_SECONDS = 0.5  # long enough for the host's share not to show
+# A segment is this share of all the time seen so far, within these limits: the choice is looked at often at first, and
+# later the host's share of a segment, several milliseconds, does not show.
+_SEGMENT_SHARE = 0.05
+_SHORTEST_SEGMENT, _LONGEST_SEGMENT = 0.5, 1.5  # seconds
 _PROBE_SECONDS = 0.1
 _LEAST_ROUNDS = 2  # no more than have to be: rounds of another length are what makes rows uneven
 _AGAIN_AFTER = 2.0
@@ -89,7 +92,8 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
         again = self._worth_a_look(state, rows, known, best)
         if again is not None:
             return _plan(state, rows, again, _PROBE_SECONDS)
-        return _plan(state, rows, best, _SEGMENT_SECONDS)
+        seconds = min(max(_SHORTEST_SEGMENT, _SEGMENT_SHARE * state.clock), _LONGEST_SEGMENT)
+        return _plan(state, rows, best, seconds)
 
     def _worth_trying(self, state: AdaptiveState, rows: int, known: list[int], best: int) -> int | None:
         """An untried length, if what it promises would have paid for its compilation by now.

@@ -1,3 +1,4 @@
+from .._process import keep_freed_memory as keep_freed_memory
 from ._bench_command import bench as bench
 from ._bench_plot import plot_bench as plot_bench
 from ._bench_result import BenchResult as BenchResult
