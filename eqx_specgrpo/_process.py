@@ -26,8 +26,8 @@ def keep_freed_memory() -> None:
     """Where the CPU computes: lets the process keep the large buffers that it frees, for the next ones.
 
     glibc gives them back to the system, and each program that XLA runs takes gigabytes: its pages would be mapped and
-    cleared anew every time, which is up to a third of an update (docs/performance.md). Has to be said before there are
-    threads. A user who has set up malloc otherwise is left alone.
+    cleared anew every time, which is up to a third of an update (docs/performance.md). To be said before anything
+    is computed, for the whole process and for good. A user who has set up malloc otherwise is left alone.
     """
     if _computes_elsewhere() or any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return

@@ -194,6 +194,18 @@ def _decode_to_the_end(machine, controller, state, rng, rows, tokens, spread=0.1
     return seconds, state
 
 
+def _mean_seconds(machine, rows, tokens, decodings, seeds, learning=4):
+    """Of a decoding, once the controller has learned from a few."""
+    controller, seconds = AdaptiveLength(1), []
+    for seed in range(seeds):
+        state, rng = controller.init(1), np.random.default_rng(seed)
+        for number in range(learning + decodings):
+            taken, state = _decode_to_the_end(machine, controller, state, rng, rows, tokens)
+            if number >= learning:
+                seconds.append(taken)
+    return np.mean(seconds)
+
+
 @pytest.mark.parametrize("gain", [0.95, 1.0, 1.05, 1.1, 1.3])
 def test_rows_that_end_at_different_times_do_not_make_it_slower_than_plain_decoding(gain):
     """Those of a plain decoding all end at the limit. What a round yields in its time does not show it."""
@@ -201,14 +213,8 @@ def test_rows_that_end_at_different_times_do_not_make_it_slower_than_plain_decod
     def cost(rows, length):
         return (0.02 + 0.001 * rows) * (1.75 / gain if length else 1.0)
 
-    machine, controller, seconds = Machine(cost, [0.75], noise=0.05), AdaptiveLength(1), []
-    for seed in range(6):
-        state, rng = controller.init(1), np.random.default_rng(seed)
-        for number in range(24):
-            taken, state = _decode_to_the_end(machine, controller, state, rng, 32, 64)
-            if number >= 4:
-                seconds.append(taken)
-    assert np.mean(seconds) < 64 * cost(32, 0) / (0.985 if gain < 1.2 else 1.15)
+    seconds = _mean_seconds(Machine(cost, [0.75], noise=0.05), rows=32, tokens=64, decodings=20, seeds=12)
+    assert seconds < 64 * cost(32, 0) / (0.99 if gain < 1.2 else 1.15)
 
 
 @pytest.mark.parametrize("gain", [0.9, 1.0])
@@ -218,15 +224,9 @@ def test_what_the_host_does_for_a_segment_does_not_show(gain):
     def cost(rows, length):
         return (0.032 + 0.0035 * rows) * (1.75 / gain if length else 1.0)
 
-    machine, controller, seconds = Machine(cost, [0.75], noise=0.05, start=0.015), AdaptiveLength(1), []
-    for seed in range(6):
-        state, rng = controller.init(1), np.random.default_rng(seed)
-        for number in range(12):
-            taken, state = _decode_to_the_end(machine, controller, state, rng, 16, 128)
-            if number >= 2:
-                seconds.append(taken)
+    machine = Machine(cost, [0.75], noise=0.05, start=0.015)
     plain = 128 * cost(16, 0) + 2 * machine.start  # 64 rounds a segment
-    assert np.mean(seconds) < plain / 0.98
+    assert _mean_seconds(machine, rows=16, tokens=128, decodings=10, seeds=6) < plain / 0.98
 
 
 def test_a_close_rival_is_looked_at_more_often_than_one_far_behind():
