@@ -1,5 +1,6 @@
 """Tiny targets, drafts and verifiers for the proofs of losslessness; some of them are wrong on purpose."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -92,8 +93,8 @@ def randomise(shapes: Any, seed: int, scale: float) -> Any:
 class TabularModel(AbstractLanguageModel):
     """A target whose law is a table over the last two tokens, so that the law of its output can be enumerated.
 
-    Past tokens come out of a real cache of "keys" of size one, at absolute positions: an error in writing or rewinding
-    it shows as a wrong law.
+    The last but one comes out of a real cache by attention that is all but wholly to the position before: an error in
+    writing, rewinding or reading the cache shows as a wrong law.
 
     **Arguments:**
 
@@ -112,18 +113,22 @@ class TabularModel(AbstractLanguageModel):
         return 1
 
     def init_cache(self, batch, capacity, dtype):
-        return (KVCache.empty(batch, 1, capacity, 1, dtype),)
+        return (KVCache.empty(batch, 1, capacity, 2, dtype),)
 
     def no_cache(self):
         return (NoCache(),)
 
     def hidden(self, tokens, positions, cache, *, layers=()):
         del layers
-        block = tokens.astype(jnp.float32)[:, None, :, None]
-        keys, _, slots, layer_cache = cache[0].update(block, block, positions)
-        is_before = slots[:, None, :] == positions[:, :, None] - 1
-        before = jnp.where(is_before, keys[:, 0, :, 0].astype(jnp.int32)[:, None, :], 0).sum(-1)
-        before = jnp.where(is_before.any(-1), before, self.vocab_size)
+        places = positions.astype(jnp.float32)
+        # The score of slot s at position p is that of p - 1 less 50 (s - p + 1)², by which no other slot counts.
+        queries = 50 * math.sqrt(2) * jnp.stack([2 * (places - 1), -jnp.ones_like(places)], axis=-1)
+        keys = jnp.stack([places, places**2], axis=-1)
+        values = jnp.stack([tokens.astype(jnp.float32), jnp.zeros_like(places)], axis=-1)
+        # Where a device multiplies float32 with fewer bits by itself, such scores would not do.
+        with jax.default_matmul_precision("float32"):
+            mixed, layer_cache = cache[0].attend(queries[:, :, None], keys[:, None], values[:, None], positions, None)
+        before = jnp.where(positions == 0, self.vocab_size, jnp.round(mixed[..., 0]).astype(tokens.dtype))
         return Features((before * self.vocab_size + tokens).astype(jnp.float32)[..., None]), (layer_cache,)
 
     def unembed(self, hidden, ids=None):

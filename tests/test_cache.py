@@ -14,22 +14,23 @@ from jax import lax
 from eqx_specgrpo.decoding import FixedRounds, Rejection, Sampling, UntilRowsFinish, _decode as decode_module
 from eqx_specgrpo.decoding._segment import run_segment
 from eqx_specgrpo.drafts import MedusaHeads
-from eqx_specgrpo.models import KVCache, NoCache, take_rows
+from eqx_specgrpo.models import KVCache, NoCache, _partial_attention, take_rows
+from eqx_specgrpo.models._attention import attention, causal_mask
+from eqx_specgrpo.models._partial_attention import PartialAttention
 
 ROWS, BLOCK, CAPACITY = 3, 4, 24
 
 
-@eqx.filter_jit
-def _step(model, tokens, positions, cache):
-    return model.hidden(tokens, positions, cache)
-
-
 @pytest.mark.parametrize("window", [None, 5])
-def test_cached_forward_is_the_full_forward_after_any_accepting_and_rewinding(window):
+@pytest.mark.parametrize("piece", [6, 7, 64])
+def test_cached_forward_is_the_full_forward_after_any_accepting_and_rewinding(window, piece, monkeypatch):
     """A random walk: every row writes a block at its own cursor, which then moves anywhere up to the block's end.
 
     Every 5 steps the rows change places. In the end all of every block is accepted, until each cache is exactly full.
+    It is read in pieces that make it up, in pieces that overlap in the end, and in one.
     """
+    monkeypatch.setattr(_partial_attention, "_piece_length", lambda seq, slots: piece)
+    step = eqx.filter_jit(lambda model, tokens, positions, cache: model.hidden(tokens, positions, cache))
     model = tiny_transformer(sliding_window=window)
     rng = np.random.default_rng(0)
     cache = model.init_cache(ROWS, CAPACITY, jnp.float32)
@@ -37,21 +38,21 @@ def test_cached_forward_is_the_full_forward_after_any_accepting_and_rewinding(wi
     held = np.zeros((ROWS, CAPACITY), np.int32)
     cursors = np.zeros(ROWS, np.int32)
     with quick_compilation():
-        for step in range(26):
+        for number in range(26):
             block = rng.integers(0, model.vocab_size, (ROWS, BLOCK), np.int32)
             positions = cursors[:, None] + np.arange(BLOCK, dtype=np.int32)
-            found, cache = _step(model, block, positions, cache)
+            found, cache = step(model, block, positions, cache)
             np.put_along_axis(held, positions, block, axis=1)
             everywhere = np.broadcast_to(np.arange(CAPACITY, dtype=np.int32), held.shape)
-            full, _ = _step(model, held, everywhere, model.no_cache())
+            full, _ = step(model, held, everywhere, model.no_cache())
             expected = np.take_along_axis(np.asarray(full.last), positions[:, :, None], axis=1)
-            np.testing.assert_allclose(found.last, expected, atol=2e-5, err_msg=f"step {step}, at {cursors}")
+            np.testing.assert_allclose(found.last, expected, atol=2e-5, err_msg=f"step {number}, at {cursors}")
 
-            walking = step < 20
+            walking = number < 20
             accepted = rng.integers(0, BLOCK + 1, ROWS) if walking else BLOCK
             rewound = rng.integers(0, 6, ROWS) * (rng.random(ROWS) < 0.3) * walking
             cursors = np.clip(cursors + accepted - rewound, 0, CAPACITY - BLOCK).astype(np.int32)
-            if step % 5 == 4:
+            if number % 5 == 4:
                 rows = rng.permutation(ROWS)
                 cache, held, cursors = take_rows(cache, jnp.asarray(rows)), held[rows], cursors[rows]
     assert (cursors == CAPACITY - BLOCK).all(), "the cache was not filled to its last slot"
@@ -60,12 +61,47 @@ def test_cached_forward_is_the_full_forward_after_any_accepting_and_rewinding(wi
 def test_a_block_is_written_at_each_rows_own_cursor():
     cache = KVCache.empty(2, 1, 6, 1, jnp.float32)
     block = jnp.array([[1.0, 2.0], [3.0, 4.0]])[:, None, :, None]
-    keys, values, slots, cache = cache.update(block, 10 * block, jnp.array([[1, 2], [4, 5]]))
-    np.testing.assert_array_equal(keys[:, 0, :, 0], [[0, 1, 2, 0, 0, 0], [0, 0, 0, 0, 3, 4]])
-    np.testing.assert_array_equal(values, 10 * keys)
-    np.testing.assert_array_equal(slots, np.arange(6)[None])
-    np.testing.assert_array_equal(cache.keys, keys)
-    np.testing.assert_array_equal(cache.values, values)
+    cache = cache.write(block, 10 * block, jnp.array([[1, 2], [4, 5]]))
+    np.testing.assert_array_equal(cache.keys[:, 0, :, 0], [[0, 1, 2, 0, 0, 0], [0, 0, 0, 0, 3, 4]])
+    np.testing.assert_array_equal(cache.values, 10 * cache.keys)
+
+
+only_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads what XLA makes on CPU")
+
+
+@only_cpu
+@pytest.mark.parametrize(
+    ("window", "shortest", "poisoned"), [(None, 90, slice(128, None)), (20, 180, slice(0, 128)), (None, 296, slice(0))]
+)
+def test_slots_that_no_query_sees_are_not_read(window, shortest, poisoned):
+    """Two rows with room for 300. A masked slot that was read would give 0 * NaN."""
+    rng = np.random.default_rng(0)
+    keys, values = (jnp.asarray(rng.normal(size=(2, 2, 300, 4)), jnp.float32) for _ in range(2))
+    queries, new = (jnp.asarray(rng.normal(size=(2, 3, heads, 4)), jnp.float32) for heads in (6, 2))
+    new = new.swapaxes(1, 2)
+    positions = jnp.array([[shortest], [shortest + 1]]) + jnp.arange(3)[None]
+    poison = jnp.nan * jnp.ones(values[:, :, poisoned].shape)
+    cache = KVCache(keys.swapaxes(2, 3), values.at[:, :, poisoned].set(poison))
+    found, _ = eqx.filter_jit(cache.attend)(queries, new, new, positions, window)
+    whole = KVCache(keys.swapaxes(2, 3), values).write(new, new, positions)
+    mask = causal_mask(positions, jnp.arange(300)[None], window)
+    np.testing.assert_allclose(found, attention(queries, whole.keys, whole.values, mask), atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_attention_by_pieces_is_attention_to_all(scale):
+    """Also where a query sees nothing of the first piece, or of the last, and where scores are very unlike."""
+    rng = np.random.default_rng(1)
+    queries, keys, values = (jnp.asarray(rng.normal(size=(1, 1, size, 2)), jnp.float32) for size in (4, 9, 9))
+    queries = scale * queries
+    mask = jnp.asarray(rng.random((1, 4, 9)) < 0.6).at[0, 0, :3].set(False).at[0, 1, 6:].set(False)
+    mask = mask.at[0, :, 4].set(True)
+    sums = PartialAttention.of_nothing(queries)
+    for piece in (slice(0, 3), slice(3, 6), slice(6, 9)):
+        scores = queries @ keys[:, :, piece].swapaxes(2, 3)
+        sums = sums.add(scores, mask[..., piece], lambda weights, part=values[:, :, piece]: weights @ part)
+    weights = jax.nn.softmax(jnp.where(mask, queries @ keys.swapaxes(2, 3), -jnp.inf))
+    np.testing.assert_allclose(sums.result(), weights @ values, atol=1e-5)
 
 
 def test_rows_are_repeated_and_dropped():
@@ -81,8 +117,6 @@ def test_rows_are_repeated_and_dropped():
 
 # What may give out an array as large as a cache: a write in place, and what hands on. `fusion` is looked into.
 _HARMLESS = {"parameter", "get-tuple-element", "bitcast", "fusion", "scatter", "dynamic-update-slice", "while", "tuple"}
-
-only_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads what XLA makes on CPU")
 
 
 def _culprits(hlo: str, shape: str) -> list[str]:

@@ -10,7 +10,14 @@ from helpers import quick_compilation, randomise, tiny_transformer
 from eqx_specgrpo._sampling import Sampling
 from eqx_specgrpo.decoding import Coupled, FixedLength, _decode as decode_module, decode, teacher_forced_logprobs
 from eqx_specgrpo.drafts import HydraHeads, NoDraft
-from eqx_specgrpo.models import KVCache, PrefixPass, SharedPromptCache, sequence_features, take_rows
+from eqx_specgrpo.models import (
+    KVCache,
+    PrefixPass,
+    SharedPromptCache,
+    _partial_attention,
+    sequence_features,
+    take_rows,
+)
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12, 3, 1, 2, 7, 5, 4, 3, 6, 8]]
 SAMPLES, NEW = 6, 18
@@ -65,8 +72,13 @@ def test_when_prompts_are_shared(monkeypatch):
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_the_cache_alone(window):
-    """Blocks behind prompts of unequal length, with a rewind, against whole sequences; then with prompts unshared."""
+@pytest.mark.parametrize("piece", [3, 64])
+def test_the_cache_alone(window, piece, monkeypatch):
+    """Blocks behind prompts of unequal length, with a rewind, against whole sequences; then with prompts unshared.
+
+    The rows' own slots are read in pieces, and at once.
+    """
+    monkeypatch.setattr(_partial_attention, "_piece_length", lambda seq, slots: piece)
     target = tiny_transformer(sliding_window=window, qk_norm=True)
     rng = np.random.default_rng(0)
     width, lengths, samples, capacity = 6, jnp.array([2, 6], jnp.int32), 3, 8

@@ -60,7 +60,7 @@ class EagleLayer(eqx.Module):
         """Writes the keys and values of positions whose outputs nobody needs: of one layer, they need no attention."""
         positions = start[:, None] + jnp.arange(states.shape[1], dtype=start.dtype)[None]
         _, keys, values = self._project(self._inputs(states, embeddings), positions)
-        return cache.update(keys, values, positions)[3]
+        return cache.write(keys, values, positions)
 
     def step(
         self,

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from ._attention import attention, causal_mask
+from ._attention import attention, causal_mask, fold_queries, unfold_heads
+from ._partial_attention import PartialAttention, attend_to_filled
 
 
 class AbstractLayerCache(eqx.Module):
@@ -120,8 +121,8 @@ class PrefixPass(AbstractSlotCache):
         return keys, values, positions, PrefixCache(keys, values, slots)
 
 
-class KVCache(AbstractSlotCache):
-    """Linear cache with slot = absolute position.
+class KVCache(AbstractLayerCache):
+    """Linear cache with slot = absolute position. What a block pays for is what is filled, not what there is room for.
 
     Writes beyond the last slot would be clamped silently by XLA and overwrite valid entries, so whoever sizes the cache
     must leave room for the longest row plus one block; `decode` checks this before its loop.
@@ -139,14 +140,35 @@ class KVCache(AbstractSlotCache):
     def keys(self) -> Float[Array, "batch kv_heads slots head_dim"]:
         return self.transposed_keys.swapaxes(2, 3)
 
-    def update(self, keys, values, positions):
+    def write(
+        self,
+        keys: Float[Array, "batch kv_heads block head_dim"],
+        values: Float[Array, "batch kv_heads block head_dim"],
+        positions: Int[Array, "batch block"],
+    ) -> "KVCache":
+        """With a block in it. Its positions are consecutive within a row."""
         start = positions[:, 0]
-        new = KVCache(
+        return KVCache(
             write_rows(self.transposed_keys, keys.swapaxes(2, 3), start, axis=2),
             write_rows(self.values, values, start, axis=1),
         )
-        slot_positions = jnp.arange(new.values.shape[2], dtype=positions.dtype)[None]
-        return new.keys, new.values, slot_positions, new
+
+    def attend(self, queries, keys, values, positions, sliding_window):
+        cache = self.write(keys, values, positions)
+        folded = fold_queries(queries, keys.shape[1]).astype(cache.values.dtype)
+        sums = cache.attend_on(PartialAttention.of_nothing(folded), folded, positions, sliding_window)
+        return unfold_heads(sums.result(), positions.shape[1]), cache
+
+    def attend_on(
+        self,
+        before: PartialAttention,
+        folded_queries: Float[Array, "batch kv_heads folded head_dim"],
+        positions: Int[Array, "batch block"],
+        sliding_window: int | None,
+    ) -> PartialAttention:
+        """Adds what is in the cache, the block included, to what queries have seen elsewhere."""
+        keys, values = self.transposed_keys, self.values
+        return attend_to_filled(before, folded_queries, keys, values, positions, sliding_window)
 
 
 def write_rows(

@@ -3,21 +3,20 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from ._attention import causal_mask, fold_queries, masked_softmax, unfold_heads
+from ._attention import causal_mask, fold_queries, unfold_heads
 from ._cache import AbstractLayerCache, KVCache, write_rows
+from ._partial_attention import PartialAttention
 
 
 class SharedPromptCache(AbstractLayerCache):
     """Prompts, each followed by as many rows as the others; a row's own slots begin behind its prompt.
 
-    Attention is exact: scores of both parts go through one softmax. Positions are a row's own, the prompt included, as
-    with any other cache.
+    Attention is exact. Positions are a row's own, the prompt included, as with any other cache.
 
     ??? cite
 
         Juravsky et al., "Hydragen: high-throughput LLM inference with shared prefixes",
-        [arXiv:2402.05099](https://arxiv.org/abs/2402.05099), section 3. There each part has its own softmax, and the
-        results are combined; here scores are few, and one does.
+        [arXiv:2402.05099](https://arxiv.org/abs/2402.05099), section 3.
 
     **Arguments:**
 
@@ -35,18 +34,6 @@ class SharedPromptCache(AbstractLayerCache):
         num_prompts, _, width, _ = self.prompts.values.shape
         samples = batch // num_prompts
         starts = jnp.repeat(self.lengths, samples, total_repeat_length=batch)[:, None]
-        # Slots are counted from the prompt's end.
-        own_keys, own_values, slots, rows = self.rows.update(keys, values, positions - starts)
-
-        place = jnp.arange(width, dtype=positions.dtype)[None]
-        in_prompt = jnp.where(place < starts, place, jnp.iinfo(positions.dtype).max)
-        mask = jnp.concatenate(
-            [
-                causal_mask(positions, in_prompt, sliding_window),
-                causal_mask(positions, slots + starts, sliding_window),
-            ],
-            axis=2,
-        )
         folded = fold_queries(queries, kv_heads).astype(self.prompts.values.dtype)
         queries_of = folded.shape[2]
 
@@ -59,17 +46,18 @@ class SharedPromptCache(AbstractLayerCache):
             x = x.reshape(num_prompts, kv_heads, samples, queries_of, -1).transpose(0, 2, 1, 3, 4)
             return x.reshape(batch, kv_heads, queries_of, -1)
 
-        scores = jnp.concatenate(
-            [
-                by_row(_product("pkqd,pkds->pkqs", by_prompt(folded), self.prompts.transposed_keys)),
-                _product("bkqd,bksd->bkqs", folded, own_keys),
-            ],
-            axis=3,
-        )
-        weights = masked_softmax(scores, mask).astype(own_values.dtype)
-        mixed = by_row(_product("pkqs,pksd->pkqd", by_prompt(weights[..., :width]), self.prompts.values))
-        mixed = mixed + _product("bkqs,bksd->bkqd", weights[..., width:], own_values)
-        return unfold_heads(mixed, seq), SharedPromptCache(self.prompts, self.lengths, rows)
+        def mix(weights):
+            weights = by_prompt(weights.astype(self.prompts.values.dtype))
+            return by_row(_product("pkqs,pksd->pkqd", weights, self.prompts.values))
+
+        place = jnp.arange(width, dtype=positions.dtype)[None]
+        in_prompt = jnp.where(place < starts, place, jnp.iinfo(positions.dtype).max)
+        scores = by_row(_product("pkqd,pkds->pkqs", by_prompt(folded), self.prompts.transposed_keys))
+        sums = PartialAttention.of_nothing(folded).add(scores, causal_mask(positions, in_prompt, sliding_window), mix)
+        # A row's own slots are counted from its prompt's end.
+        rows = self.rows.write(keys, values, positions - starts)
+        sums = rows.attend_on(sums, folded, positions - starts, sliding_window)
+        return unfold_heads(sums.result(), seq), SharedPromptCache(self.prompts, self.lengths, rows)
 
     def unshared(self, chosen: Int[Array, " chosen"]) -> KVCache:
         """Some of the rows with a copy of their prompt each, in slots equal to their positions."""
