@@ -4,9 +4,9 @@ round, and transformers' `generate` on the same prompts.
     python benchmarks/rollout.py --out results/rollout --model path/to/folder --draft drafts/hydra
     python benchmarks/rollout.py --out results/rollout --draft medusa --rows 16 --lengths 1,2
 
-Every arm decodes the same prompts in every round, one after the other in one process; ratios are within a round. On a
-machine with other work, "at median costs" is steadier: the rounds that each arm ran, all of a kind at one price. Writes
-`rollout.json`, `rollout.md` and `rollout.png`.
+Every arm decodes the same prompts in every round, one after the other in one process; ratios are within a round, their
+median and range. "In sum" is all tokens over all seconds. On a machine with other work, "at median costs" is steadier:
+the rounds that each arm ran, all of a kind at one price. Writes `rollout.json`, `rollout.md` and `rollout.png`.
 """
 
 import argparse
@@ -27,14 +27,23 @@ from rich.console import Console
 
 from eqx_specgrpo._process import keep_freed_memory
 from eqx_specgrpo._types import Prompts
-from eqx_specgrpo.decoding import Sampling, decode
+from eqx_specgrpo.decoding import (
+    AbstractLengthController,
+    AbstractVerifier,
+    AdaptiveLength,
+    FixedLength,
+    Sampling,
+    SegmentObservation,
+    decode,
+)
+from eqx_specgrpo.drafts import AbstractDraft, NoDraft
 from eqx_specgrpo.grpo import compute_copy
 from eqx_specgrpo.models import AbstractLanguageModel, matmul
 from eqx_specgrpo.train import BenchSettings, default_model_path, plot_bench, whole_numbers
 from eqx_specgrpo.train._bench import PLAIN
 from eqx_specgrpo.train._bench_command import draft_run_config, generate_for, make_contender, measure_drafts, prepare
 from eqx_specgrpo.train._machine import machine
-from eqx_specgrpo.train._parts import load_policy
+from eqx_specgrpo.train._parts import load_policy, make_verifier
 from eqx_specgrpo.train._progress import RunProgress
 from eqx_specgrpo.train._step import next_examples
 
@@ -123,30 +132,38 @@ def transformers_generate(
 def against_transformers(
     path: str,
     target: AbstractLanguageModel,
+    drafts: dict[str, AbstractDraft],
     prompts: Sequence[Prompts],
     samples: int,
     eos_ids: Sequence[int],
     arguments: argparse.Namespace,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Plain decoding and `generate` in float32 and bfloat16, in turn, round by round; the first one is the warm-up."""
+    """Plain, speculative and adaptive decoding, and `generate` in float32 and bfloat16, in turn, round by round; the
+    first round is the warm-up."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    file = Path(path)
+    where = (file.parent, {"gguf_file": file.name}) if file.suffix == ".gguf" else (file, {})
     models = {
-        f"transformers {name}": AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, name)).eval()
+        f"transformers {name}": AutoModelForCausalLM.from_pretrained(
+            where[0], **where[1], dtype=getattr(torch, name)
+        ).eval()
         for name in ("float32", "bfloat16")
     }
 
-    def ours(batch: Prompts, seed: int) -> tuple[int, float]:
-        begin = time.perf_counter()
-        rollouts = decode(
-            target, batch, sampling=Sampling(1.0), key=jr.key(seed), max_new_tokens=arguments.new, eos_ids=eos_ids,
-            samples=samples,
-        )  # fmt: skip
-        return int(rollouts.lengths.sum()), time.perf_counter() - begin
-
-    arms: dict[str, Callable[[Prompts, int], tuple[int, float]]] = {f"ours {arguments.dtype}, plain": ours}
+    lengths = whole_numbers("--lengths", arguments.lengths)
+    verifier = make_verifier(arguments.verifier)
+    arms: dict[str, Callable[[Prompts, int], tuple[int, float]]] = {}
+    ours = f"ours {arguments.dtype}, "
+    arms[ours + PLAIN] = our_decoding(target, NoDraft(), None, FixedLength(0), samples, eos_ids, arguments.new)
+    for name, draft in drafts.items():
+        for length in (*map(FixedLength, lengths), AdaptiveLength(max(lengths))):
+            text = f"length {length.length}" if isinstance(length, FixedLength) else "adaptive"
+            arms[f"{ours}{name}, {text}"] = our_decoding(
+                target, draft, verifier, length, samples, eos_ids, arguments.new
+            )
     for name, model in models.items():
         arms[name] = lambda batch, seed, model=model: transformers_generate(
             model, batch, samples, arguments.new, eos_ids, seed
@@ -165,8 +182,48 @@ def against_transformers(
     return found
 
 
+def our_decoding(
+    target: AbstractLanguageModel,
+    draft: AbstractDraft,
+    verifier: AbstractVerifier | None,
+    length: AbstractLengthController,
+    samples: int,
+    eos_ids: Sequence[int],
+    new: int,
+) -> Callable[[Prompts, int], tuple[int, float]]:
+    """Tokens and seconds of a decoding. What a controller learns it keeps for the next."""
+    state: Any = None
+
+    def seen(observation: SegmentObservation, length_state: Any) -> None:
+        nonlocal state
+        state = length_state
+
+    def run(batch: Prompts, seed: int) -> tuple[int, float]:
+        begin = time.perf_counter()
+        rollouts = decode(
+            target, batch, draft=draft, verifier=verifier, length=length, length_state=state, sampling=Sampling(1.0),
+            key=jr.key(seed), max_new_tokens=new, eos_ids=eos_ids, samples=samples, on_segment=seen,
+        )  # fmt: skip
+        return int(rollouts.lengths.sum()), time.perf_counter() - begin
+
+    return run
+
+
 Kind = tuple[int, str, str | None, int | str]
 """Rows, draft, verifier and length, of an arm or of a round."""
+
+
+def ratios_in_sum(runs: Sequence[dict[str, Any]]) -> dict[Kind, float]:
+    """All tokens over all seconds, over plain decoding's. Where completions end at random, a single decoding's tokens a
+    second say as much of its completions as of its speed."""
+    sums: dict[Kind, tuple[float, float]] = {}
+    for run in runs:
+        arm = (run["rows"], run["draft"], run["verifier"], run["length"])
+        tokens, seconds = sums.get(arm, (0.0, 0.0))
+        sums[arm] = (tokens + run["tokens"], seconds + run["seconds"])
+    rates = {arm: tokens / seconds for arm, (tokens, seconds) in sums.items()}
+    plain = {rows: rate for (rows, draft, _, _), rate in rates.items() if draft == PLAIN}
+    return {arm: rate / plain[arm[0]] for arm, rate in rates.items() if arm[0] in plain}
 
 
 def ratios_at_median_costs(runs: Sequence[dict[str, Any]]) -> dict[Kind, float]:
@@ -203,10 +260,11 @@ def _kind(run: dict[str, Any], segment: dict[str, Any]) -> Kind:
 def table(record: dict[str, Any]) -> str:
     """In Markdown."""
     lines = [
-        "| rows | draft | length | tokens/s | ratio to plain | at median costs | acceptance length | round, ms | "
-        "share of the floor |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| rows | draft | length | tokens/s | ratio to plain | in sum | at median costs | acceptance length | "
+        "round, ms | share of the floor |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    in_sum = ratios_in_sum(record["runs"])
     at_medians = ratios_at_median_costs(record["runs"])
     for row in record["results"]:
         floor = record["floor"][str(row["rows"])]
@@ -218,11 +276,11 @@ def table(record: dict[str, Any]) -> str:
             if row["draft"] == PLAIN:
                 share = f"{max(floor['read_seconds'], floor['product_seconds']) / seconds:.0%}"
         ratio = row["ratio"]
+        arm = (row["rows"], row["draft"], row["verifier"], row["length"])
         lines.append(
             f"| {row['rows']} | {row['draft']} | {row['length']} | {row['tokens_per_second']['median']:.0f} | "
             f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}) | "
-            f"{at_medians[row['rows'], row['draft'], row['verifier'], row['length']]:.2f} | "
-            f"{row['acceptance_length']:.2f} | "
+            f"{in_sum[arm]:.2f} | {at_medians[arm]:.2f} | {row['acceptance_length']:.2f} | "
             f"{milliseconds} | {share} |"
         )
     stolen = sum(run["stolen_seconds"] or 0.0 for run in record["runs"])
@@ -233,17 +291,21 @@ def table(record: dict[str, Any]) -> str:
             f"In these {seconds:.0f} s the host gave {stolen:.0f} s of the processors' time to other machines.",
         ]
     if record["transformers"]:
-        lines += ["", "| rows | arm | tokens/s | ours, plain, over it |", "| --- | --- | --- | --- |"]
+        lines += [
+            "",
+            "| rows | arm | tokens/s | over `generate`, float32 | bfloat16 |",
+            "| --- | --- | --- | --- | --- |",
+        ]
         for rows in dict.fromkeys(run["rows"] for run in record["transformers"]):
             runs = [run for run in record["transformers"] if run["rows"] == rows]
             rates = {
                 arm: [run["tokens"] / run["seconds"] for run in runs if run["arm"] == arm]
                 for arm in dict.fromkeys(run["arm"] for run in runs)
             }
-            own = next(iter(rates.values()))
+            theirs = [rates["transformers float32"], rates["transformers bfloat16"]]
             for arm, values in rates.items():
-                ratio = statistics.median(a / b for a, b in zip(own, values, strict=True))
-                lines.append(f"| {rows} | {arm} | {statistics.median(values):.0f} | {ratio:.2f} |")
+                over = [statistics.median(a / b for a, b in zip(values, other, strict=True)) for other in theirs]
+                lines.append(f"| {rows} | {arm} | {statistics.median(values):.0f} | {over[0]:.2f} | {over[1]:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -288,8 +350,8 @@ def main() -> int:
             count, task = rows // samples, made[0].parts.task
             _, prompts = next_examples(task, tokenizer, target, 1 << 21, count * (1 + arguments.rounds), arguments.new)
             record["transformers"] += against_transformers(
-                arguments.model or str(default_model_path()), target, prompts.parts(count), samples,
-                tokenizer.eos_ids, arguments, progress.phase,
+                arguments.model or str(default_model_path()), target, {one.name: one.draft for one in ready},
+                prompts.parts(count), samples, tokenizer.eos_ids, arguments, progress.phase,
             )  # fmt: skip
             write(record, arguments.out)
     print((arguments.out / "rollout.md").read_text(encoding="utf-8"))
