@@ -6,7 +6,8 @@ round, and transformers' `generate` on the same prompts.
 
 Every arm decodes the same prompts in every round, one after the other in one process; ratios are within a round, their
 median and range. "In sum" is all tokens over all seconds. On a machine with other work, "at median costs" is steadier:
-the rounds that each arm ran, all of a kind at one price. Writes `rollout.json`, `rollout.md` and `rollout.png`.
+the rounds that each arm ran, all of a kind at one price. Where completions end at random, the luck of their lengths
+moves all three; `--ignore-eos` takes it out. Writes `rollout.json`, `rollout.md` and `rollout.png`.
 """
 
 import argparse
@@ -59,6 +60,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", default="1,2,3,4")
     parser.add_argument("--verifier", default="block")
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument(
+        "--ignore-eos", action="store_true", help="go on after an end of sequence: all arms make as many tokens"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=5.0, help="to get a draft ready that is not a saved one")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
@@ -110,7 +114,8 @@ def transformers_generate(
 
     torch.manual_seed(seed)
     width = int(prompts.lengths.max())
-    ids = np.full((len(prompts.lengths), width), eos_ids[0], np.int64)
+    padding = eos_ids[0] if eos_ids else 0
+    ids = np.full((len(prompts.lengths), width), padding, np.int64)
     mask = np.zeros_like(ids)
     for row, length in enumerate(prompts.lengths):
         ids[row, width - length :] = prompts.tokens[row, :length]
@@ -120,7 +125,7 @@ def transformers_generate(
     with torch.no_grad():
         output = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=True, temperature=1.0, top_k=0,
-            top_p=1.0, eos_token_id=list(eos_ids), pad_token_id=eos_ids[0],
+            top_p=1.0, eos_token_id=list(eos_ids) or None, pad_token_id=padding,
         )  # fmt: skip
     seconds = time.perf_counter() - begin
     tokens = output[:, width:].numpy()
@@ -283,6 +288,8 @@ def table(record: dict[str, Any]) -> str:
             f"{in_sum[arm]:.2f} | {at_medians[arm]:.2f} | {row['acceptance_length']:.2f} | "
             f"{milliseconds} | {share} |"
         )
+    if record["settings"]["ignore_eos"]:
+        lines += ["", "Ends of sequence were ignored."]
     stolen = sum(run["stolen_seconds"] or 0.0 for run in record["runs"])
     if stolen >= 1:
         seconds = sum(run["seconds"] for run in record["runs"])
@@ -316,6 +323,7 @@ def settings_of(rows: int, arguments: argparse.Namespace) -> BenchSettings:
         adaptive=True,
         verifiers=(arguments.verifier,),
         new=arguments.new,
+        ignore_eos=arguments.ignore_eos,
         samples=min(rows, SAMPLES),
         rounds=arguments.rounds,
     )
@@ -351,7 +359,8 @@ def main() -> int:
             _, prompts = next_examples(task, tokenizer, target, 1 << 21, count * (1 + arguments.rounds), arguments.new)
             record["transformers"] += against_transformers(
                 arguments.model or str(default_model_path()), target, {one.name: one.draft for one in ready},
-                prompts.parts(count), samples, tokenizer.eos_ids, arguments, progress.phase,
+                prompts.parts(count), samples, () if arguments.ignore_eos else tokenizer.eos_ids, arguments,
+                progress.phase,
             )  # fmt: skip
             write(record, arguments.out)
     print((arguments.out / "rollout.md").read_text(encoding="utf-8"))

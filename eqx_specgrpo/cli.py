@@ -291,6 +291,9 @@ def bench(
     adaptive: Annotated[bool, typer.Option("--adaptive", help="Also let a controller choose the length.")] = False,
     verifiers: Annotated[str, typer.Option(help="Of rejection, block, coupled; at temperature 0 also greedy.")] = "",
     new: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 128,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after an end of sequence, to --new tokens.")
+    ] = False,
     samples: Annotated[int, typer.Option(help="Completions of a prompt; divides the rows.")] = 4,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
@@ -319,6 +322,7 @@ def bench(
         adaptive=adaptive,
         verifiers=tuple(verifiers.split(",")) if verifiers else (),
         new=new,
+        ignore_eos=ignore_eos,
         samples=samples,
         temperature=temperature,
         top_k=top_k,

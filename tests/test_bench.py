@@ -115,7 +115,8 @@ def test_without_a_round_of_all_rows_there_is_no_cost():
 @pytest.mark.parametrize("stolen, told", [((None, None), None), ((0.0, 0.3), None), ((None, 3.0), 3), ((1.5, 3.0), 4)])
 def test_what_other_machines_took_is_said(stolen, told):
     runs = tuple(made_up(PLAIN, number, 5.0, 8, [], stolen=s) for number, s in enumerate(stolen))
-    found = BenchResult({}, {}, {}, {}, [], runs, {}).footnote()
+    found = BenchResult({"ignore_eos": told is None}, {}, {}, {}, [], runs, {}).footnote()
+    assert ("Ends of sequence were ignored." in found) == (told is None)
     assert ("to others" in found) == (told is not None)
     assert told is None or f"gave {told} s of its processors' time to others in these 10 s." in found
 
@@ -210,6 +211,18 @@ def test_table_for_people_and_a_draft_that_is_too_short(tiny_folder, saved, spec
     assert "drafts at most 2 tokens: it is not measured at 4" in err
     assert "nats a token" in out and "accept" in out and "greedy" in out and "plain" in out
     assert "expected: " in out  # the explanation below
+
+
+def test_ends_of_sequence_can_be_ignored(tiny_folder, specgrpo):
+    tokens = {}
+    for option in ([], ["--ignore-eos"]):
+        more = ["--draft", "ngram", "--rows", 16, "--new", 48, "--lengths", 2, "--json", *option]
+        code, out, err = specgrpo(*small(tiny_folder, *more))
+        assert code == 0, err
+        found = json.loads(out)
+        assert found["settings"]["ignore_eos"] == bool(option)
+        tokens[len(option)] = [run["tokens"] for run in found["runs"]]
+    assert tokens[1] == [16 * 48] * 4 and min(tokens[0]) < 16 * 48
 
 
 def test_same_arms_of_several_seeds_are_one_line(tmp_path):

@@ -88,6 +88,22 @@ def test_slots_that_no_query_sees_are_not_read(window, shortest, poisoned):
     np.testing.assert_allclose(found, attention(queries, whole.keys, whole.values, mask), atol=1e-6)
 
 
+def test_pieces_are_read_under_shard_map():
+    """JAX checks over which axes of a mesh a loop's arrays vary: those it begins with must vary like the queries."""
+    rng = np.random.default_rng(2)
+    cache = KVCache.empty(2, 1, 300, 2, jnp.float32)
+    queries, new = jnp.asarray(rng.normal(size=(2, 1, 1, 2)), jnp.float32), jnp.ones((2, 1, 1, 2))
+    rows = jax.sharding.PartitionSpec("rows")
+    arguments = (cache, queries, new, jnp.array([[0], [200]]))
+
+    def attend(cache, queries, new, positions):
+        return cache.attend(queries, new, new, positions, None)[0]
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("rows",))
+    sharded = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=(rows,) * 4, out_specs=rows))(*arguments)
+    np.testing.assert_allclose(sharded, attend(*arguments), atol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_attention_by_pieces_is_attention_to_all(scale):
     """Also where a query sees nothing of the first piece, or of the last, and where scores are very unlike."""

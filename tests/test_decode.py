@@ -177,6 +177,22 @@ def test_acceptance_length_is_what_the_draft_deserves(target, plain, num_right):
         assert statistics.acceptance_length == 1.0 and statistics.acceptance_rate == 0.0
 
 
+def test_drafts_of_finished_rows_go_on_by_one_token_a_round(target, monkeypatch):
+    """However much the draft would get right: a cache is read as far as the row that has come farthest."""
+    states, take = [], decode_module._Output.take
+
+    def seen(output, row_ids, state):
+        states.append(state)
+        take(output, row_ids, state)
+
+    monkeypatch.setattr(decode_module._Output, "take", seen)
+    statistics = _decode(target, sampling=GREEDY, draft=oracle_draft(3)).statistics
+    rounds, own = statistics.target_forwards.max(), statistics.target_forwards
+    assert own.min() < rounds
+    committed = np.asarray(states[-1].draft.lengths) - PROMPT_LENGTHS
+    np.testing.assert_array_equal(committed, 4 * own + (rounds - own))
+
+
 def test_an_end_of_sequence_at_every_offset_of_a_block(target, plain):
     """Each token of the vocabulary serves as the end of sequence in turn, against cutting the plain completion."""
     offsets, stops = set(), set()

@@ -142,7 +142,8 @@ class AbstractDraft(eqx.Module, Generic[State]):
             the round's last committed token. Also called after rounds without drafting, with a block of one.
         - `block`: the last committed token of the round before, then the drafted tokens; those need not be of this
             draft's own last proposal, where it is one part of a `FallbackDraft`.
-        - `num_accepted`: how many drafted tokens were kept.
+        - `num_accepted`: how many drafted tokens were kept; 0 in rows that have finished, whose state nobody will see,
+            but which must not write beyond the capacity.
         """
 
     @abstractmethod

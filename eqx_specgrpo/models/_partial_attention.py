@@ -40,10 +40,11 @@ class PartialAttention(eqx.Module):
     @staticmethod
     def of_nothing(folded_queries: Float[Array, "batch kv_heads folded head_dim"]) -> "PartialAttention":
         """Before any key was seen."""
-        shape = folded_queries.shape
+        # Like the queries, so that within `jax.shard_map` they vary over the same axes of its mesh.
+        mixed = jnp.zeros_like(folded_queries, dtype=jnp.float32)
         # Finite, so that a piece of which a query sees nothing makes no infinity minus infinity.
-        greatest = jnp.full(shape[:-1], jnp.finfo(jnp.float32).min)
-        return PartialAttention(greatest, jnp.zeros(shape[:-1]), jnp.zeros(shape))
+        greatest = jnp.full_like(mixed[..., 0], jnp.finfo(jnp.float32).min)
+        return PartialAttention(greatest, mixed[..., 0], mixed)
 
     def add(
         self,
@@ -89,7 +90,8 @@ def attend_to_filled(
     """Adds the slots of a cache in which slot and position are the same, up to the last position that is asked for.
 
     On CPU that many pieces are read. Elsewhere all slots are: a loop that ends by what was computed would stop the
-    device once a layer. On CPU, reverse-mode differentiation has no way through that loop; training needs no cache.
+    device once a layer. Reverse-mode differentiation has no way through that loop, on no device, since JAX looks at
+    both forms before it chooses one; training needs no cache.
 
     **Arguments:**
 
@@ -118,7 +120,7 @@ def _piece_length(seq: int, slots: int) -> int:
     A longer piece does less often what is done once a piece, about 2 ms a round of SmolLM2 with 16 rows; a shorter one
     leaves less unfilled slots in the last, and needs less memory (docs/experiments.md, 2026-11-24).
     """
-    return max(min(max(slots // 2, 64), 128), min(seq, 512))
+    return max(min(max(-(-slots // 2), 64), 128), min(seq, 512))
 
 
 def _attend_in_pieces(before, folded_queries, transposed_keys, values, positions, sliding_window, piece):

@@ -296,7 +296,7 @@ def _workloads(parts: RunParts, target: AbstractLanguageModel, settings: BenchSe
         count = rows // settings.samples
         by_round = tuple(part.parts(count)[0] for part in prompts.parts(most))
         key = jr.fold_in(step_key(parts.config.seed, 0, _PURPOSE), rows)
-        eos_ids = tuple(parts.tokenizer.eos_ids)
+        eos_ids = () if settings.ignore_eos else tuple(parts.tokenizer.eos_ids)
         workloads.append((rows, Workload(by_round, settings.samples, settings.new, sampling, eos_ids, key)))
     return workloads
 

@@ -100,11 +100,12 @@ class BenchResult(eqx.Module):
             if sum(stolen) >= 1
             else ""
         )
+        ignored = " Ends of sequence were ignored." if self.settings["ignore_eos"] else ""
         return (
             "ratio: tokens a second over plain decoding's in the same round. round costs: seconds of a round with all "
             "rows over plain decoding's. expected: acceptance length by the draft's probabilities on the policy's own "
             f"completions. Compilation, {compiled:.0f} s, is left out. Other work on the machine moves all times: "
-            f"trust no ratio whose spread holds 1.{disturbed}"
+            f"trust no ratio whose spread holds 1.{disturbed}{ignored}"
         )
 
 

@@ -20,6 +20,9 @@ class BenchSettings(eqx.Module):
     - `verifiers`: `rejection`, `block`, `coupled`, `greedy` (at temperature 0 only); by default `block`, or
         `greedy` at temperature 0.
     - `new`: the longest completion, in tokens.
+    - `ignore_eos`: go on after an end of sequence, to `new` tokens (or the model's context). Every decoding then has as
+        many tokens to make, so that a ratio of two says nothing of when completions happened to end. Drafts are
+        distilled on completions that end all the same.
     - `samples`: completions a prompt; divides each of `rows`.
     - `temperature`, `top_k`, `top_p`: of sampling; temperature 0 is greedy.
     - `rounds`: how often everything is measured.
@@ -35,6 +38,7 @@ class BenchSettings(eqx.Module):
     adaptive: bool = False
     verifiers: tuple[str, ...] = ()
     new: int = 128
+    ignore_eos: bool = False
     samples: int = 4
     temperature: float = 1.0
     top_k: int | None = None
