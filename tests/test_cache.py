@@ -201,6 +201,20 @@ def test_the_decoding_loop_copies_no_cache(share, loop):
 
 
 @only_cpu
+@pytest.mark.parametrize(("slots", "copies"), [(192, False), (300, True)])
+def test_a_short_cache_is_read_as_it_lies(slots, copies):
+    """A piece of a cache is copied before it is read; all of a short one is read, and none of it copied."""
+    cache = KVCache.empty(2, 2, slots, 8, jnp.float32)
+    arguments = jnp.ones((2, 1, 4, 8)), jnp.ones((2, 2, 1, 8)), jnp.array([[3], [5]])
+
+    def attend(cache, queries, new, positions):
+        return cache.attend(queries, new, new, positions, None)
+
+    hlo = jax.jit(attend, donate_argnums=0).lower(cache, *arguments).compile().as_text()
+    assert ("dynamic-slice(" in hlo) == copies
+
+
+@only_cpu
 def test_a_copy_would_be_seen():
     """The control: a cache that is realigned, as left-padded ones are, is made anew in every round."""
 

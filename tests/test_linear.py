@@ -120,12 +120,14 @@ def test_float32_weight_is_the_first_operand_on_cpu():
     if jax.default_backend() != "cpu":
         pytest.skip("reads what XLA makes on CPU")
 
-    def product(rows):
-        compiled = jax.jit(matmul).lower(jnp.zeros((rows, IN)), jnp.zeros((OUT, IN))).compile().as_text()
+    def product(rows, out):
+        compiled = jax.jit(matmul).lower(jnp.zeros((rows, IN)), jnp.zeros((out, IN))).compile().as_text()
         return re.findall(r"= f32\[(\d+),(\d+)\]\S* dot\(", compiled)
 
-    assert product(16) == [(str(OUT), "16")]
-    assert product(512) == [("512", str(OUT))]
+    assert product(16, OUT) == [(str(OUT), "16")]
+    assert product(512, OUT) == [("512", str(OUT))]
+    # A large result, as the logits of a vocabulary are, would have to be turned.
+    assert product(16, 49152) == [("16", "49152")]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

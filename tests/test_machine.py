@@ -3,37 +3,53 @@
 import json
 import os
 
-import jax
 import pytest
 
 from eqx_specgrpo.train import _machine
-from eqx_specgrpo.train._machine import cpu_features, dtype_advice, machine, stolen_seconds
+from eqx_specgrpo.train._dtype_advice import dtype_advice, product_seconds
+from eqx_specgrpo.train._machine import machine, stolen_seconds
 
 
-def test_a_processor_without_bfloat16_is_told_of():
-    advice = dtype_advice("bfloat16", frozenset({"avx2", "fma"}))
-    assert advice is not None and "model.dtype=float32" in advice
+def made_up(bfloat16_gains):
+    """Products that take a second in float32, and in bfloat16 so many times less, by the rows."""
+
+    def measure(dtype, rows, size):
+        return 1.0 if dtype == "float32" else 1 / bfloat16_gains[rows]
+
+    return measure
 
 
-@pytest.mark.parametrize("features", [None, frozenset({"avx512_bf16"}), frozenset({"amx_bf16"}), frozenset({"bf16"})])
-def test_nothing_is_said_where_it_may_be_fast_or_is_not_known(features):
-    assert dtype_advice("bfloat16", features) is None
-
-
-def test_float32_needs_no_advice():
-    assert dtype_advice("float32", frozenset({"avx2"})) is None
-
-
-def test_what_linux_says_of_this_processor():
-    features = cpu_features()
-    if jax.default_backend() != "cpu":
-        assert features is None
-    elif machine()["system"] in ("Linux x86_64", "Linux AMD64"):
-        assert features is not None and "sse2" in features, "every 64-bit x86 has it"
-    elif machine()["system"] == "Linux aarch64":
-        assert features is not None and "asimd" in features
+@pytest.mark.parametrize(
+    ("gains", "faster"),
+    [
+        ({16: 0.6, 512: 0.5}, "float32"),  # bfloat16 units at half the rate of float32's
+        ({16: 1.6, 512: 2.1}, "bfloat16"),
+        ({16: 0.7, 512: 2.0}, None),  # which is better depends on the run
+        ({16: 0.9, 512: 1.1}, None),  # nobody would notice
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_dtype_that_computes_faster_is_named(gains, faster, dtype):
+    advice = dtype_advice(dtype, 576, made_up(gains))
+    if faster is None or faster == dtype:
+        assert advice is None
     else:
-        assert features is None
+        assert advice is not None and f"model.dtype={faster}" in advice
+        gain = max(gains[16], 1 / gains[16])
+        assert f"{gain:.1f} (16 rows)" in advice
+
+
+def test_products_of_a_small_model_are_not_measured():
+    def measure(dtype, rows, size):
+        raise AssertionError("measured")
+
+    assert dtype_advice("float32", 128, measure) is None
+
+
+@pytest.mark.parametrize("rows", [4, 512])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_are_timed(dtype, rows):
+    assert 0 < product_seconds(dtype, rows, 8) < 10
 
 
 def test_the_machine_can_be_written_as_json():

@@ -17,6 +17,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 # Up to here a float32 product on CPU is faster with the weight as its first operand: 1.8 times at 4 rows, 1.1 at 128.
 _FEW_ROWS = 128
+# The result then has to be turned, which costs more than it gains where that no longer fits into a core's cache: with
+# 49,152 tokens and 48 rows 25.6 instead of 18.9 ms (docs/experiments.md, 2026-11-27).
+_LARGEST_TO_TURN = 400_000
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
@@ -37,7 +40,7 @@ def _matmul_on_cpu(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -
     if weight.dtype == jnp.bfloat16:
         # One row takes a scalar path that is many times slower than two rows.
         return _dot(x if rows > 1 else jnp.concatenate([x, x]), weight, (1, 1))[:rows]
-    if 1 < rows <= _FEW_ROWS:
+    if 1 < rows <= _FEW_ROWS and rows * weight.shape[0] <= _LARGEST_TO_TURN:
         # The second operand is rearranged at every call, and the first is not. The barrier keeps XLA from making the
         # weight the second operand again.
         return lax.optimization_barrier(_dot(weight, x, (1, 1))).T

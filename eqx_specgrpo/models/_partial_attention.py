@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ._attention import causal_mask
 
+_SHORT_CACHE = 192
+
 
 class PartialAttention(eqx.Module):
     """What attention has mixed of the keys seen so far, not yet divided by the sum of its weights.
@@ -115,12 +117,13 @@ def attend_to_filled(
 
 
 def _piece_length(seq: int, slots: int) -> int:
-    """The halves of a short cache; of a long one 128 slots, or as many as the block has, up to 512.
+    """All of a short cache; of a longer one 128 slots, or as many as the block has, up to 512.
 
-    A longer piece does less often what is done once a piece, about 2 ms a round of SmolLM2 with 16 rows; a shorter one
-    leaves less unfilled slots in the last, and needs less memory (docs/experiments.md, 2026-11-24).
+    A piece is copied before it is read, and reading all of a short cache takes less than that. A longer piece does less
+    often what is done once a piece, about 2 ms a round of SmolLM2 with 16 rows; a shorter one leaves less unfilled
+    slots in the last, and needs less memory (docs/experiments.md, 2026-11-24 and 2026-11-27).
     """
-    return max(min(max(-(-slots // 2), 64), 128), min(seq, 512))
+    return slots if slots <= _SHORT_CACHE else max(128, min(seq, 512))
 
 
 def _attend_in_pieces(before, folded_queries, transposed_keys, values, positions, sliding_window, piece):

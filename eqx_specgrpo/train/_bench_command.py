@@ -21,9 +21,10 @@ from ._bench_drafts import Generations, collect_generations, distil_on, expected
 from ._bench_result import BenchResult
 from ._bench_settings import BenchSettings
 from ._config import RunConfig
+from ._dtype_advice import dtype_advice
 from ._lessons import Lesson, mean_entropy
 from ._load_config import draft_flags, load_config
-from ._machine import cpu_features, dtype_advice, machine
+from ._machine import machine
 from ._parts import RunParts, load_policy, make_draft, make_parts, model_name
 from ._progress import RunProgress
 from ._step import features_of, next_examples, step_key
@@ -87,7 +88,7 @@ def bench(
     with RunProgress(Console(stderr=True) if console is None else console) as progress:
         progress.phase(f"loading {model_name(base)}")
         policy, tokenizer = load_policy(base.model.path)
-        progress.advise(dtype_advice(base.model.dtype, cpu_features()))
+        progress.advise(dtype_advice(base.model.dtype, policy.hidden_size))
         made = [make_contender(name, config, policy, tokenizer) for name, config in configs.items()]
         for contender in made:
             _measurable(contender, settings)

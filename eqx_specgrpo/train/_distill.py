@@ -17,6 +17,7 @@ from ..drafts import AbstractDraft, completion_tokens, coverage, draft_vocabular
 from ..grpo import compute_copy
 from ..models import AbstractLanguageModel
 from ._config import RunConfig
+from ._dtype_advice import dtype_advice
 from ._interrupt import interrupts
 from ._lessons import (
     COMPARE,
@@ -28,7 +29,6 @@ from ._lessons import (
     updates_per_lesson,
     with_scheduled_rate,
 )
-from ._machine import cpu_features, dtype_advice
 from ._parts import RunParts, draft_spec, load_policy, make_draft, make_parts, model_name
 from ._progress import RunProgress
 from ._run_folder import replace_file
@@ -84,7 +84,7 @@ def distill(
     with progress, count_compilations(progress.note):
         progress.phase(f"loading {model_name(config)}")
         policy, tokenizer = load_policy(config.model.path)
-        progress.advise(dtype_advice(config.model.dtype, cpu_features()))
+        progress.advise(dtype_advice(config.model.dtype, policy.hidden_size))
         draft = make_draft(config.draft, policy, config.seed, tokenizer)
         if draft.train_length == 0:
             raise UserError(

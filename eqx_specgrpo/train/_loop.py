@@ -19,10 +19,10 @@ from ._check import load_task_and_rewards
 from ._checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ._compare import compare_with_plain
 from ._config import DraftConfig, RunConfig
+from ._dtype_advice import dtype_advice
 from ._interrupt import interrupts
 from ._lessons import CHOOSE, COMPARE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
 from ._load_config import check_resume, dump_config, load_config
-from ._machine import cpu_features, dtype_advice
 from ._parts import (
     RunParts,
     default_model_path,
@@ -80,7 +80,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
         with count_compilations(progress.note) as compilations:
             progress.phase(f"loading {model_name(config)}")
             policy, tokenizer = load_policy(config.model.path)
-            progress.advise(dtype_advice(config.model.dtype, cpu_features()))
+            progress.advise(dtype_advice(config.model.dtype, policy.hidden_size))
             draft = make_draft(config.draft, policy, config.seed, tokenizer)
             parts = make_parts(config, tokenizer, draft)
             # Frozen, in the dtype of computation; only held where the loss asks for it.

@@ -11,8 +11,6 @@ import jax
 
 from .._version import package_version
 
-_BFLOAT16 = frozenset({"amx_bf16", "avx512_bf16", "bf16"})  # Linux' names of the units: Intel, Intel and AMD, Arm
-
 
 def machine() -> dict[str, Any]:
     """Devices, processor, how busy it is, and versions; JSON-able."""
@@ -30,33 +28,6 @@ def machine() -> dict[str, Any]:
         | {"eqx_specgrpo": package_version()},
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def dtype_advice(dtype: str, cpu_features: frozenset[str] | None) -> str | None:
-    """What to say to whoever computes in bfloat16 where that is slower than float32; `None` if there is nothing to say.
-
-    **Arguments:**
-
-    - `dtype`: `model.dtype`.
-    - `cpu_features`: of the processor that computes, as by `cpu_features`; `None` if there is another device, or if the
-        system doesn't tell.
-    """
-    if dtype != "bfloat16" or cpu_features is None or cpu_features & _BFLOAT16:
-        return None
-    return (
-        "this processor has no bfloat16 arithmetic (none of "
-        + ", ".join(sorted(_BFLOAT16))
-        + " among its features), so every product converts its weights to float32 first: "
-        "--set model.dtype=float32 is faster here"
-    )
-
-
-def cpu_features() -> frozenset[str] | None:
-    """What the processor can do, in Linux' words, if JAX computes on it; `None` where that is not known."""
-    if jax.default_backend() != "cpu":
-        return None
-    lines = [*_cpuinfo("flags"), *_cpuinfo("Features")]  # the first on x86, the second on Arm
-    return frozenset(lines[0].split()) if lines else None
 
 
 def stolen_seconds() -> float | None:
