@@ -212,6 +212,8 @@ def test_a_short_cache_is_read_as_it_lies(slots, copies):
 
     hlo = jax.jit(attend, donate_argnums=0).lower(cache, *arguments).compile().as_text()
     assert ("dynamic-slice(" in hlo) == copies
+    for array in (cache.transposed_keys, cache.values):
+        assert not re.search(rf"= f32\[{','.join(map(str, array.shape))}\]\S* copy\(", hlo)
 
 
 @only_cpu

@@ -3,18 +3,22 @@
 import json
 import os
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from eqx_specgrpo.train import _machine
+from eqx_specgrpo.train import _dtype_advice, _machine
 from eqx_specgrpo.train._dtype_advice import dtype_advice, product_seconds
 from eqx_specgrpo.train._machine import machine, stolen_seconds
 
 
-def made_up(bfloat16_gains):
+def made_up(bfloat16_gains, sizes=None):
     """Products that take a second in float32, and in bfloat16 so many times less, by the rows."""
 
-    def measure(dtype, rows, size):
-        return 1.0 if dtype == "float32" else 1 / bfloat16_gains[rows]
+    def measure(rows, size):
+        if sizes is not None:
+            sizes.append(size)
+        return {"float32": 1.0, "bfloat16": 1 / bfloat16_gains[rows]}
 
     return measure
 
@@ -39,17 +43,33 @@ def test_the_dtype_that_computes_faster_is_named(gains, faster, dtype):
         assert f"{gain:.1f} (16 rows)" in advice
 
 
-def test_products_of_a_small_model_are_not_measured():
-    def measure(dtype, rows, size):
-        raise AssertionError("measured")
+@pytest.mark.parametrize(("hidden_size", "measured"), [(128, []), (256, []), (257, [257] * 2), (4096, [1024] * 2)])
+def test_products_of_the_models_size_are_measured(hidden_size, measured):
+    sizes = []
+    advice = dtype_advice("float32", hidden_size, made_up({16: 3.0, 512: 3.0}, sizes))
+    assert sizes == measured and (advice is None) == (not measured)
 
-    assert dtype_advice("float32", 128, measure) is None
+
+def test_nothing_is_measured_where_another_device_computes(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    sizes = []
+    assert dtype_advice("float32", 576, made_up({16: 3.0, 512: 3.0}, sizes)) is None and sizes == []
 
 
-@pytest.mark.parametrize("rows", [4, 512])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_products_are_timed(dtype, rows):
-    assert 0 < product_seconds(dtype, rows, 8) < 10
+def test_products_are_timed_in_both_dtypes(monkeypatch):
+    """By a clock that goes on by a second for each row of a product, and half of one in bfloat16."""
+    now, real = [0.0], _dtype_advice.matmul
+
+    def matmul(x, weight):
+        product = real(x, weight)
+        passed = x.shape[0] if weight.dtype == jnp.float32 else x.shape[0] / 2
+        jax.debug.callback(lambda _: now.__setitem__(0, now[0] + passed), product[0, 0], ordered=True)
+        return product
+
+    monkeypatch.setattr(_dtype_advice, "matmul", matmul)
+    monkeypatch.setattr(_dtype_advice.time, "perf_counter", lambda: (jax.effects_barrier(), now[0])[1])
+    assert product_seconds(4, 8) == {"float32": 8 * 4.0, "bfloat16": 8 * 2.0}, "eight weights where rows are few"
+    assert product_seconds(512, 8) == {"float32": 512.0, "bfloat16": 256.0}
 
 
 def test_the_machine_can_be_written_as_json():

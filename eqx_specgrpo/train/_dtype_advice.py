@@ -6,12 +6,13 @@ and a fourth none at all (docs/performance.md, "Precision").
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from jaxtyping import Array
 
 from ..models import matmul
 
@@ -24,35 +25,41 @@ _WORTH_TELLING = 1.25
 # A model that computes in moments is not asked for: its run would be over before it had gained what measuring takes.
 _SMALL_HIDDEN_SIZE = 256
 _LARGEST_SIZE = 1024
+_TURNS = 5
 
 
-Measure: TypeAlias = Callable[[Dtype, int, int], float]
-"""Seconds of products in a dtype, given the rows and the size of a weight."""
+Measure: TypeAlias = Callable[[int, int], Mapping[Dtype, float]]
+"""Seconds of products by dtype, given the rows and the size of a weight."""
 
 
-def product_seconds(dtype: Dtype, rows: int, size: int) -> float:
+def product_seconds(rows: int, size: int) -> dict[Dtype, float]:
     """Median seconds of the library's own product with weights of `[4 * size, size]`, too many for the caches of most
-    processors where there are few rows."""
+    processors where there are few rows. The dtypes take turns: a machine with other work slows both."""
     inputs = jr.normal(jr.key(0), (rows, size))
-    weights = [jr.normal(jr.key(i), (4 * size, size)).astype(dtype) for i in range(8 if rows < _MANY_ROWS else 1)]
+    weights = [jr.normal(jr.key(i), (4 * size, size)) for i in range(8 if rows < _MANY_ROWS else 1)]
+    every: dict[Dtype, list[Array]] = {
+        "float32": weights,
+        "bfloat16": [weight.astype(jnp.bfloat16) for weight in weights],
+    }
 
     @jax.jit
     def products(inputs, weights):
         # A maximum needs every entry, so that no product can be left out.
         return jnp.stack([jnp.max(matmul(inputs, weight)) for weight in weights])
 
-    def seconds() -> float:
-        begin = time.perf_counter()
-        jax.block_until_ready(products(inputs, weights))
-        return time.perf_counter() - begin
-
-    seconds()
-    return statistics.median(seconds() for _ in range(5))
+    seconds: dict[Dtype, list[float]] = {dtype: [] for dtype in every}
+    for _ in range(_TURNS + 1):
+        for dtype, cast in every.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(products(inputs, cast))
+            seconds[dtype].append(time.perf_counter() - begin)
+    # The first of each compiled.
+    return {dtype: statistics.median(found[1:]) for dtype, found in seconds.items()}
 
 
 def dtype_advice(dtype: Dtype, hidden_size: int, measure: Measure = product_seconds) -> str | None:
     """What to say to whoever computes in one dtype where the other one is clearly faster, in rollouts as in updates;
-    `None` if there is nothing to say. Takes a second.
+    `None` if there is nothing to say. Measures for a second, where the CPU computes; elsewhere nothing is said.
 
     **Arguments:**
 
@@ -60,11 +67,11 @@ def dtype_advice(dtype: Dtype, hidden_size: int, measure: Measure = product_seco
     - `hidden_size`: the model's; products of this size are measured, none for a very small one.
     - `measure`: seconds of products.
     """
-    if hidden_size <= _SMALL_HIDDEN_SIZE:
+    if jax.default_backend() != "cpu" or hidden_size <= _SMALL_HIDDEN_SIZE:
         return None
-    size = min(hidden_size, _LARGEST_SIZE)
     other: Dtype = "float32" if dtype == "bfloat16" else "bfloat16"
-    gains = [measure(dtype, rows, size) / measure(other, rows, size) for rows in (_FEW_ROWS, _MANY_ROWS)]
+    measured = [measure(rows, min(hidden_size, _LARGEST_SIZE)) for rows in (_FEW_ROWS, _MANY_ROWS)]
+    gains = [seconds[dtype] / seconds[other] for seconds in measured]
     if min(gains) < _WORTH_TELLING:
         return None
     price = "" if other == "float32" else "; master weights and losses stay float32"

@@ -77,10 +77,11 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     with RunFolder(Path(config.out), resume) as folder, progress:
         if resume:
             check_resume(load_config(folder.config_path), config)
-        with count_compilations(progress.note) as compilations:
-            progress.phase(f"loading {model_name(config)}")
-            policy, tokenizer = load_policy(config.model.path)
+        progress.phase(f"loading {model_name(config)}")
+        policy, tokenizer = load_policy(config.model.path)
+        if not resume:  # A run goes on in the dtype that it began with.
             progress.advise(dtype_advice(config.model.dtype, policy.hidden_size))
+        with count_compilations(progress.note) as compilations:
             draft = make_draft(config.draft, policy, config.seed, tokenizer)
             parts = make_parts(config, tokenizer, draft)
             # Frozen, in the dtype of computation; only held where the loss asks for it.
