@@ -20,8 +20,9 @@ Dtype: TypeAlias = Literal["float32", "bfloat16"]
 
 # A product of a round of decoding, and one of an update.
 _FEW_ROWS, _MANY_ROWS = 16, 512
-# From so many times as fast on, both with few rows and with many, a word is worth while. Products are not all of a run.
-_WORTH_TELLING = 1.25
+# A word is worth while where a step that spends as long in rounds as in the update would gain so much by the products
+# alone, and neither of the two would lose much.
+_WORTH_TELLING, _LEAST = 1.05, 0.85
 # A model that computes in moments is not asked for: its run would be over before it had gained what measuring takes.
 _SMALL_HIDDEN_SIZE = 256
 _LARGEST_SIZE = 1024
@@ -58,8 +59,8 @@ def product_seconds(rows: int, size: int) -> dict[Dtype, float]:
 
 
 def dtype_advice(dtype: Dtype, hidden_size: int, measure: Measure = product_seconds) -> str | None:
-    """What to say to whoever computes in one dtype where the other one is clearly faster, in rollouts as in updates;
-    `None` if there is nothing to say. Measures for a second, where the CPU computes; elsewhere nothing is said.
+    """What to say to whoever computes in one dtype where the other one would make a step faster; `None` if there is
+    nothing to say. Measures for a second, where the CPU computes; elsewhere nothing is said.
 
     **Arguments:**
 
@@ -72,10 +73,10 @@ def dtype_advice(dtype: Dtype, hidden_size: int, measure: Measure = product_seco
     other: Dtype = "float32" if dtype == "bfloat16" else "bfloat16"
     measured = [measure(rows, min(hidden_size, _LARGEST_SIZE)) for rows in (_FEW_ROWS, _MANY_ROWS)]
     gains = [seconds[dtype] / seconds[other] for seconds in measured]
-    if min(gains) < _WORTH_TELLING:
+    if min(gains) < _LEAST or statistics.harmonic_mean(gains) < _WORTH_TELLING:
         return None
     price = "" if other == "float32" else "; master weights and losses stay float32"
     return (
         f"{other} products are {gains[0]:.1f} ({_FEW_ROWS} rows) to {gains[1]:.1f} times ({_MANY_ROWS}) as fast as "
-        f"{dtype} ones on this machine: --set model.dtype={other} would be faster{price}"
+        f"{dtype} ones on this machine: --set model.dtype={other} would make a step faster{price}"
     )
