@@ -39,10 +39,11 @@ from eqx_specgrpo.decoding import (
 )
 from eqx_specgrpo.drafts import AbstractDraft, NoDraft
 from eqx_specgrpo.grpo import compute_copy
-from eqx_specgrpo.models import AbstractLanguageModel, matmul
+from eqx_specgrpo.models import AbstractLanguageModel
 from eqx_specgrpo.train import BenchSettings, default_model_path, plot_bench, whole_numbers
 from eqx_specgrpo.train._bench import PLAIN
 from eqx_specgrpo.train._bench_command import draft_run_config, generate_for, make_contender, measure_drafts, prepare
+from eqx_specgrpo.train._dtype_advice import largest_of_products
 from eqx_specgrpo.train._machine import machine
 from eqx_specgrpo.train._parts import load_policy, make_verifier
 from eqx_specgrpo.train._progress import RunProgress
@@ -89,11 +90,7 @@ def floor_seconds(target: AbstractLanguageModel, rows: int) -> dict[str, float]:
     weights = [x for x in jax.tree.leaves(eqx.filter(target, eqx.is_inexact_array)) if x.ndim == 2]
     inputs = {x.shape[1]: jr.normal(jr.key(0), (rows, x.shape[1])) for x in weights}
 
-    @jax.jit
-    def products(inputs, weights):
-        # A maximum needs every entry, so that no product can be left out.
-        return sum(jnp.max(matmul(inputs[w.shape[1]], w)) for w in weights)
-
+    products = jax.jit(largest_of_products)
     large = jnp.ones(1 << 27, jnp.float32)
     read = median_seconds(lambda: jnp.sum(large))
     bandwidth = large.size * large.dtype.itemsize / read

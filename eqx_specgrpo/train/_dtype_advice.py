@@ -6,13 +6,13 @@ and a fourth none at all (docs/performance.md, "Precision").
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from ..models import matmul
 
@@ -33,21 +33,30 @@ Measure: TypeAlias = Callable[[int, int], Mapping[Dtype, float]]
 """Seconds of products by dtype, given the rows and the size of a weight."""
 
 
+def largest_of_products(
+    inputs: Mapping[int, Float[Array, "rows _"]], weights: Sequence[Float[Array, "_ _"]]
+) -> Float[Array, " weights"]:
+    """What is timed: a maximum needs every entry, so that the compiler can leave no product out.
+
+    **Arguments:**
+
+    - `inputs`: by their size.
+    - `weights`: each takes the inputs of its size.
+    """
+    return jnp.stack([jnp.max(matmul(inputs[weight.shape[1]], weight)) for weight in weights])
+
+
 def product_seconds(rows: int, size: int) -> dict[Dtype, float]:
     """Median seconds of the library's own product with weights of `[4 * size, size]`, too many for the caches of most
     processors where there are few rows. The dtypes take turns: a machine with other work slows both."""
-    inputs = jr.normal(jr.key(0), (rows, size))
+    inputs = {size: jr.normal(jr.key(0), (rows, size))}
     weights = [jr.normal(jr.key(i), (4 * size, size)) for i in range(8 if rows < _MANY_ROWS else 1)]
     every: dict[Dtype, list[Array]] = {
         "float32": weights,
         "bfloat16": [weight.astype(jnp.bfloat16) for weight in weights],
     }
 
-    @jax.jit
-    def products(inputs, weights):
-        # A maximum needs every entry, so that no product can be left out.
-        return jnp.stack([jnp.max(matmul(inputs, weight)) for weight in weights])
-
+    products = jax.jit(largest_of_products)
     seconds: dict[Dtype, list[float]] = {dtype: [] for dtype in every}
     for _ in range(_TURNS + 1):
         for dtype, cast in every.items():
