@@ -41,6 +41,7 @@ from eqx_specgrpo.decoding import (
 )
 from eqx_specgrpo.decoding._state import fits
 from eqx_specgrpo.drafts import DraftError, MedusaHeads
+from eqx_specgrpo.models import cast_weights
 
 VOCAB, CONTEXT, NEW = 13, 24, 17
 NO_EOS = [98, 99]  # outside the vocabulary
@@ -327,6 +328,22 @@ def test_a_row_does_not_depend_on_shrinking(target, heads, sampled):
     assert all(report.rows == 6 for report in progress)
     assert [report.active for report in progress] == sorted((report.active for report in progress), reverse=True)
     assert progress[-1].active == 0 and progress[-1].tokens == sampled.lengths.sum()
+
+
+@pytest.mark.parametrize("hidden, dtype, smallest", [(288, "float32", 1), (288, "bfloat16", 2), (16, "float32", 2)])
+def test_a_batch_shrinks_to_one_row_where_that_is_cheaper(hidden, dtype, smallest):
+    model = tiny_transformer(num_layers=1, hidden_size=hidden, max_position_embeddings=12)
+    model = cast_weights(model, jnp.dtype(dtype))
+    segments: list[SegmentObservation] = []
+    decode(
+        model,
+        [[1, 2], [3, 4, 5, 6]],  # where the context ends, the first has made two tokens more
+        key=jr.key(0),
+        max_new_tokens=11,
+        length=FixedLength(0),
+        on_segment=lambda observation, _: segments.append(observation),
+    )
+    assert segments[0].rows == 2 and segments[-1].rows == smallest
 
 
 def test_a_row_does_not_depend_on_the_others(target, heads, sampled):

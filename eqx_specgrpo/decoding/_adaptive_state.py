@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 
 import equinox as eqx
 
@@ -13,7 +14,7 @@ _OTHER_ROWS = 20.0  # rounds of a row that acceptance with any number of rows co
 _FOLLOW = 0.3  # how much of a surprise is put down to the machine, whatever it runs,
 _LEARN = 0.1  # and how much, at least, to the kind of round
 _LARGEST_SURPRISE = 0.5  # as a logarithm: a pause of the machine is not followed further
-ENOUGH_LOOKS = 3  # before a cost is relied on: any one of them may have met a pause of the machine
+ENOUGH_LOOKS = 3  # before a cost is relied on: any one of them may have met a pause of the machine, so their median is
 COMPILE_GUESS = 2.0  # seconds, while no compilation was seen
 
 
@@ -25,11 +26,13 @@ class RoundCost(eqx.Module):
     - `log_seconds`: on a machine that is as fast as it was when the first round was seen.
     - `looks`: how often it was measured.
     - `looked_at`: when last, by the state's clock.
+    - `first`: what the first looks saw, whose median `log_seconds` begins with.
     """
 
     log_seconds: float
     looks: int
     looked_at: float
+    first: tuple[float, ...]
 
 
 class AdaptiveState(eqx.Module):
@@ -111,16 +114,14 @@ def with_observation(state: AdaptiveState, observation: SegmentObservation) -> A
 def _timed(state: AdaptiveState, rows: int, length: int, log_seconds: float) -> AdaptiveState:
     """With the time of a round taken in: partly as the machine's pace, partly as what such rounds cost."""
     old = state.costs.get((rows, length))
-    if old is None:
-        cost, slowness = RoundCost(log_seconds - state.slowness, 1, state.clock), state.slowness
-    elif old.looks < ENOUGH_LOOKS:
-        mean = old.log_seconds + (log_seconds - state.slowness - old.log_seconds) / (old.looks + 1)
-        cost, slowness = RoundCost(mean, old.looks + 1, state.clock), state.slowness
+    if old is None or old.looks < ENOUGH_LOOKS:
+        first = (*(() if old is None else old.first), log_seconds - state.slowness)
+        cost, slowness = RoundCost(statistics.median(first), len(first), state.clock, first), state.slowness
     else:
         surprise = log_seconds - old.log_seconds - state.slowness
         surprise = max(-_LARGEST_SURPRISE, min(_LARGEST_SURPRISE, surprise))
         learned = max(_LEARN, 1 / (old.looks + 1)) * surprise
-        cost = RoundCost(old.log_seconds + learned, old.looks + 1, state.clock)
+        cost = RoundCost(old.log_seconds + learned, old.looks + 1, state.clock, old.first)
         slowness = state.slowness + _FOLLOW * surprise
     return dataclasses.replace(state, costs=state.costs | {(rows, length): cost}, slowness=slowness)
 

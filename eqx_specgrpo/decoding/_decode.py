@@ -17,6 +17,7 @@ from .._types import DecodeStatistics, Prompts, Rollouts
 from ..drafts import AbstractDraft, NoDraft
 from ..models import AbstractLanguageModel, KVCache, take_rows
 from ._block import Block
+from ._buckets import bucket_for, shrink_below, smallest_that_pays
 from ._length import AbstractLengthController, FixedLength, SegmentObservation
 from ._prompts import AbstractPromptStore, PromptsInRows, PromptsOnce, can_share
 from ._segment import AbstractSegmentLoop, SegmentQueue, default_loop
@@ -55,7 +56,7 @@ def decode(
     samples: int = 1,
     max_rows: int | None = None,
     expected_lengths: Sequence[float] | None = None,
-    smallest_bucket: int = 2,
+    smallest_bucket: int | None = None,
     cache_dtype: DTypeLike | None = None,
     loop: AbstractSegmentLoop | None = None,
     on_progress: Callable[[DecodeProgress], None] | None = None,
@@ -85,7 +86,8 @@ def decode(
     - `max_rows`: decode at most so many rows at a time; as rows finish, waiting ones take their place. By default all.
     - `expected_lengths`: of the completions of each prompt; rows that are expected to be longest start first, so that
         few are left at the end.
-    - `smallest_bucket`: when rows finish, the batch is shrunk to the next power of two, but not below this.
+    - `smallest_bucket`: when rows finish, the batch is shrunk to the next power of two, but not below this; by
+        default 2, or 1 where a single row is cheaper: in float32 on CPU, unless the model is very small.
     - `cache_dtype`: of keys and values; by default float32 on CPU (where a bfloat16 write would convert the whole
         cache) and bfloat16 elsewhere.
     - `loop`: how the device repeats rounds; by default [`eqx_specgrpo.decoding.UntilRowsFinish`][] on CPU and
@@ -127,6 +129,7 @@ def decode(
     modules = (target, draft, verifier, sampling, jnp.asarray(sorted(set(eos_ids)) or [-1], jnp.int32))
     num_rows = len(prompts.lengths) * samples
     block = draft.max_length + 1
+    smallest_bucket = smallest_that_pays(target) if smallest_bucket is None else smallest_bucket
     if cache_dtype is None:
         cache_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     at_once = num_rows if max_rows is None else min(max_rows, num_rows)
@@ -165,7 +168,7 @@ def decode(
                 on_progress(DecodeProgress(int(active.sum()), num_rows, done + emitted))
             admission = _admission(len(row_ids), len(waiting))
             admits = admission > 0 and int((~active).sum()) >= admission
-            bucket = _bucket(int(active.sum()), smallest_bucket)
+            bucket = bucket_for(int(active.sum()), smallest_bucket)
             shrinks = admission == 0 and bucket < len(row_ids)
             if len(segments) > 0 and (admits or shrinks or not active.any()):
                 # Rows are moved when nothing is under way, by what is true then.
@@ -199,7 +202,7 @@ def decode(
                     f"{type(length).__name__} planned to draft {plan.length} tokens, but this draft drafts at most "
                     f"{draft.max_length}: was the length_state made for another draft?"
                 )
-            stop_below = len(row_ids) - admission if admission else _shrink_below(len(row_ids), smallest_bucket)
+            stop_below = len(row_ids) - admission if admission else shrink_below(len(row_ids), smallest_bucket)
             state = segments.run(modules, store, state, plan, stop_below)
             if segments.is_full:
                 active, emitted, length_state = look(segments, length_state)
@@ -243,16 +246,6 @@ def _check_prompts(target: AbstractLanguageModel, prompts: Prompts) -> None:
             f"prompt {longest} has {prompts.lengths[longest]} tokens, but the model's context holds "
             f"{target.max_length}, completion included: shorten the prompt or use a model with a longer context"
         )
-
-
-def _bucket(active: int, smallest: int) -> int:
-    return max(1 << (active - 1).bit_length(), smallest)
-
-
-def _shrink_below(rows: int, smallest: int) -> int:
-    """The number of active rows at which a smaller bucket becomes possible; 0 if there is none."""
-    half = 1 << ((rows - 1).bit_length() - 1) if rows > 1 else 0
-    return half if half >= smallest else 0
 
 
 @eqx.filter_jit
