@@ -13,7 +13,7 @@ from eqx_specgrpo._types import ScoredRollouts, StopReason
 from eqx_specgrpo.decoding import decode
 from eqx_specgrpo.distill import DraftBatch, ForwardKL, LKHybrid, draft_gradients, select_rows
 from eqx_specgrpo.drafts import MedusaHeads
-from eqx_specgrpo.grpo import adamw, apply_gradients, make_update_batch, plan_micro_batches
+from eqx_specgrpo.grpo import MicroBatch, adamw, apply_gradients, make_update_batch, plan_micro_batches
 from eqx_specgrpo.models import Features, sequence_features
 from eqx_specgrpo.train._parts import make_parts
 from eqx_specgrpo.train._state import RunState
@@ -245,12 +245,17 @@ def unequal():
 
 
 def updated(folder, out, scored, *settings: str):
-    config = tiny_config(folder, out, "grpo.max_completion_length=80", "grpo.beta=0.04", *settings)
+    config = tiny_config(folder, out, "grpo.max_completion_length=80", *settings)
     parts = make_parts(config, tiny_tokenizer(), heads())
-    policy, reference = tiny_model(), tiny_model(sharpness=14.0)
+    policy, reference = tiny_model(), tiny_model(sharpness=14.0) if config.grpo.beta else None
     optimizer = parts.policy_optimizer.init(eqx.filter(policy, eqx.is_inexact_array))
     policy, _, _, features, batch, metrics = update_policy(parts, policy, optimizer, reference, scored, 1e-3, 0)
     return flat(eqx.filter(policy, eqx.is_inexact_array)), features.last, batch, metrics
+
+
+def undivided(lengths, width, **_):
+    """All rows in one micro-batch, with their backward."""
+    return [MicroBatch(np.arange(len(lengths)), width)]
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
@@ -264,18 +269,18 @@ def test_how_rows_are_divided_changes_nothing(loss_type, unequal, tiny_folder, t
         divisions.append(plan_micro_batches(lengths, width, overhead=0, **kwargs))
         return divisions[-1]
 
-    loss = f"grpo.loss_type={loss_type}"
-    whole = lambda lengths, width, **_: [(np.arange(len(lengths)), width)]
-    monkeypatch.setattr(_step, "plan_micro_batches", whole)
-    weights, features, batch, metrics = updated(tiny_folder, tmp_path, unequal, loss)
+    loss = (f"grpo.loss_type={loss_type}", "grpo.beta=0.04")
+    monkeypatch.setattr(_step, "plan_micro_batches", undivided)
+    weights, features, batch, metrics = updated(tiny_folder, tmp_path, unequal, *loss)
     start = flat(eqx.filter(tiny_model(), eqx.is_inexact_array))
     monkeypatch.setattr(_step, "plan_micro_batches", record)
     ends = batch.prompt_lengths + unequal.rollouts.lengths
     valid = np.arange(batch.tokens.shape[1])[None] < ends[:, None]
     choices = [(), ("grpo.max_tokens_per_micro_batch=100", "grpo.gradient_checkpointing=true")]
     for settings in choices if loss_type == "dapo" else choices[:1]:
-        other, other_features, other_batch, other_metrics = updated(tiny_folder, tmp_path, unequal, loss, *settings)
-        assert len({width for _, width in divisions[-1]}) == 2
+        other, other_features, other_batch, other_metrics = updated(tiny_folder, tmp_path, unequal, *loss, *settings)
+        assert len({part.width for part in divisions[-1]}) > 1
+        assert all(part.learns for part in divisions[-1]), "all are held to the reference"
         # Adam divides by the gradient's size: what matters is the direction of the whole step.
         step, other_step = weights - start, other - start
         assert np.linalg.norm(step) > 1e-2
@@ -288,6 +293,38 @@ def test_how_rows_are_divided_changes_nothing(loss_type, unequal, tiny_folder, t
         assert other_metrics.keys() == metrics.keys()
         for name, value in metrics.items():
             assert other_metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("taught", [4, 0])
+def test_rows_that_teach_nothing_get_no_backward(taught, unequal, tiny_folder, tmp_path, monkeypatch):
+    """Nor do they need one: the policy, the features that the draft learns from and all metrics are as if they had."""
+    from eqx_specgrpo.train import _step
+
+    advantages = np.where(np.arange(8) < taught, unequal.advantages, 0.0).astype(np.float32)
+    scored = eqx.tree_at(lambda s: s.advantages, unequal, advantages)
+    settings = ("grpo.beta=0.0", "grpo.weight_decay=0.1")
+    monkeypatch.setattr(_step, "plan_micro_batches", undivided)
+    weights, features, batch, metrics = updated(tiny_folder, tmp_path, scored, *settings)
+    plans = []
+
+    def record(lengths, width, **kwargs):
+        plans.append(plan_micro_batches(lengths, width, **(kwargs | dict(overhead=0))))
+        return plans[-1]
+
+    monkeypatch.setattr(_step, "plan_micro_batches", record)
+    other, other_features, _, other_metrics = updated(tiny_folder, tmp_path, scored, *settings)
+    learning = [row for part in plans[-1] if part.learns for row in part.rows]
+    assert set(learning) <= set(range(taught)) and len(learning) >= (unequal.advantages[:taught] != 0).sum()
+
+    start = flat(eqx.filter(tiny_model(), eqx.is_inexact_array))
+    assert np.linalg.norm(weights - start) > 1e-4, "weights decay whatever there is to learn"
+    assert np.linalg.norm(other - weights) < 1e-2 * np.linalg.norm(weights - start)
+    ends = batch.prompt_lengths + scored.rollouts.lengths
+    valid = np.arange(batch.tokens.shape[1])[None] < ends[:, None]
+    np.testing.assert_allclose(other_features[valid], features[valid], atol=1e-4)
+    assert other_metrics.keys() == metrics.keys()
+    for name, value in metrics.items():
+        assert other_metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
 def counting_model(vocab_size: int = 24):

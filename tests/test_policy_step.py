@@ -270,7 +270,7 @@ def test_only_a_transformer_can_be_checkpointed(batch):
 def test_widths_are_few_and_cover():
     lengths = np.arange(1, 2049)
     widths = np.array([padded_width(int(length)) for length in lengths])
-    assert (widths >= lengths).all() and len(set(widths)) == 16
+    assert (widths >= lengths).all() and len(set(widths)) == 18
     assert (widths - lengths < np.maximum(64, lengths / 4)).all()
 
 
@@ -278,22 +278,49 @@ def test_plan_saves_padding_and_keeps_to_its_budget():
     lengths = np.array([60, 250, 30, 200, 64, 10, 50, 190])
     plan = plan_micro_batches(lengths, 256)
     # Longest first, and the short ones apart.
-    assert [(rows.tolist(), width) for rows, width in plan] == [([1, 3, 7, 4], 256), ([0, 6, 2, 5], 64)]
+    assert [(rows.tolist(), width) for rows, width, _ in plan] == [([1, 3, 7, 4], 256), ([0, 6, 2, 5], 64)]
     assert len(plan_micro_batches(np.full(8, 200), 256)) == 1
     assert len(plan_micro_batches(lengths, 256, overhead=2000)) == 1
     for budget in (2048, 1024, 512, 300, 100):
         plan = plan_micro_batches(lengths, 256, max_tokens=budget)
-        assert sorted(np.concatenate([rows for rows, _ in plan])) == list(range(8))
-        assert all(lengths[rows].max() <= width for rows, width in plan)
+        assert sorted(np.concatenate([part.rows for part in plan])) == list(range(8))
+        assert all(lengths[part.rows].max() <= part.width for part in plan)
         # A budget below a row's own width leaves each row alone.
-        assert all(len(rows) * width <= max(budget, 256) for rows, width in plan)
-    assert [len(rows) for rows, _ in plan_micro_batches(np.full(6, 9), 64, num_parts=3)] == [2, 2, 2]
+        assert all(len(part.rows) * part.width <= max(budget, 256) for part in plan)
+    assert [len(part.rows) for part in plan_micro_batches(np.full(6, 9), 64, num_parts=3)] == [2, 2, 2]
     kept = plan_micro_batches(lengths, 256, num_parts=2, sort=False)
-    assert [(rows.tolist(), width) for rows, width in kept] == [([0, 1, 2, 3], 256), ([4, 5, 6, 7], 192)]
+    assert [(rows.tolist(), width) for rows, width, _ in kept] == [([0, 1, 2, 3], 256), ([4, 5, 6, 7], 192)]
     # Never wider than the sequences' array.
-    assert plan_micro_batches(np.full(4, 70), 100)[0][1] == 100
+    assert plan_micro_batches(np.full(4, 70), 100)[0].width == 100
+    # What saves little is not worth its compilation.
+    assert len(plan_micro_batches(np.array([250, 250, 190, 190]), 256, overhead=0)) == 2
+    assert len(plan_micro_batches(np.array([250, 250, 220, 220]), 256, overhead=0)) == 1
     with pytest.raises(ValueError, match="num_parts is 3, which does not divide 8 rows"):
         plan_micro_batches(lengths, 256, num_parts=3)
+
+
+def test_plan_keeps_rows_that_teach_nothing_apart():
+    lengths = np.array([100, 128, 90, 128, 80, 100, 70, 60])
+    teaches = np.array([False, False, False, False, True, True, True, True])
+    plan = plan_micro_batches(lengths, 128, has_gradient=teaches)
+    assert [(part.rows.tolist(), part.learns) for part in plan] == [([5, 4, 6, 7], True), ([1, 3, 0, 2], False)]
+    # One row that learns is not left out for the seven that do not.
+    alone = plan_micro_batches(lengths, 128, has_gradient=np.arange(8) == 3)
+    assert [part.rows.tolist() for part in alone if part.learns] == [[3]]
+    assert sorted(np.concatenate([part.rows for part in alone])) == list(range(8))
+    # Where rows may not change places, and where none of them teaches anything.
+    kept = plan_micro_batches(lengths, 128, num_parts=2, sort=False, has_gradient=np.arange(8) == 3)
+    assert [(part.rows.tolist(), part.learns) for part in kept] == [([0, 1, 2, 3], True), ([4, 5, 6, 7], False)]
+    assert [part.learns for part in plan_micro_batches(lengths, 128, has_gradient=np.zeros(8, bool))] == [False]
+
+
+def test_a_row_has_a_gradient_if_a_token_counts_and_it_has_an_advantage_or_a_reference(batch):
+    mask = np.array(batch.completion_mask)
+    mask[1] = False
+    batch = eqx.tree_at(lambda b: b.completion_mask, batch, mask)
+    assert ADVANTAGES[5] == 0
+    assert np.flatnonzero(~batch.has_gradient(with_kl=False)).tolist() == [1, 5]
+    assert np.flatnonzero(~batch.has_gradient(with_kl=True)).tolist() == [1]
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])

@@ -4,6 +4,7 @@ from ._advantages import (
     leave_one_out_advantages as leave_one_out_advantages,
 )
 from ._batch import (
+    MicroBatch as MicroBatch,
     UpdateBatch as UpdateBatch,
     make_update_batch as make_update_batch,
     padded_width as padded_width,
@@ -28,6 +29,8 @@ from ._step import (
     check_finite as check_finite,
     compute_copy as compute_copy,
     global_norm as global_norm,
+    no_gradients as no_gradients,
+    policy_forward as policy_forward,
     policy_gradients as policy_gradients,
     policy_logprobs as policy_logprobs,
 )

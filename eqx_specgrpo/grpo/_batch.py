@@ -1,5 +1,7 @@
 """From rollouts to the arrays of one policy update."""
 
+from typing import NamedTuple
+
 import equinox as eqx
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -32,6 +34,17 @@ class UpdateBatch(eqx.Module):
     prompt_rows: Int[Array | np.ndarray, " prompts"]
     prompt_of_row: Int[Array | np.ndarray, " rows"]
     reference_logprobs: Float[Array | np.ndarray, "rows new"] | None = None
+
+    def has_gradient(self, *, with_kl: bool) -> Bool[np.ndarray, " rows"]:
+        """Which rows move the policy: those with a token that counts and an advantage. The loss of the others is 0
+        whatever the weights are, in every `loss_type`, unless they are held to a reference.
+
+        **Arguments:**
+
+        - `with_kl`: whether the loss has a KL term, which every token that counts takes part in.
+        """
+        counts = np.asarray(np.asarray(self.completion_mask).any(1))
+        return counts if with_kl else counts & (np.asarray(self.advantages) != 0)
 
     def rows(self, rows: slice | Int[np.ndarray, " chosen"], new: int | None = None) -> "UpdateBatch":
         """A micro-batch.
@@ -114,9 +127,32 @@ def make_update_batch(
 
 
 def padded_width(length: int) -> int:
-    """The next width on the ladder on which sequences are padded: multiples of 64, then four widths an octave."""
+    """The next width on the ladder on which sequences are padded: 16, 32, multiples of 64, then four widths an
+    octave."""
+    if length <= 32:
+        return 16 if length <= 16 else 32
     step = max(64, (1 << (length - 1).bit_length()) // 8)
     return -(-length // step) * step
+
+
+class MicroBatch(NamedTuple):
+    """A part of a step's rows.
+
+    **Arguments:**
+
+    - `rows`: which.
+    - `width`: the completions' positions to keep.
+    - `learns`: whether the policy learns from any of them. If not, its forward is all that is needed.
+    """
+
+    rows: Int[np.ndarray, " part"]
+    width: int
+    learns: bool = True
+
+
+_WITH_BACKWARD = 3  # what a forward and its backward cost, over the forward alone
+# What a division other than the wanted one has to save of the cost: its programs have to be compiled.
+_WORTH_DIVIDING = 0.1
 
 
 def plan_micro_batches(
@@ -129,14 +165,17 @@ def plan_micro_batches(
     overhead: int = 128,
     prompt_of_row: Int[np.ndarray, " rows"] | None = None,
     prompt_width: int = 0,
-) -> list[tuple[Int[np.ndarray, " part"], int]]:
-    """Divides rows into micro-batches of equal size, so that short rows are not padded to the length of long ones.
+    has_gradient: Bool[np.ndarray, " rows"] | None = None,
+) -> list[MicroBatch]:
+    """Divides rows into micro-batches of equal size, so that short rows are not padded to the length of long ones, and
+    no backward is computed for those that teach the policy nothing.
 
-    Rows are sorted by length, cut into `num_parts` or a power of two times as many parts, and each part is padded to
-    its own longest row. Of the divisions that keep to `max_tokens` the one with the fewest positions is taken, the
-    prompts' included, of which a part computes each once. Each further part counts as `overhead` more positions;
-    measured on a CPU, where its gradients have to be added. All parts have as many rows, and widths come from a
-    ladder: so few shapes are ever compiled.
+    Rows are sorted, those with a gradient first and longer ones before shorter, cut into `num_parts` or a power of two
+    times as many parts, and each part is padded to its own longest row. Of the divisions that keep to `max_tokens` the
+    cheapest is taken: by its positions, the prompts' included, of which a part computes each once, and those of a part
+    without a gradient counting a third. Each part with one counts as `overhead` more positions; measured on a CPU,
+    where its gradients have to be added. All parts have as many rows, and widths come from a ladder: so few shapes are
+    ever compiled.
 
     **Arguments:**
 
@@ -146,27 +185,31 @@ def plan_micro_batches(
     - `max_tokens`: the most positions of a micro-batch, padding included; a single row may exceed it. `None`: no limit.
     - `sort`: whether rows may change places, and be divided further than `num_parts`.
     - `prompt_of_row`, `prompt_width`: which prompt a row has, and as how many positions a prompt is computed.
-
-    **Returns:**
-
-    For each part its rows, longest first, and the width to cut them to.
+    - `has_gradient`: see [`eqx_specgrpo.grpo.UpdateBatch.has_gradient`][]; by default all.
     """
     rows = len(lengths)
+    learning = np.ones(rows, bool) if has_gradient is None else has_gradient
     if num_parts < 1 or rows % num_parts:
         raise ValueError(f"num_parts is {num_parts}, which does not divide {rows} rows: give a divisor")
-    order = np.argsort(-lengths, kind="stable") if sort else np.arange(rows)
+    order = np.lexsort((-lengths, ~learning)) if sort else np.arange(rows)
 
-    def divide(num: int) -> list[tuple[Int[np.ndarray, " part"], int]]:
-        return [(part, min(padded_width(int(lengths[part].max())), width)) for part in np.split(order, num)]
+    def divide(num: int) -> list[MicroBatch]:
+        return [
+            MicroBatch(part, min(padded_width(int(lengths[part].max())), width), bool(learning[part].any()))
+            for part in np.split(order, num)
+        ]
 
     if not sort:
         return divide(num_parts)
 
-    def positions(part: Int[np.ndarray, " part"], cut: int) -> int:
+    def positions(part: MicroBatch) -> int:
         prompts = 0
         if prompt_of_row is not None:
-            prompts = num_prompts(len(np.unique(prompt_of_row[part])), len(np.unique(prompt_of_row)))
-        return len(part) * cut + prompts * prompt_width
+            prompts = num_prompts(len(np.unique(prompt_of_row[part.rows])), len(np.unique(prompt_of_row)))
+        return len(part.rows) * part.width + prompts * prompt_width
+
+    def cost(plan: list[MicroBatch]) -> int:
+        return sum(_WITH_BACKWARD * (positions(p) + overhead) if p.learns else positions(p) for p in plan)
 
     numbers = [num_parts]
     while rows % (2 * numbers[-1]) == 0:
@@ -176,5 +219,6 @@ def plan_micro_batches(
     plans = [divide(num) for num in numbers]
     if max_tokens is not None:
         # The last one has a row a part: nothing can be smaller.
-        plans = [p for p in plans if max(positions(*part) for part in p) <= max_tokens] or plans[-1:]
-    return min(plans, key=lambda plan: sum(positions(*part) + overhead for part in plan))
+        plans = [p for p in plans if max(map(positions, p)) <= max_tokens] or plans[-1:]
+    best = min(plans, key=cost)
+    return best if cost(best) <= (1 - _WORTH_DIVIDING) * cost(plans[0]) else plans[0]

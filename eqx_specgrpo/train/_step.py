@@ -27,7 +27,9 @@ from ..grpo import (
     global_norm,
     group_advantages,
     make_update_batch,
+    no_gradients,
     plan_micro_batches,
+    policy_forward,
     policy_gradients,
     policy_logprobs,
     training_features,
@@ -137,12 +139,13 @@ def update_policy(
         sort=parts.loss.loss_type != "bnpo",  # whose value depends on which rows are together
         prompt_of_row=scored.rollouts.group,
         prompt_width=width - new,
+        has_gradient=batch.has_gradient(with_kl=reference is not None),
     )
     if reference is not None:
         gaps = np.zeros(batch.old_logprobs.shape, np.float32)
-        for chosen, cut in plan:
-            part = policy_logprobs(reference, batch.rows(chosen, cut), parts.loss)
-            gaps[chosen, : part.shape[1]] = part
+        for micro in plan:
+            part = policy_logprobs(reference, batch.rows(micro.rows, micro.width), parts.loss)
+            gaps[micro.rows, : part.shape[1]] = part
         batch = eqx.tree_at(lambda b: b.reference_logprobs, batch, gaps, is_leaf=lambda leaf: leaf is None)
     normalizer = LossNormalizer.from_mask(
         batch.completion_mask, grpo.max_completion_length, num_micro_batches=len(plan)
@@ -152,19 +155,20 @@ def update_policy(
     for iteration in range(grpo.num_iterations):
         weights = compute_copy(policy, parts.config.model.dtype)
         total, features = None, []
-        for chosen, cut in plan:
-            part, part_features = policy_gradients(
-                weights, batch.rows(chosen, cut), normalizer, parts.loss, feature_width=width
+        for micro in plan:
+            evaluate = policy_gradients if micro.learns else policy_forward
+            part, part_features = evaluate(
+                weights, batch.rows(micro.rows, micro.width), normalizer, parts.loss, feature_width=width
             )
             total = part if total is None else total + part
             features.append(part_features)
         assert total is not None
-        norm = global_norm(total.gradients)
+        # With nothing to learn from the optimizer goes on all the same: it has momentum, and weights may decay.
+        gradients = no_gradients(policy) if total.gradients is None else total.gradients
+        norm = global_norm(gradients)
         check_finite("policy", step, loss=total.loss, grad_norm=norm)
         rate = jnp.float32(learning_rate)
-        policy, optimizer_state = apply_gradients(
-            (parts.policy_optimizer, total.gradients, rate), policy, optimizer_state
-        )
+        policy, optimizer_state = apply_gradients((parts.policy_optimizer, gradients, rate), policy, optimizer_state)
         means = {name: float(value) for name, value in total.metrics.means().items()}
         if iteration == 0:
             # Before any inner step both sides have the same weights: the gap is rounding, or decoding is not lossless.
@@ -175,7 +179,7 @@ def update_policy(
         metrics["grad_norm"] = float(norm)
         metrics["entropy"] = float(total.entropy_sum / jnp.maximum(total.metrics.num_tokens, 1))
     metrics["learning_rate"] = learning_rate
-    back = np.argsort(np.concatenate([chosen for chosen, _ in plan]))
+    back = np.argsort(np.concatenate([micro.rows for micro in plan]))
     return policy, optimizer_state, weights, _in_order(features, back), batch, metrics
 
 
