@@ -87,8 +87,8 @@ def test_it_finds_the_best_length_and_costs_little(rows, rates):
         machine = Machine(_linear, rates, noise=0.05, seed=seed)
         _, _, state = _run(machine, controller, rows, 5.0)
         found.append(_run(machine, controller, rows, 60.0, state)[0])
-    _, best_rate, plain_rate = _best(machine, rows)
-    assert np.mean(found) > 0.96 * best_rate and np.mean(found) > 0.95 * plain_rate
+    best_rate = _best(machine, rows)[1]
+    assert np.mean(found) > 0.96 * best_rate and min(found) > 0.9 * best_rate
 
 
 def test_it_is_plain_decoding_where_speculation_does_not_pay():

@@ -13,7 +13,14 @@ from eqx_specgrpo._types import ScoredRollouts, StopReason
 from eqx_specgrpo.decoding import decode
 from eqx_specgrpo.distill import DraftBatch, ForwardKL, LKHybrid, draft_gradients, select_rows
 from eqx_specgrpo.drafts import MedusaHeads
-from eqx_specgrpo.grpo import MicroBatch, adamw, apply_gradients, make_update_batch, plan_micro_batches
+from eqx_specgrpo.grpo import (
+    PlannedMicroBatch,
+    adamw,
+    apply_gradients,
+    make_update_batch,
+    plan_micro_batches,
+    policy_gradients,
+)
 from eqx_specgrpo.models import Features, sequence_features
 from eqx_specgrpo.train._parts import make_parts
 from eqx_specgrpo.train._state import RunState
@@ -244,18 +251,19 @@ def unequal():
     return ScoredRollouts(rollouts, rewards[:, None], rewards, rewards.astype(np.float32))
 
 
-def updated(folder, out, scored, *settings: str):
+def updated(folder, out, scored, *settings: str, momentum: float = 0.0):
     config = tiny_config(folder, out, "grpo.max_completion_length=80", *settings)
     parts = make_parts(config, tiny_tokenizer(), heads())
     policy, reference = tiny_model(), tiny_model(sharpness=14.0) if config.grpo.beta else None
     optimizer = parts.policy_optimizer.init(eqx.filter(policy, eqx.is_inexact_array))
+    optimizer = jax.tree.map(lambda x: x + momentum if eqx.is_inexact_array(x) else x, optimizer)
     policy, _, _, features, batch, metrics = update_policy(parts, policy, optimizer, reference, scored, 1e-3, 0)
     return flat(eqx.filter(policy, eqx.is_inexact_array)), features.last, batch, metrics
 
 
 def undivided(lengths, width, **_):
     """All rows in one micro-batch, with their backward."""
-    return [MicroBatch(np.arange(len(lengths)), width)]
+    return [PlannedMicroBatch(np.arange(len(lengths)), width, has_gradient=True)]
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
@@ -280,7 +288,7 @@ def test_how_rows_are_divided_changes_nothing(loss_type, unequal, tiny_folder, t
     for settings in choices if loss_type == "dapo" else choices[:1]:
         other, other_features, other_batch, other_metrics = updated(tiny_folder, tmp_path, unequal, *loss, *settings)
         assert len({part.width for part in divisions[-1]}) > 1
-        assert all(part.learns for part in divisions[-1]), "all are held to the reference"
+        assert all(part.has_gradient for part in divisions[-1]), "all are held to the reference"
         # Adam divides by the gradient's size: what matters is the direction of the whole step.
         step, other_step = weights - start, other - start
         assert np.linalg.norm(step) > 1e-2
@@ -304,20 +312,30 @@ def test_rows_that_teach_nothing_get_no_backward(taught, unequal, tiny_folder, t
     scored = eqx.tree_at(lambda s: s.advantages, unequal, advantages)
     settings = ("grpo.beta=0.0", "grpo.weight_decay=0.1")
     monkeypatch.setattr(_step, "plan_micro_batches", undivided)
-    weights, features, batch, metrics = updated(tiny_folder, tmp_path, scored, *settings)
-    plans = []
+    momentum = 0.0 if taught else 0.1
+    weights, features, batch, metrics = updated(tiny_folder, tmp_path, scored, *settings, momentum=momentum)
+    plans, backwards = [], []
 
     def record(lengths, width, **kwargs):
         plans.append(plan_micro_batches(lengths, width, **(kwargs | dict(overhead=0))))
         return plans[-1]
 
+    def count(*args, **kwargs):
+        backwards.append(args[1])
+        return policy_gradients(*args, **kwargs)
+
     monkeypatch.setattr(_step, "plan_micro_batches", record)
-    other, other_features, _, other_metrics = updated(tiny_folder, tmp_path, scored, *settings)
-    learning = [row for part in plans[-1] if part.learns for row in part.rows]
-    assert set(learning) <= set(range(taught)) and len(learning) >= (unequal.advantages[:taught] != 0).sum()
+    monkeypatch.setattr(_step, "policy_gradients", count)
+    other, other_features, _, other_metrics = updated(tiny_folder, tmp_path, scored, *settings, momentum=momentum)
+    assert not all(part.has_gradient for part in plans[-1])
+    learning = [row for part in plans[-1] if part.has_gradient for row in part.rows]
+    assert set(np.flatnonzero(advantages)) <= set(learning)
+    assert sum(len(batch.advantages) for batch in backwards) == len(learning)
 
     start = flat(eqx.filter(tiny_model(), eqx.is_inexact_array))
-    assert np.linalg.norm(weights - start) > 1e-4, "weights decay whatever there is to learn"
+    assert np.linalg.norm(weights - start) > 1e-2, "momentum and decay go on whatever there is to learn"
+    if taught == 0:
+        np.testing.assert_array_equal(other, weights)
     assert np.linalg.norm(other - weights) < 1e-2 * np.linalg.norm(weights - start)
     ends = batch.prompt_lengths + scored.rollouts.lengths
     valid = np.arange(batch.tokens.shape[1])[None] < ends[:, None]

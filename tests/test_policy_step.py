@@ -21,6 +21,8 @@ from eqx_specgrpo.grpo import (
     LossNormalizer,
     LossSettings,
     NonFiniteError,
+    PolicyGradients,
+    PolicyLossMetrics,
     UpdateBatch,
     adamw,
     apply_gradients,
@@ -301,17 +303,22 @@ def test_plan_saves_padding_and_keeps_to_its_budget():
 
 def test_plan_keeps_rows_that_teach_nothing_apart():
     lengths = np.array([100, 128, 90, 128, 80, 100, 70, 60])
-    teaches = np.array([False, False, False, False, True, True, True, True])
-    plan = plan_micro_batches(lengths, 128, has_gradient=teaches)
-    assert [(part.rows.tolist(), part.learns) for part in plan] == [([5, 4, 6, 7], True), ([1, 3, 0, 2], False)]
+    late, third, none = np.arange(8) > 3, np.arange(8) == 3, np.zeros(8, bool)
+    plan = plan_micro_batches(lengths, 128, rows_with_gradient=late)
+    assert [(part.rows.tolist(), part.has_gradient) for part in plan] == [([5, 4, 6, 7], True), ([1, 3, 0, 2], False)]
     # One row that learns is not left out for the seven that do not.
-    alone = plan_micro_batches(lengths, 128, has_gradient=np.arange(8) == 3)
-    assert [part.rows.tolist() for part in alone if part.learns] == [[3]]
+    alone = plan_micro_batches(lengths, 128, rows_with_gradient=third)
+    assert [part.rows.tolist() for part in alone if part.has_gradient] == [[1, 3]]
     assert sorted(np.concatenate([part.rows for part in alone])) == list(range(8))
     # Where rows may not change places, and where none of them teaches anything.
-    kept = plan_micro_batches(lengths, 128, num_parts=2, sort=False, has_gradient=np.arange(8) == 3)
-    assert [(part.rows.tolist(), part.learns) for part in kept] == [([0, 1, 2, 3], True), ([4, 5, 6, 7], False)]
-    assert [part.learns for part in plan_micro_batches(lengths, 128, has_gradient=np.zeros(8, bool))] == [False]
+    kept = plan_micro_batches(lengths, 128, num_parts=2, sort=False, rows_with_gradient=third)
+    assert [(part.rows.tolist(), part.has_gradient) for part in kept] == [([0, 1, 2, 3], True), ([4, 5, 6, 7], False)]
+    assert [part.has_gradient for part in plan_micro_batches(lengths, 128, rows_with_gradient=none)] == [False]
+    # A long row that teaches nothing does not pad short ones that do; forwards, too, have an overhead.
+    unequal = np.array([100, 100, 100, 100, 10, 10, 10, 10])
+    plan = plan_micro_batches(unequal, 128, rows_with_gradient=np.arange(8) > 0)
+    assert [part.rows.tolist() for part in plan] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert len(plan_micro_batches(np.array([500] + 7 * [10]), 512, rows_with_gradient=none)) == 4
 
 
 def test_a_row_has_a_gradient_if_a_token_counts_and_it_has_an_advantage_or_a_reference(batch):
@@ -319,8 +326,22 @@ def test_a_row_has_a_gradient_if_a_token_counts_and_it_has_an_advantage_or_a_ref
     mask[1] = False
     batch = eqx.tree_at(lambda b: b.completion_mask, batch, mask)
     assert ADVANTAGES[5] == 0
-    assert np.flatnonzero(~batch.has_gradient(with_kl=False)).tolist() == [1, 5]
-    assert np.flatnonzero(~batch.has_gradient(with_kl=True)).tolist() == [1]
+    assert np.flatnonzero(~batch.rows_with_gradient(with_kl=False)).tolist() == [1, 5]
+    assert np.flatnonzero(~batch.rows_with_gradient(with_kl=True)).tolist() == [1]
+
+
+def test_gradients_that_are_not_there_add_nothing():
+    def made(gradients):
+        # Each number an array of its own: addition donates them.
+        metrics = PolicyLossMetrics(*(jnp.float32(0.0) for _ in range(6)), kl_sum=None)
+        return PolicyGradients(gradients, jnp.float32(1.0), metrics, jnp.float32(2.0))
+
+    there = lambda: made({"w": jnp.array([1.0, 2.0])})
+    for total in (made(None) + there(), there() + made(None), made(None) + there() + made(None)):
+        assert total.gradients is not None
+        np.testing.assert_array_equal(total.gradients["w"], [1.0, 2.0])
+    assert float(total.loss) == 3 and float(total.entropy_sum) == 6
+    assert (made(None) + made(None)).gradients is None
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])

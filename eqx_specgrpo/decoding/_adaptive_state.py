@@ -14,7 +14,7 @@ _OTHER_ROWS = 20.0  # rounds of a row that acceptance with any number of rows co
 _FOLLOW = 0.3  # how much of a surprise is put down to the machine, whatever it runs,
 _LEARN = 0.1  # and how much, at least, to the kind of round
 _LARGEST_SURPRISE = 0.5  # as a logarithm: a pause of the machine is not followed further
-ENOUGH_LOOKS = 3  # before a cost is relied on: any one of them may have met a pause of the machine, so their median is
+ENOUGH_LOOKS = 3  # before a cost is relied on: any one may have met a pause of the machine, so their median counts
 COMPILE_GUESS = 2.0  # seconds, while no compilation was seen
 
 
@@ -26,13 +26,13 @@ class RoundCost(eqx.Module):
     - `log_seconds`: on a machine that is as fast as it was when the first round was seen.
     - `looks`: how often it was measured.
     - `looked_at`: when last, by the state's clock.
-    - `first`: what the first looks saw, whose median `log_seconds` begins with.
+    - `first_looks`: what the first of them saw, whose median `log_seconds` begins with.
     """
 
     log_seconds: float
     looks: int
     looked_at: float
-    first: tuple[float, ...]
+    first_looks: tuple[float, ...]
 
 
 class AdaptiveState(eqx.Module):
@@ -115,13 +115,13 @@ def _timed(state: AdaptiveState, rows: int, length: int, log_seconds: float) -> 
     """With the time of a round taken in: partly as the machine's pace, partly as what such rounds cost."""
     old = state.costs.get((rows, length))
     if old is None or old.looks < ENOUGH_LOOKS:
-        first = (*(() if old is None else old.first), log_seconds - state.slowness)
+        first = (*(() if old is None else old.first_looks), log_seconds - state.slowness)
         cost, slowness = RoundCost(statistics.median(first), len(first), state.clock, first), state.slowness
     else:
         surprise = log_seconds - old.log_seconds - state.slowness
         surprise = max(-_LARGEST_SURPRISE, min(_LARGEST_SURPRISE, surprise))
         learned = max(_LEARN, 1 / (old.looks + 1)) * surprise
-        cost = RoundCost(old.log_seconds + learned, old.looks + 1, state.clock, old.first)
+        cost = RoundCost(old.log_seconds + learned, old.looks + 1, state.clock, old.first_looks)
         slowness = state.slowness + _FOLLOW * surprise
     return dataclasses.replace(state, costs=state.costs | {(rows, length): cost}, slowness=slowness)
 

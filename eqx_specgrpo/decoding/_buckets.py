@@ -6,16 +6,17 @@ import jax.numpy as jnp
 
 from ..models import AbstractLanguageModel
 
-# With a smaller model another program costs more than it saves: a round takes a millisecond, whatever the batch.
+# With a smaller model other programs cost more than they save: a round takes a millisecond, whatever the batch.
 _SMALL_HIDDEN_SIZE = 256
 
 
-def smallest_that_pays(target: AbstractLanguageModel) -> int:
+def default_smallest_bucket(target: AbstractLanguageModel) -> int:
     """The smallest batch that is cheaper than one of twice its size: 1 or 2.
 
-    A single row of float32 on CPU reads the weights at twice the speed of two (SmolLM2-135M on two cores: 25 and 41 ms
-    a plain round, 41 and 58 with three guesses). In bfloat16 it is computed as two, since its own product would be many
-    times slower; on an accelerator one costs what two do.
+    In float32 on CPU a single row reads the weights faster than two do (SmolLM2-135M on two cores, one and two rows: 25
+    and 41 ms a plain round, 41 and 58 with three guesses). In bfloat16 a single row of a plain round is computed as
+    two, since its own product would be many times slower, and with guesses there is little between them either. On an
+    accelerator one costs what two do.
     """
     matrices = [x for x in jax.tree.leaves(eqx.filter(target, eqx.is_inexact_array)) if x.ndim > 1]
     dtype = max(matrices, key=lambda x: x.size).dtype if matrices else None

@@ -17,7 +17,7 @@ from .._types import DecodeStatistics, Prompts, Rollouts
 from ..drafts import AbstractDraft, NoDraft
 from ..models import AbstractLanguageModel, KVCache, take_rows
 from ._block import Block
-from ._buckets import bucket_for, shrink_below, smallest_that_pays
+from ._buckets import bucket_for, default_smallest_bucket, shrink_below
 from ._length import AbstractLengthController, FixedLength, SegmentObservation
 from ._prompts import AbstractPromptStore, PromptsInRows, PromptsOnce, can_share
 from ._segment import AbstractSegmentLoop, SegmentQueue, default_loop
@@ -87,7 +87,8 @@ def decode(
     - `expected_lengths`: of the completions of each prompt; rows that are expected to be longest start first, so that
         few are left at the end.
     - `smallest_bucket`: when rows finish, the batch is shrunk to the next power of two, but not below this; by
-        default 2, or 1 where a single row is cheaper: in float32 on CPU, unless the model is very small.
+        default 2, or 1 where a single row is cheaper: in float32 on CPU, unless the model is very small. Each is a
+        program to compile: for a single decoding 2 may be enough.
     - `cache_dtype`: of keys and values; by default float32 on CPU (where a bfloat16 write would convert the whole
         cache) and bfloat16 elsewhere.
     - `loop`: how the device repeats rounds; by default [`eqx_specgrpo.decoding.UntilRowsFinish`][] on CPU and
@@ -129,7 +130,7 @@ def decode(
     modules = (target, draft, verifier, sampling, jnp.asarray(sorted(set(eos_ids)) or [-1], jnp.int32))
     num_rows = len(prompts.lengths) * samples
     block = draft.max_length + 1
-    smallest_bucket = smallest_that_pays(target) if smallest_bucket is None else smallest_bucket
+    smallest_bucket = default_smallest_bucket(target) if smallest_bucket is None else smallest_bucket
     if cache_dtype is None:
         cache_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     at_once = num_rows if max_rows is None else min(max_rows, num_rows)

@@ -4,7 +4,7 @@ from ._advantages import (
     leave_one_out_advantages as leave_one_out_advantages,
 )
 from ._batch import (
-    MicroBatch as MicroBatch,
+    PlannedMicroBatch as PlannedMicroBatch,
     UpdateBatch as UpdateBatch,
     make_update_batch as make_update_batch,
     padded_width as padded_width,

@@ -35,16 +35,17 @@ class UpdateBatch(eqx.Module):
     prompt_of_row: Int[Array | np.ndarray, " rows"]
     reference_logprobs: Float[Array | np.ndarray, "rows new"] | None = None
 
-    def has_gradient(self, *, with_kl: bool) -> Bool[np.ndarray, " rows"]:
+    def rows_with_gradient(self, *, with_kl: bool) -> Bool[np.ndarray, " rows"]:
         """Which rows move the policy: those with a token that counts and an advantage. The loss of the others is 0
-        whatever the weights are, in every `loss_type`, unless they are held to a reference.
+        whatever the weights are, in every `loss_type`, unless they are held to a reference. (Of a model in which rows
+        do not see each other.)
 
         **Arguments:**
 
         - `with_kl`: whether the loss has a KL term, which every token that counts takes part in.
         """
-        counts = np.asarray(np.asarray(self.completion_mask).any(1))
-        return counts if with_kl else counts & (np.asarray(self.advantages) != 0)
+        counts = np.asarray(self.completion_mask).any(axis=1)
+        return np.asarray(counts if with_kl else counts & (np.asarray(self.advantages) != 0))
 
     def rows(self, rows: slice | Int[np.ndarray, " chosen"], new: int | None = None) -> "UpdateBatch":
         """A micro-batch.
@@ -135,23 +136,23 @@ def padded_width(length: int) -> int:
     return -(-length // step) * step
 
 
-class MicroBatch(NamedTuple):
+class PlannedMicroBatch(NamedTuple):
     """A part of a step's rows.
 
     **Arguments:**
 
     - `rows`: which.
     - `width`: the completions' positions to keep.
-    - `learns`: whether the policy learns from any of them. If not, its forward is all that is needed.
+    - `has_gradient`: whether any of them has one. If not, a forward is all that is needed.
     """
 
     rows: Int[np.ndarray, " part"]
     width: int
-    learns: bool = True
+    has_gradient: bool
 
 
 _WITH_BACKWARD = 3  # what a forward and its backward cost, over the forward alone
-# What a division other than the wanted one has to save of the cost: its programs have to be compiled.
+# What a division has to save of the cost of the coarsest: its programs have to be compiled.
 _WORTH_DIVIDING = 0.1
 
 
@@ -165,17 +166,17 @@ def plan_micro_batches(
     overhead: int = 128,
     prompt_of_row: Int[np.ndarray, " rows"] | None = None,
     prompt_width: int = 0,
-    has_gradient: Bool[np.ndarray, " rows"] | None = None,
-) -> list[MicroBatch]:
+    rows_with_gradient: Bool[np.ndarray, " rows"] | None = None,
+) -> list[PlannedMicroBatch]:
     """Divides rows into micro-batches of equal size, so that short rows are not padded to the length of long ones, and
-    no backward is computed for those that teach the policy nothing.
+    no backward is computed where no row has a gradient.
 
-    Rows are sorted, those with a gradient first and longer ones before shorter, cut into `num_parts` or a power of two
+    Rows are sorted by length, or those with a gradient first and then by length, cut into `num_parts` or a power of two
     times as many parts, and each part is padded to its own longest row. Of the divisions that keep to `max_tokens` the
-    cheapest is taken: by its positions, the prompts' included, of which a part computes each once, and those of a part
-    without a gradient counting a third. Each part with one counts as `overhead` more positions; measured on a CPU,
-    where its gradients have to be added. All parts have as many rows, and widths come from a ladder: so few shapes are
-    ever compiled.
+    cheapest is taken, if it saves a tenth of what the coarsest costs. What counts are positions, the prompts' included,
+    of which a part computes each once, and `overhead` more for each part; those of a part without a gradient count a
+    third. All parts have as many rows, and widths come from a ladder, so that shapes are few; each may have to be
+    compiled with its backward and without.
 
     **Arguments:**
 
@@ -185,40 +186,45 @@ def plan_micro_batches(
     - `max_tokens`: the most positions of a micro-batch, padding included; a single row may exceed it. `None`: no limit.
     - `sort`: whether rows may change places, and be divided further than `num_parts`.
     - `prompt_of_row`, `prompt_width`: which prompt a row has, and as how many positions a prompt is computed.
-    - `has_gradient`: see [`eqx_specgrpo.grpo.UpdateBatch.has_gradient`][]; by default all.
+    - `overhead`: of a part, in positions; measured on a CPU, where its gradients have to be added.
+    - `rows_with_gradient`: see [`eqx_specgrpo.grpo.UpdateBatch.rows_with_gradient`][]; by default all.
+
+    **Returns:**
+
+    The parts; the rows of each with a gradient first or longest first.
     """
     rows = len(lengths)
-    learning = np.ones(rows, bool) if has_gradient is None else has_gradient
+    with_gradient = np.ones(rows, bool) if rows_with_gradient is None else rows_with_gradient
     if num_parts < 1 or rows % num_parts:
         raise ValueError(f"num_parts is {num_parts}, which does not divide {rows} rows: give a divisor")
-    order = np.lexsort((-lengths, ~learning)) if sort else np.arange(rows)
 
-    def divide(num: int) -> list[MicroBatch]:
+    def divide(order: Int[np.ndarray, " rows"], num: int) -> list[PlannedMicroBatch]:
         return [
-            MicroBatch(part, min(padded_width(int(lengths[part].max())), width), bool(learning[part].any()))
+            PlannedMicroBatch(part, min(padded_width(int(lengths[part].max())), width), bool(with_gradient[part].any()))
             for part in np.split(order, num)
         ]
 
     if not sort:
-        return divide(num_parts)
+        return divide(np.arange(rows), num_parts)
 
-    def positions(part: MicroBatch) -> int:
+    def positions(part: PlannedMicroBatch) -> int:
         prompts = 0
         if prompt_of_row is not None:
             prompts = num_prompts(len(np.unique(prompt_of_row[part.rows])), len(np.unique(prompt_of_row)))
         return len(part.rows) * part.width + prompts * prompt_width
 
-    def cost(plan: list[MicroBatch]) -> int:
-        return sum(_WITH_BACKWARD * (positions(p) + overhead) if p.learns else positions(p) for p in plan)
+    def cost(plan: list[PlannedMicroBatch]) -> int:
+        return sum((_WITH_BACKWARD if p.has_gradient else 1) * (positions(p) + overhead) for p in plan)
 
     numbers = [num_parts]
     while rows % (2 * numbers[-1]) == 0:
         numbers.append(2 * numbers[-1])
     if numbers[-1] != rows:
         numbers.append(rows)
-    plans = [divide(num) for num in numbers]
+    orders = np.argsort(-lengths, kind="stable"), np.lexsort((-lengths, ~with_gradient))
+    plans = [divide(order, num) for num in numbers for order in orders]
     if max_tokens is not None:
-        # The last one has a row a part: nothing can be smaller.
-        plans = [p for p in plans if max(map(positions, p)) <= max_tokens] or plans[-1:]
+        # The last ones have a row a part: nothing can be smaller.
+        plans = [p for p in plans if max(map(positions, p)) <= max_tokens] or plans[-len(orders) :]
     best = min(plans, key=cost)
     return best if cost(best) <= (1 - _WORTH_DIVIDING) * cost(plans[0]) else plans[0]

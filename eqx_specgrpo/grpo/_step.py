@@ -163,8 +163,9 @@ def policy_forward(
     *,
     feature_width: int | None = None,
 ) -> tuple[PolicyGradients, Features]:
-    """As `policy_gradients`, for a micro-batch whose gradients are known to be 0 (none of its rows
-    [`has_gradient`][eqx_specgrpo.grpo.UpdateBatch.has_gradient]): a third of the work, and no gradients."""
+    """As `policy_gradients`, for a micro-batch whose gradients are known to be 0
+    ([`rows_with_gradient`][eqx_specgrpo.grpo.UpdateBatch.rows_with_gradient]): a third of the work, and `None` in place
+    of gradients. Where that is so of a whole step, see [`eqx_specgrpo.grpo.no_gradients`][]."""
     loss, (metrics, entropy_sum, features) = _loss(model, batch, normalizer, settings)
     return PolicyGradients(None, loss, metrics, entropy_sum), _padded(features, feature_width)
 

@@ -113,7 +113,8 @@ class GRPOConfig(_Section):
     max_tokens_per_micro_batch: Annotated[Annotated[int, Field(ge=1)] | None, _NoneWord] = Field(
         default=None,
         description="divide the rows further, until no micro-batch of several rows holds more tokens, padding "
-        "included; none: 2048 on a CPU (not with bnpo), and elsewhere only where sorting by length saves padding",
+        "included; none: 2048 on a CPU (not with bnpo), and elsewhere only where keeping short rows, or rows without a "
+        "gradient, apart saves a tenth",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="keep only the layers' inputs for the backward pass: less memory, more arithmetic"

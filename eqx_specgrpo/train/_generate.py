@@ -54,6 +54,7 @@ def generate_text(
         max_new_tokens=max_new_tokens,
         eos_ids=tokenizer.eos_ids,
         samples=num,
+        smallest_bucket=2,  # one decoding does not earn what a batch of one row would cost to compile
     )
     statistics = rollouts.statistics
     completions = []

@@ -139,7 +139,7 @@ def update_policy(
         sort=parts.loss.loss_type != "bnpo",  # whose value depends on which rows are together
         prompt_of_row=scored.rollouts.group,
         prompt_width=width - new,
-        has_gradient=batch.has_gradient(with_kl=reference is not None),
+        rows_with_gradient=batch.rows_with_gradient(with_kl=reference is not None),
     )
     if reference is not None:
         gaps = np.zeros(batch.old_logprobs.shape, np.float32)
@@ -156,7 +156,7 @@ def update_policy(
         weights = compute_copy(policy, parts.config.model.dtype)
         total, features = None, []
         for micro in plan:
-            evaluate = policy_gradients if micro.learns else policy_forward
+            evaluate = policy_gradients if micro.has_gradient else policy_forward
             part, part_features = evaluate(
                 weights, batch.rows(micro.rows, micro.width), normalizer, parts.loss, feature_width=width
             )
