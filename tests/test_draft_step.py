@@ -324,6 +324,7 @@ def test_rows_that_teach_nothing_get_no_backward(taught, unequal, tiny_folder, t
         backwards.append(args[1])
         return policy_gradients(*args, **kwargs)
 
+    monkeypatch.setattr(_step, "SMALL_HIDDEN_SIZE", 0)
     monkeypatch.setattr(_step, "plan_micro_batches", record)
     monkeypatch.setattr(_step, "policy_gradients", count)
     other, other_features, _, other_metrics = updated(tiny_folder, tmp_path, scored, *settings, momentum=momentum)

@@ -4,10 +4,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from .._compile import SMALL_HIDDEN_SIZE
 from ..models import AbstractLanguageModel
-
-# With a smaller model other programs cost more than they save: a round takes a millisecond, whatever the batch.
-_SMALL_HIDDEN_SIZE = 256
 
 
 def default_smallest_bucket(target: AbstractLanguageModel) -> int:
@@ -20,7 +18,7 @@ def default_smallest_bucket(target: AbstractLanguageModel) -> int:
     """
     matrices = [x for x in jax.tree.leaves(eqx.filter(target, eqx.is_inexact_array)) if x.ndim > 1]
     dtype = max(matrices, key=lambda x: x.size).dtype if matrices else None
-    one = jax.default_backend() == "cpu" and dtype == jnp.float32 and target.hidden_size > _SMALL_HIDDEN_SIZE
+    one = jax.default_backend() == "cpu" and dtype == jnp.float32 and target.hidden_size > SMALL_HIDDEN_SIZE
     return 1 if one else 2
 
 

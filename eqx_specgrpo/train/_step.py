@@ -13,6 +13,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Int, Key
 
+from .._compile import SMALL_HIDDEN_SIZE
 from .._types import Prompts, Rollouts, ScoredRollouts, StopReason
 from ..decoding import DecodeProgress, decode
 from ..distill import DraftBatch, draft_gradients, fit_temperature, select_rows
@@ -139,7 +140,10 @@ def update_policy(
         sort=parts.loss.loss_type != "bnpo",  # whose value depends on which rows are together
         prompt_of_row=scored.rollouts.group,
         prompt_width=width - new,
-        rows_with_gradient=batch.rows_with_gradient(with_kl=reference is not None),
+        # A small model's backward takes less time than compiling its forward alone.
+        rows_with_gradient=None
+        if policy.hidden_size <= SMALL_HIDDEN_SIZE
+        else batch.rows_with_gradient(with_kl=reference is not None),
     )
     if reference is not None:
         gaps = np.zeros(batch.old_logprobs.shape, np.float32)
