@@ -9,7 +9,8 @@ import jax
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 # Shorter ones are the little programs that array indexing and the like make; nobody waits for them.
 _WORTH_TELLING = 0.5
-# A model of this hidden size or less computes in moments: what another program would save it, its compilation takes.
+# A model of this hidden size or less computes in moments: what another program, or measuring, would save it, compiling
+# takes.
 SMALL_HIDDEN_SIZE = 256
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from .._compile import SMALL_HIDDEN_SIZE
 from ..models import matmul
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
@@ -23,8 +24,6 @@ _FEW_ROWS, _MANY_ROWS = 16, 512
 # A word is worth while where a step that spends as long in rounds as in the update would gain so much by the products
 # alone, and neither of the two would lose much.
 _WORTH_TELLING, _LEAST = 1.05, 0.85
-# A model that computes in moments is not asked for: its run would be over before it had gained what measuring takes.
-_SMALL_HIDDEN_SIZE = 256
 _LARGEST_SIZE = 1024
 _TURNS = 5
 
@@ -77,7 +76,7 @@ def dtype_advice(dtype: Dtype, hidden_size: int, measure: Measure = product_seco
     - `hidden_size`: the model's; products of this size are measured, none for a very small one.
     - `measure`: seconds of products.
     """
-    if jax.default_backend() != "cpu" or hidden_size <= _SMALL_HIDDEN_SIZE:
+    if jax.default_backend() != "cpu" or hidden_size <= SMALL_HIDDEN_SIZE:
         return None
     other: Dtype = "float32" if dtype == "bfloat16" else "bfloat16"
     measured = [measure(rows, min(hidden_size, _LARGEST_SIZE)) for rows in (_FEW_ROWS, _MANY_ROWS)]
