@@ -1,4 +1,6 @@
 import importlib.metadata
+import subprocess
+from pathlib import Path
 
 
 def package_version() -> str:
@@ -7,3 +9,19 @@ def package_version() -> str:
         return importlib.metadata.version("eqx_specgrpo")
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def source_commit() -> str | None:
+    """The commit that this package's source is checked out at, with `-dirty` if any tracked file was changed since;
+    `None` where it is no checkout (an installed copy, whatever repository that lies in) or git is missing."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        return git("describe", "--always", "--dirty", "--exclude", "*")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -115,8 +115,10 @@ def test_without_a_round_of_all_rows_there_is_no_cost():
 @pytest.mark.parametrize("stolen, told", [((None, None), None), ((0.0, 0.3), None), ((None, 3.0), 3), ((1.5, 3.0), 4)])
 def test_what_other_machines_took_is_said(stolen, told):
     runs = tuple(made_up(PLAIN, number, 5.0, 8, [], stolen=s) for number, s in enumerate(stolen))
-    found = BenchResult({"ignore_eos": told is None}, {}, {}, {}, [], runs, {}).footnote()
+    settings = {"ignore_eos": told is None, "max_rows": 8 if told is None else None}
+    found = BenchResult(settings, {}, {}, {}, [], runs, {}).footnote()
     assert ("Ends of sequence were ignored." in found) == (told is None)
+    assert ("At most 8 rows were decoded at a time" in found) == (told is None)
     assert ("to others" in found) == (told is not None)
     assert told is None or f"gave {told} s of its processors' time to others in these 10 s." in found
 
@@ -156,7 +158,7 @@ def test_json_says_all(measured, saved, tiny_folder):
     settings = found["settings"]
     assert settings["lengths"] == [0, 1, 2] and settings["verifiers"] == ["coupled"] and settings["dtype"] == "float32"
     assert settings["task"] == {"name": "arithmetic", "prompt": "{expression}="} and settings["seed"] == 0
-    assert {"device", "processor", "cores", "load", "versions", "time"} <= set(found["about"])
+    assert {"device", "processor", "cores", "load", "versions", "commit", "time"} <= set(found["about"])
     assert found["about"]["versions"]["jax"]
     assert found["model"]["name"] == str(tiny_folder) and found["model"]["vocab_size"] == 260
     assert 0 < found["policy"]["entropy"] < math.log(260) and found["policy"]["tokens"] > 0
@@ -213,16 +215,20 @@ def test_table_for_people_and_a_draft_that_is_too_short(tiny_folder, saved, spec
     assert "expected: " in out  # the explanation below
 
 
-def test_ends_of_sequence_can_be_ignored(tiny_folder, specgrpo):
-    tokens = {}
-    for option in ([], ["--ignore-eos"]):
-        more = ["--draft", "ngram", "--rows", 16, "--new", 48, "--lengths", 2, "--json", *option]
+def test_ends_of_sequence_can_be_ignored_and_rows_held_back(tiny_folder, specgrpo):
+    """Two settings in one pair of runs: each takes some seconds."""
+    tokens, rows = {}, {}
+    for changed in (False, True):
+        options = ["--ignore-eos", *as_flags(["grpo.max_rows=8"])] if changed else []
+        more = ["--draft", "ngram", "--rows", 16, "--new", 48, "--lengths", 2, "--json", *options]
         code, out, err = specgrpo(*small(tiny_folder, *more))
         assert code == 0, err
         found = json.loads(out)
-        assert found["settings"]["ignore_eos"] == bool(option)
-        tokens[len(option)] = [run["tokens"] for run in found["runs"]]
-    assert tokens[1] == [16 * 48] * 4 and min(tokens[0]) < 16 * 48
+        assert found["settings"]["ignore_eos"] == changed and found["settings"]["max_rows"] == (8 if changed else None)
+        tokens[changed] = [run["tokens"] for run in found["runs"]]
+        rows[changed] = max(segment["rows"] for run in found["runs"] for segment in run["segments"])
+    assert tokens[True] == [16 * 48] * 4 and min(tokens[False]) < 16 * 48
+    assert rows == {False: 16, True: 8}
 
 
 def test_same_arms_of_several_seeds_are_one_line(tmp_path):

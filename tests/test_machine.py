@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
+import subprocess
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from eqx_specgrpo import _version
 from eqx_specgrpo.train import _dtype_advice, _machine
 from eqx_specgrpo.train._dtype_advice import dtype_advice, product_seconds
 from eqx_specgrpo.train._machine import machine, stolen_seconds
@@ -77,6 +80,29 @@ def test_the_machine_can_be_written_as_json():
     found = machine()
     assert json.loads(json.dumps(found)) == {**found, "load": found["load"] and list(found["load"])}
     assert found["cores"] >= 1 and found["processor"]
+
+
+def test_the_commit_is_that_of_this_package_and_of_no_repository_around_it(tmp_path, monkeypatch):
+    def git(*arguments):
+        who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    source = tmp_path / "package" / "_version.py"
+    source.parent.mkdir()
+    source.write_text("version = 1\n", encoding="utf-8")
+    monkeypatch.setattr(_version, "__file__", str(source))
+    assert _version.source_commit() is None, "no repository"
+    git("init")
+    git("commit", "--allow-empty", "-m", "of someone else")
+    assert _version.source_commit() is None, "installed in a repository that does not hold it"
+    git("add", ".")
+    git("commit", "-m", "its own")
+    commit = _version.source_commit()
+    assert commit is not None and re.fullmatch("[0-9a-f]{7,40}", commit)
+    source.write_text("version = 2\n", encoding="utf-8")
+    assert _version.source_commit() == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert _version.source_commit() is None, "no git"
 
 
 def test_stolen_time_is_what_linux_counts(tmp_path, monkeypatch):

@@ -119,7 +119,7 @@ class Workload(eqx.Module):
     - `prompts`: for the warm-up, then for each round in turn; all of one shape.
     - `samples`: completions a prompt.
     - `new`: the longest completion, in tokens.
-    - `sampling`, `eos_ids`, `key`: as for `decode`.
+    - `sampling`, `eos_ids`, `key`, `max_rows`: as for `decode`.
     """
 
     prompts: tuple[Prompts, ...]
@@ -128,6 +128,7 @@ class Workload(eqx.Module):
     sampling: AbstractSampling
     eos_ids: tuple[int, ...]
     key: Key[Array, ""]
+    max_rows: int | None = None
 
     @property
     def rows(self) -> int:
@@ -234,6 +235,7 @@ def _one(
             max_new_tokens=workload.new,
             eos_ids=workload.eos_ids,
             samples=workload.samples,
+            max_rows=workload.max_rows,
             on_progress=on_progress,
             on_segment=seen,
         )

@@ -73,7 +73,8 @@ def bench(
         n-gram lookup in front. What is not saved and can learn is distilled first, on the target's own completions.
         By default an n-gram lookup and Medusa heads.
     - `path`, `overrides`, `flags`: the configuration, see `load_config`. What matters of it: `model`, `task`, `seed`,
-        `draft`, and how many completions are made at a time to distil from.
+        `draft`, how many completions are decoded at a time (`grpo.max_rows`), and how many are made at a time to distil
+        from.
     - `console`: for progress.
 
     **Raises:**
@@ -240,6 +241,7 @@ def measure_drafts(
         | {
             "seed": config.seed,
             "dtype": config.model.dtype,
+            "max_rows": config.grpo.max_rows,
             "task": {"name": config.task.name, **config.task.options},
         },
         about=machine(),
@@ -298,7 +300,10 @@ def _workloads(parts: RunParts, target: AbstractLanguageModel, settings: BenchSe
         by_round = tuple(part.parts(count)[0] for part in prompts.parts(most))
         key = jr.fold_in(step_key(parts.config.seed, 0, _PURPOSE), rows)
         eos_ids = () if settings.ignore_eos else tuple(parts.tokenizer.eos_ids)
-        workloads.append((rows, Workload(by_round, settings.samples, settings.new, sampling, eos_ids, key)))
+        workload = Workload(
+            by_round, settings.samples, settings.new, sampling, eos_ids, key, max_rows=parts.config.grpo.max_rows
+        )
+        workloads.append((rows, workload))
     return workloads
 
 

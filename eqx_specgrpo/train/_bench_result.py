@@ -101,11 +101,13 @@ class BenchResult(eqx.Module):
             else ""
         )
         ignored = " Ends of sequence were ignored." if self.settings["ignore_eos"] else ""
+        most = self.settings["max_rows"]
+        held_back = f" At most {most} rows were decoded at a time (grpo.max_rows)." if most is not None else ""
         return (
             "ratio: tokens a second over plain decoding's in the same round. round costs: seconds of a round with all "
             "rows over plain decoding's. expected: acceptance length by the draft's probabilities on the policy's own "
             f"completions. Compilation, {compiled:.0f} s, is left out. Other work on the machine moves all times: "
-            f"trust no ratio whose spread holds 1.{disturbed}{ignored}"
+            f"trust no ratio whose spread holds 1.{disturbed}{ignored}{held_back}"
         )
 
 

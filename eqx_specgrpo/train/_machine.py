@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 
-from .._version import package_version
+from .._version import package_version, source_commit
 
 
 def machine() -> dict[str, Any]:
-    """Devices, processor, how busy it is, and versions; JSON-able."""
+    """Devices, processor, how busy it is, versions, and the commit of the source; JSON-able."""
     devices = jax.devices()
     return {
         "device": f"{len(devices)} x {devices[0].device_kind}",
@@ -26,6 +26,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "equinox")}
         | {"eqx_specgrpo": package_version()},
+        "commit": source_commit(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
