@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import quick_compilation
 from tiny_run import tiny_config, tiny_folder as tiny_folder, tiny_model, tiny_tokenizer
 
 from eqx_specgrpo._sampling import Sampling
@@ -30,6 +31,12 @@ VOCAB, HEADS = 67, 3
 PROMPTS, COMPLETIONS = (3, 7, 5, 1), (9, 1, 4, 12)  # with 1, 2 and 0 predictions for the last head in short rows
 NEW, WIDTH = 12, 21
 TEMPERATURE, DECAY = 0.7, 0.8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with quick_compilation():
+        yield
 
 
 def heads(seed: int = 1, hidden_size: int = 32) -> MedusaHeads:

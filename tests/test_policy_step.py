@@ -9,7 +9,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from helpers import TabularModel, tiny_transformer
+from helpers import TabularModel, quick_compilation, tiny_transformer
 from tiny_run import tiny_model
 
 from eqx_specgrpo._errors import UserError
@@ -41,6 +41,12 @@ from eqx_specgrpo.models import sequence_features
 VOCAB, NEW, WIDE = 67, 20, 40
 LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
 ADVANTAGES = np.array([1.5, -0.5, -1.0, 0.5, -1.25, 0.0, 0.75, 1.0], np.float32)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with quick_compilation():
+        yield
 
 
 def heads(hidden_size: int = 32, seed: int = 1) -> MedusaHeads:
@@ -510,6 +516,6 @@ def test_apply_gradients_is_optax_adamw(model):
 def test_check_finite_names_what_and_when(value):
     check_finite("policy", 7, loss=jnp.float32(1.0), grad_norm=jnp.float32(0.0))
     with pytest.raises(
-        NonFiniteError, match=r"^step 7: the policy's grad_norm is (nan|inf|-inf)\. The weights were not"
+        NonFiniteError, match=r"^step 7: the policy's grad_norm is (nan|inf|-inf)\. This update was not"
     ):
         check_finite("policy", 7, loss=jnp.float32(1.0), grad_norm=jnp.float32(value))

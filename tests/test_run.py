@@ -32,6 +32,7 @@ from tiny_run import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eqx_specgrpo import train
+from eqx_specgrpo._errors import UserError
 from eqx_specgrpo._types import ScoredRollouts
 from eqx_specgrpo.decoding import SegmentObservation, decode
 from eqx_specgrpo.drafts import MedusaHeads, load_draft
@@ -417,7 +418,7 @@ def test_not_finite_stops_before_the_weights_are_touched(bad, scored, tiny_folde
     advantages = scored.advantages.copy()
     advantages[3] = bad
     poisoned = ScoredRollouts(scored.rollouts, scored.rewards_per_function, scored.rewards, advantages)
-    with pytest.raises(NonFiniteError, match="^step 17: the policy's loss is (nan|-?inf).*not touched"):
+    with pytest.raises(NonFiniteError, match="^step 17: the policy's loss is (nan|-?inf).*update was not made"):
         train.update_policy(parts, state.policy, state.policy_optimizer, None, poisoned, 1e-3, 17)
     for a, b in zip(before, bits(state), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -429,5 +430,20 @@ def test_a_run_that_diverges_says_so(tiny_folder, tmp_path, monkeypatch, capsys)
     code, _, err = main_like(monkeypatch, capsys, "run", *as_flags(tiny_settings(tiny_folder, out, *settings)))
     assert code == 2 and err.startswith("error: step 1: the policy's ") and "Traceback" not in err
     # What was done before is there, as it was.
+    (start,) = read_records(out / "machine.jsonl")
+    assert start["from_step"] == 0 and start["versions"]["jax"] == jax.__version__
     assert latest_checkpoint(out) == out / "checkpoints" / "step-000001"
     assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [0]
+
+
+@pytest.mark.parametrize(
+    ("message", "advised"), [("RESOURCE_EXHAUSTED: Out of memory allocating", True), ("INTERNAL", False)]
+)
+def test_too_little_memory_is_told_with_what_takes_less(message, advised, tiny_folder, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr("eqx_specgrpo.train._loop.roll_out", fail)
+    with pytest.raises(UserError if advised else jax.errors.JaxRuntimeError, match=message) as error:
+        run(tiny_config(tiny_folder, tmp_path / "run", "draft.mode=off"))
+    assert ("grpo.max_tokens_per_micro_batch=8192" in str(error.value)) == advised

@@ -1,11 +1,10 @@
 """The batches that rows are shrunk to as others finish: powers of two, so that few programs are compiled."""
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from .._compile import SMALL_HIDDEN_SIZE
-from ..models import AbstractLanguageModel
+from ..models import AbstractLanguageModel, matrix_dtype
 
 
 def default_smallest_bucket(target: AbstractLanguageModel) -> int:
@@ -16,10 +15,8 @@ def default_smallest_bucket(target: AbstractLanguageModel) -> int:
     two, since its own product would be many times slower, and with guesses there is little between them either. On an
     accelerator one costs what two do.
     """
-    matrices = [x for x in jax.tree.leaves(eqx.filter(target, eqx.is_inexact_array)) if x.ndim > 1]
-    dtype = max(matrices, key=lambda x: x.size).dtype if matrices else None
-    one = jax.default_backend() == "cpu" and dtype == jnp.float32 and target.hidden_size > SMALL_HIDDEN_SIZE
-    return 1 if one else 2
+    in_float32_on_cpu = jax.default_backend() == "cpu" and matrix_dtype(target) == jnp.float32
+    return 1 if in_float32_on_cpu and target.hidden_size > SMALL_HIDDEN_SIZE else 2
 
 
 def bucket_for(active: int, smallest: int) -> int:

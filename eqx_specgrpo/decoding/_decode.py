@@ -15,7 +15,7 @@ from .._errors import UserError
 from .._sampling import AbstractSampling, GreedySampling, Sampling
 from .._types import DecodeStatistics, Prompts, Rollouts
 from ..drafts import AbstractDraft, NoDraft
-from ..models import AbstractLanguageModel, KVCache, take_rows
+from ..models import AbstractLanguageModel, KVCache, default_cache_dtype, take_rows
 from ._block import Block
 from ._buckets import bucket_for, default_smallest_bucket, shrink_below
 from ._length import AbstractLengthController, FixedLength, SegmentObservation
@@ -90,7 +90,7 @@ def decode(
         default 2, or 1 where a single row is cheaper: in float32 on CPU, unless the model is very small. Each is a
         program to compile: for a single decoding 2 may be enough.
     - `cache_dtype`: of keys and values; by default float32 on CPU (where a bfloat16 write would convert the whole
-        cache) and bfloat16 elsewhere.
+        cache) and the dtype of the target's matrices elsewhere.
     - `loop`: how the device repeats rounds; by default [`eqx_specgrpo.decoding.UntilRowsFinish`][] on CPU and
         [`eqx_specgrpo.decoding.FixedRounds`][] elsewhere.
     - `on_progress`: called between segments.
@@ -132,7 +132,7 @@ def decode(
     block = draft.max_length + 1
     smallest_bucket = default_smallest_bucket(target) if smallest_bucket is None else smallest_bucket
     if cache_dtype is None:
-        cache_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        cache_dtype = default_cache_dtype(target)
     at_once = num_rows if max_rows is None else min(max_rows, num_rows)
     row_ids, waiting = np.split(_order(prompts, samples, expected_lengths), [at_once])
     share = can_share(target, samples, len(waiting))
@@ -194,7 +194,8 @@ def decode(
                 # Active rows first; finished ones only fill the bucket up.
                 keep = np.argsort(~active, kind="stable")[:bucket]
                 row_ids = row_ids[keep]
-                state = _take_rows(state, store, jnp.asarray(keep))
+                # Waited for: else the copy would count as part of the next segment, and a small batch look dear.
+                state = jax.block_until_ready(_take_rows(state, store, jnp.asarray(keep)))
                 store = PromptsInRows()
                 active, emitted = active[keep], int(output.lengths[row_ids].sum())
             plan = length.choose(length_state, len(row_ids))

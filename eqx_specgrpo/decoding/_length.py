@@ -32,7 +32,8 @@ class SegmentPlan(eqx.Module):
     **Arguments:**
 
     - `length`: tokens drafted a round; 0 is plain decoding.
-    - `max_rounds`: the segment ends after so many rounds, or earlier when rows can be shrunk away or refilled.
+    - `max_rounds`: the segment ends after so many rounds, or earlier when rows can be shrunk away or refilled. (A
+        [`eqx_specgrpo.decoding.FixedRounds`][] loop always runs its own number.)
     - `expected`: what is expected of it, or `None`.
     """
 

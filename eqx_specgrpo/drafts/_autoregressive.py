@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ..models import AbstractLanguageModel, Cache
+from ..models import AbstractLanguageModel, Cache, default_cache_dtype
 from ._base import Proposal, pick_positions
 from ._sampler import AbstractSampler
 from ._vocabulary import AbstractDraftVocabulary
@@ -56,9 +56,8 @@ def start(
 ) -> AutoregressiveState:
     """The state after one pass of the drafting model over right-padded prompts."""
     rows, seq = tokens.shape
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32)[None], tokens.shape)
-    _, cache = model.hidden(tokens, positions, model.init_cache(rows, capacity, dtype))
+    _, cache = model.hidden(tokens, positions, model.init_cache(rows, capacity, default_cache_dtype(model)))
     history = jnp.zeros((rows, capacity), jnp.int32).at[:, :seq].set(tokens)
     lengths = lengths.astype(jnp.int32)
     return AutoregressiveState(cache, history, lengths, lengths)

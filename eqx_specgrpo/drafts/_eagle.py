@@ -5,9 +5,16 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ..models import AbstractLanguageModel, Features, KVCache, Transformer, TransformerConfig
+from ..models import (
+    AbstractLanguageModel,
+    Features,
+    KVCache,
+    Transformer,
+    TransformerConfig,
+    default_cache_dtype,
+)
 from ._base import AbstractDraft, DraftError, Proposal, pick_positions
 from ._eagle_layer import EagleLayer
 from ._sampler import AbstractSampler
@@ -153,7 +160,9 @@ class EagleDraft(AbstractDraft[EagleState]):
     def init(self, target, features, tokens, lengths, capacity) -> EagleState:
         config = self.layer.block.attention.config
         fused = self._fused(features)
-        cache = KVCache.empty(tokens.shape[0], config.num_kv_heads, capacity, config.head_dim, self._cache_dtype)
+        cache = KVCache.empty(
+            tokens.shape[0], config.num_kv_heads, capacity, config.head_dim, default_cache_dtype(self.layer)
+        )
         cache = self.layer.absorb(cache, fused, target.embed(jnp.roll(tokens, -1, axis=1)), jnp.zeros_like(lengths))
         newest = lengths - 1
         return EagleState(cache, pick_positions(fused, newest), pick_positions(features.last, newest), newest)
@@ -218,11 +227,6 @@ class EagleDraft(AbstractDraft[EagleState]):
     @property
     def _hidden_size(self) -> int:
         return self.layer.leave.weight.shape[0]
-
-    @property
-    def _cache_dtype(self) -> DTypeLike:
-        # As the target's: on CPU a bfloat16 write would convert the whole cache.
-        return jnp.float32 if jax.default_backend() == "cpu" else self.layer.enter.weight.dtype
 
     def _fused(self, features: Features) -> Float[Array, "rows seq width"]:
         if len(features.layers) != len(self.layers):

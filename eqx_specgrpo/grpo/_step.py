@@ -219,11 +219,11 @@ def adamw(
 
 
 def check_finite(what: str, step: int, **values: Float[Array, ""] | np.ndarray) -> None:
-    """Raises `NonFiniteError` if one of the values is not finite. Call it before the weights are touched."""
+    """Raises `NonFiniteError` if one of the values is not finite. Call it before the update is made."""
     for name, value in values.items():
         if not np.isfinite(np.asarray(value)):
             raise NonFiniteError(
-                f"step {step}: the {what}'s {name} is {float(np.asarray(value))}. The weights were not touched. "
+                f"step {step}: the {what}'s {name} is {float(np.asarray(value))}. This update was not made. "
                 "A lower learning rate or a smaller max_grad_norm usually helps; in bfloat16, try float32"
             )
 

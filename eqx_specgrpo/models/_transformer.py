@@ -193,7 +193,7 @@ class Transformer(AbstractLanguageModel):
         x = self.embed(tokens)
         outputs, new_cache = [], []
         for block, layer_cache in zip(self.blocks, cache, strict=True):
-            x, layer_cache = block(x, positions, rope, layer_cache)
+            x, layer_cache = _apply_block(block, x, positions, rope, layer_cache)
             outputs.append(x)
             new_cache.append(layer_cache)
         features = Features(last=self.norm(x), layers=tuple(outputs[layer] for layer in layers))
@@ -208,6 +208,19 @@ class Transformer(AbstractLanguageModel):
             # In a loop XLA takes this look-up out, so that it is made once a segment; see tests/test_vocabulary.py.
             weight = gather(weight, ids).astype(weight.dtype)
         return matmul(hidden, weight)
+
+
+@eqx.filter_jit
+def _apply_block(
+    block: Block,
+    x: Float[Array, "batch seq hidden"],
+    positions: Int[Array, "batch seq"],
+    rope: RopeTable,
+    cache: AbstractLayerCache,
+) -> tuple[Float[Array, "batch seq hidden"], AbstractLayerCache]:
+    """A block as a function of its own: JAX traces, differentiates and lowers it once for all layers, which are alike.
+    XLA puts it back where it is called, so that what runs is the same."""
+    return block(x, positions, rope, cache)
 
 
 def cast_weights(model: Module, dtype: DTypeLike) -> Module:

@@ -23,6 +23,8 @@ from ._dtype_advice import dtype_advice
 from ._interrupt import interrupts
 from ._lessons import CHOOSE, COMPARE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
 from ._load_config import check_resume, dump_config, load_config
+from ._machine import machine
+from ._out_of_memory import out_of_memory_advice
 from ._parts import (
     RunParts,
     default_model_path,
@@ -89,6 +91,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
             state = RunState.fresh(policy, draft, parts.policy_optimizer, parts.draft_optimizer)
             start, state = _start_or_resume(folder, resume, state, config)
             folder.write_config(dump_config(config))
+            folder.append_machine({"from_step": start} | machine())
             del policy, draft
 
             if start == 0 and config.draft.warms_up and state.draft.train_length > 0:
@@ -97,7 +100,8 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
             with interrupts(lambda: progress.say(_ON_CTRL_C)) as interrupted:
                 for step in range(start, config.steps):
                     try:
-                        state = _one_step(parts, state, reference, step, folder, progress, compilations, segments)
+                        with out_of_memory_advice():
+                            state = _one_step(parts, state, reference, step, folder, progress, compilations, segments)
                     except UserError:
                         if step > start:
                             _save_finished(state, step, folder, progress)
@@ -141,6 +145,7 @@ def _start_or_resume(folder: RunFolder, resume: bool, state: RunState, config: R
 def _save_finished(state: RunState, step: int, folder: RunFolder, progress: RunProgress) -> None:
     """Before an error in a step ends the run: a checkpoint of the steps before it, unless its updates had begun."""
     if any(leaf.is_deleted() for leaf in jax.tree.leaves(eqx.filter(state, eqx.is_array))):
+        progress.note("an update of this step had been made already: --resume goes on from the last checkpoint")
         return
     with suppress(UserError):  # A full disk, perhaps, and that may be what the run stops for.
         saved = save_checkpoint(folder.path, step, state.trees(), {})

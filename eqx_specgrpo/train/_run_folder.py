@@ -27,6 +27,7 @@ class RunFolder:
     - `config.toml`: the resolved configuration.
     - `metrics.jsonl`: one object a step, with its `step`.
     - `completions.jsonl`: one object a completion, with its `step`.
+    - `machine.jsonl`: one object a start, of what the steps from `from_step` on were computed on.
     - `checkpoints/`, `policy/`, `draft/`: written by others.
 
     **Arguments:**
@@ -78,6 +79,10 @@ class RunFolder:
         return self.path / "completions.jsonl"
 
     @property
+    def machine_path(self) -> Path:
+        return self.path / "machine.jsonl"
+
+    @property
     def policy_path(self) -> Path:
         return self.path / "policy"
 
@@ -92,6 +97,10 @@ class RunFolder:
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Adds one line to `metrics.jsonl`. JSON has no NaN and no infinity: both become `null`."""
         self._append(self.metrics_path, [metrics])
+
+    def append_machine(self, machine: Mapping[str, Any]) -> None:
+        """Adds a line to `machine.jsonl`."""
+        self._append(self.machine_path, [machine])
 
     def append_completions(self, completions: Iterable[Mapping[str, Any]]) -> None:
         """Adds lines to `completions.jsonl`."""
@@ -178,7 +187,7 @@ def check_unused(path: Path) -> None:
         return
     names = {entry.name for entry in path.iterdir()}
     # A run that stopped before its first step has written nothing worth keeping.
-    if names and not (_LOCK in names and names <= {_LOCK, "config.toml"}):
+    if names and not (_LOCK in names and names <= {_LOCK, "config.toml", "machine.jsonl"}):
         raise UserError(
             f"the folder {path} already holds a run or other files: go on with it with --resume, or choose another "
             "with --out"
