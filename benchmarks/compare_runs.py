@@ -4,7 +4,7 @@
     python benchmarks/compare_runs.py --out results/learning --threshold 0.5 ours=runs/a,runs/b TRL=runs/c,runs/d
 
 Each argument is NAME=FOLDER, or NAME=FOLDER,FOLDER for seeds, of `specgrpo run` or of `benchmarks/trl_run.py`. Ratios
-are to the first one. Writes `runs.json`, `runs.md` and `runs.png`.
+are to the first one. `against_trl.py` makes such runs. Writes `runs.json`, `runs.md` and `runs.png`.
 """
 
 import argparse
@@ -39,7 +39,13 @@ def load(text: str) -> dict[str, Any]:
         raise SystemExit(f"{text}: write NAME=FOLDER")
     runs = [read_records(Path(folder) / "metrics.jsonl") for folder in folders.split(",")]
     curves = [{key: [_rounded(r.get(key)) for r in run] for key in KEPT if key in run[0]} for run in runs]
-    return {"name": name, "runs": curves}
+    return {"name": name, "runs": curves, "machines": [_machines(Path(folder)) for folder in folders.split(",")]}
+
+
+def _machines(folder: Path) -> list[dict[str, Any]]:
+    """What a run was computed on, commit included; older runs and copies may not say."""
+    path = folder / "machine.jsonl"
+    return read_records(path) if path.is_file() else []
 
 
 def _rounded(value: float | None) -> float | None:

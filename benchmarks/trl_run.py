@@ -8,6 +8,7 @@ TRL's own default. `OUT/metrics.jsonl` gets a line a step with reward, entropy, 
 """
 
 import argparse
+import importlib.metadata
 import json
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 from eqx_specgrpo.train import load_config
 from eqx_specgrpo.train._check import load_task_and_rewards
+from eqx_specgrpo.train._machine import machine
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -97,6 +99,9 @@ def main() -> int:
     )
     clock, records = Clock(), []
     arguments.out.mkdir(parents=True, exist_ok=True)
+    about = {"from_step": 0} | machine()
+    about["versions"] |= {name: importlib.metadata.version(name) for name in ("trl", "transformers", "torch")}
+    (arguments.out / "machine.jsonl").write_text(json.dumps(about) + "\n", encoding="utf-8")
 
     class Recorder(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
