@@ -172,7 +172,15 @@ def test_an_error_in_a_reward_loses_no_step(straight, tiny_folder, tmp_path, mon
 def test_run_folder(straight, tiny_folder):
     out, _ = straight
     names = {path.name for path in out.iterdir()} - {".lock"}
-    assert names == {"config.toml", "metrics.jsonl", "completions.jsonl", "checkpoints", "policy", "draft"}
+    assert names == {
+        "config.toml",
+        "metrics.jsonl",
+        "completions.jsonl",
+        "machine.jsonl",
+        "checkpoints",
+        "policy",
+        "draft",
+    }
     assert load_config(out / "config.toml") == tiny_config(tiny_folder, out)
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-000003", "step-000006"}
 
