@@ -6,16 +6,19 @@
         --draft drafts/hydra --steps 6 --arms speculative,trl-bfloat16,trl-float32
 
 The first is the benchmark `learning`, the second `step`: a step by phase, the share of the rollouts in it, and the most
-that faster ones could give. Each run is a process of its own and leaves its folder under `OUT/runs`. One that is there
-to its end is not made again, so that a benchmark that was stopped goes on. `OUT/runs.json`, `.md` and `.png` compare
-them. TRL has to be installed (`pip install trl`) if an arm is its.
+that faster ones could give. Each run is a process of its own and leaves its folder under `OUT/runs`, with what it was
+asked for beside it. One that is there to its end is not made again, so that a benchmark that was stopped goes on; one
+that was asked for something else is refused, and never deleted. `OUT/runs.json`, `.md` and `.png` compare them. TRL has
+to be installed (`pip install trl`) if an arm is its.
 """
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from eqx_specgrpo.train import read_records, whole_numbers
 
@@ -61,24 +64,41 @@ def command(arguments: argparse.Namespace, arm: str, seed: int, folder: Path) ->
     return [*script, *own, *overrides, f"--steps={arguments.steps}", f"--out={folder}"]
 
 
-def is_whole(folder: Path, steps: int) -> bool:
+def is_there(folder: Path, asked: dict[str, Any], steps: int) -> bool:
+    """Whether the run was made to its end. What is left of one that was stopped is removed.
+
+    **Raises:**
+
+    `SystemExit` if what is in the folder was asked for otherwise, or is not known to be of this script.
+    """
+    note = folder.with_name(f"{folder.name}.json")
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+        return False
+    if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != asked:
+        raise SystemExit(f"{folder} is a run of other settings (see {note}): choose another --out, or move it away")
     metrics = folder / "metrics.jsonl"
-    return metrics.is_file() and len(read_records(metrics)) >= steps
+    if metrics.is_file() and len(read_records(metrics)) >= steps:
+        return True
+    shutil.rmtree(folder)
+    return False
 
 
 def main() -> int:
     arguments = parse_arguments()
     folders: dict[str, list[str]] = {}
+    config = arguments.config.read_text(encoding="utf-8")
     for seed in whole_numbers("--seeds", arguments.seeds):
         for arm in arguments.arms:  # Arms take turns: the machine may be slower in an hour.
             folder = arguments.out / "runs" / f"{arm}-{seed}"
             folders.setdefault(arm, []).append(str(folder))
-            if is_whole(folder, arguments.steps):
+            made_by = command(arguments, arm, seed, folder)
+            if is_there(folder, {"command": made_by, "config": config}, arguments.steps):
                 print(f"{folder} is there", flush=True)
                 continue
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
             print(f"{folder} ...", flush=True)
-            code = subprocess.run(command(arguments, arm, seed, folder), check=False).returncode
+            code = subprocess.run(made_by, check=False).returncode
             if code != 0:
                 print(f"{arm}, seed {seed}, ended with code {code}", file=sys.stderr)
                 return code

@@ -136,7 +136,8 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     arms = [load(text) for text in arguments.runs]
     text = table(arms, arguments.skip, arguments.threshold)
-    (arguments.out / "runs.json").write_text(json.dumps({"about": machine(), "arms": arms}) + "\n", encoding="utf-8")
+    record = {"compared_on": machine(), "arms": arms}  # what the runs were made on, each arm says itself
+    (arguments.out / "runs.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     (arguments.out / "runs.md").write_text(text, encoding="utf-8")
     draw(arms, arguments.out / "runs.png")
     print(text)

@@ -12,12 +12,14 @@ def package_version() -> str:
 
 
 def source_commit() -> str | None:
-    """The commit that this package's source is checked out at, with `-dirty` if any tracked file was changed since;
-    `None` where it is no checkout (an installed copy, whatever repository that lies in) or git is missing."""
+    """The commit of the repository that tracks this package's source, `-dirty` if a tracked file was changed since.
+
+    `None` if none does, as of an installed copy, or if git cannot say.
+    """
     here = Path(__file__)
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
+        command = ["git", "--no-optional-locks", "-C", str(here.parent), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
 
     try:

@@ -228,6 +228,8 @@ def test_ends_of_sequence_can_be_ignored_and_rows_held_back(tiny_folder, specgrp
         tokens[changed] = [run["tokens"] for run in found["runs"]]
         rows[changed] = max(segment["rows"] for run in found["runs"] for segment in run["segments"])
     assert tokens[True] == [16 * 48] * 4 and min(tokens[False]) < 16 * 48
+    # `found` is the run with rows held back: a round costs what one with as many as may be in it does.
+    assert all(row["cost_ratio"]["median"] > 0 for row in found["results"])
     assert rows == {False: 16, True: 8}
 
 

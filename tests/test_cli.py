@@ -25,7 +25,7 @@ from tiny_run import (
 
 from eqx_specgrpo.drafts import MedusaHeads, save_draft
 from eqx_specgrpo.models import save_model
-from eqx_specgrpo.train import _run_folder, dump_config, latest_checkpoint, load_config, read_records
+from eqx_specgrpo.train import dump_config, latest_checkpoint, load_config, read_records
 
 # Plain decoding, one step: few programs to compile, the same for all tests.
 PLAIN = ("steps=1", "draft.mode=off")
@@ -260,18 +260,8 @@ def test_full_disk(refused, specgrpo, monkeypatch, tiny_folder, tmp_path):
     code, _, err = specgrpo(*arguments)
     assert code == 0, err
     resume = ["run", "--resume", "--out", out, "--steps", 2]
-    write_all = _run_folder._write_all
-
-    def full_at(name):
-        return lambda file, content: full() if Path(file.name).name == name else write_all(file, content)
-
     for place, failure, words in (
-        ("train._run_folder._write_all", full_at("machine.jsonl"), ("machine.jsonl could not be written", "--resume")),
-        (
-            "train._run_folder._write_all",
-            full_at("completions.jsonl"),
-            ("completions.jsonl could not be written", "--resume"),
-        ),
+        ("train._run_folder._write_all", full, ("completions.jsonl could not be written", "--resume")),
         ("train._checkpoint.save_file", full_in_rust, ("the checkpoint of step 2 could not be written", "--resume")),
     ):
         with monkeypatch.context() as patch:

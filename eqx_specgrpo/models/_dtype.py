@@ -13,6 +13,6 @@ def matrix_dtype(model: eqx.Module) -> DTypeLike:
 
 
 def default_cache_dtype(model: eqx.Module) -> DTypeLike:
-    """Of keys and values: the model's own, so that what decoding says of a token is what training says. Float32 on CPU,
-    where a bfloat16 write would convert the whole cache."""
+    """Of keys and values: that of the model's matrices, or on CPU float32, since a bfloat16 write would convert a whole
+    cache. Never less precise than the model: else decoding and training would differ by more than its rounding."""
     return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else matrix_dtype(model)

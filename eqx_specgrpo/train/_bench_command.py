@@ -25,6 +25,7 @@ from ._dtype_advice import dtype_advice
 from ._lessons import Lesson, mean_entropy
 from ._load_config import draft_flags, load_config
 from ._machine import machine
+from ._out_of_memory import out_of_memory_advice
 from ._parts import RunParts, load_policy, make_draft, make_parts, model_name
 from ._progress import RunProgress
 from ._step import features_of, next_examples, step_key
@@ -86,7 +87,7 @@ def bench(
         raise UserError(f"--draft {max(names, key=names.count)} is given twice: name each draft once")
     configs = {name: draft_run_config(name, settings, path, overrides, flags) for name in names}
     base = next(iter(configs.values()))
-    with RunProgress(Console(stderr=True) if console is None else console) as progress:
+    with RunProgress(Console(stderr=True) if console is None else console) as progress, out_of_memory_advice():
         progress.phase(f"loading {model_name(base)}")
         policy, tokenizer = load_policy(base.model.path)
         progress.advise(dtype_advice(base.model.dtype, policy.hidden_size))

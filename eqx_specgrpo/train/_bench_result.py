@@ -35,7 +35,7 @@ class BenchResult(eqx.Module):
     def results(self) -> list[dict[str, Any]]:
         """See [`summarize`][]; with what teacher-forced acceptance lets expect, where it was computed."""
         expected = {draft["name"]: draft["expected_acceptance"] for draft in self.drafts}
-        rows = summarize(self.runs)
+        rows = summarize(self.runs, self.settings["max_rows"])
         for row in rows:
             acceptance, length = expected.get(row["draft"]), row["length"]
             row["expected_acceptance_length"] = (
@@ -102,7 +102,11 @@ class BenchResult(eqx.Module):
         )
         ignored = " Ends of sequence were ignored." if self.settings["ignore_eos"] else ""
         most = self.settings["max_rows"]
-        held_back = f" At most {most} rows were decoded at a time (grpo.max_rows)." if most is not None else ""
+        held_back = (
+            f" At most {most} rows were decoded at a time (grpo.max_rows), and round costs are of so many."
+            if most is not None
+            else ""
+        )
         return (
             "ratio: tokens a second over plain decoding's in the same round. round costs: seconds of a round with all "
             "rows over plain decoding's. expected: acceptance length by the draft's probabilities on the policy's own "
@@ -111,12 +115,13 @@ class BenchResult(eqx.Module):
         )
 
 
-def summarize(runs: Sequence[ArmRun]) -> list[dict[str, Any]]:
+def summarize(runs: Sequence[ArmRun], max_rows: int | None = None) -> list[dict[str, Any]]:
     """For each number of rows and each arm: rates, and ratios to plain decoding in the same round.
 
     **Arguments:**
 
     - `runs`: plain decoding among them, in every round.
+    - `max_rows`: how many rows were decoded at a time; `None` for all.
 
     **Returns:**
 
@@ -130,7 +135,8 @@ def summarize(runs: Sequence[ArmRun]) -> list[dict[str, Any]]:
     - `by_rows`: for each number of rows of the compiled program: how many rounds were run with it, `seconds_per_round`,
         and `tokens_per_round` of an active row. Rows finish at different times in different arms, but a round's cost
         depends on the program alone.
-    - `cost_ratio`: of a round with all rows, to plain decoding's; `None` where either arm had none.
+    - `cost_ratio`: of a round with all rows that are decoded at a time, to plain decoding's; `None` where either arm
+        had none.
     - `predicted_ratio`: `acceptance_length` over the median of `cost_ratio`. It leaves out the prompts' pass, the last
         rows, and the time between segments, so `ratio` can be below.
     """
@@ -141,18 +147,18 @@ def summarize(runs: Sequence[ArmRun]) -> list[dict[str, Any]]:
             arms.setdefault((run.draft, run.verifier, run.length), []).append(run)
         plain = {run.round: run for arm, its in arms.items() if arm[0] == PLAIN for run in its}
         for arm in sorted(arms, key=lambda arm: arm[0] != PLAIN):
-            found.append(_summary(rows, arms[arm], plain))
+            found.append(_summary(rows, rows if max_rows is None else min(rows, max_rows), arms[arm], plain))
     return found
 
 
-def _summary(rows: int, runs: list[ArmRun], plain: Mapping[int, ArmRun]) -> dict[str, Any]:
+def _summary(rows: int, at_once: int, runs: list[ArmRun], plain: Mapping[int, ArmRun]) -> dict[str, Any]:
     first = runs[0]
     forwards = sum(run.target_forwards for run in runs)
     drafted, accepted = ([sum(counts) for counts in zip(*(run.__dict__[name] for run in runs), strict=True)]
                          for name in ("drafted", "accepted"))  # fmt: skip
     costs = []
     for run in runs:
-        own, of_plain = _seconds_per_round([run], rows), _seconds_per_round([plain[run.round]], rows)
+        own, of_plain = _seconds_per_round([run], at_once), _seconds_per_round([plain[run.round]], at_once)
         if own is not None and of_plain is not None:
             costs.append(own / of_plain)
     acceptance_length = sum(run.emitted for run in runs) / max(forwards, 1)

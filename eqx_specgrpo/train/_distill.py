@@ -29,6 +29,7 @@ from ._lessons import (
     updates_per_lesson,
     with_scheduled_rate,
 )
+from ._out_of_memory import out_of_memory_advice
 from ._parts import RunParts, draft_spec, load_policy, make_draft, make_parts, model_name
 from ._progress import RunProgress
 from ._run_folder import replace_file
@@ -81,7 +82,7 @@ def distill(
     _check(config, out)
     console = console or Console()
     progress = RunProgress(console)
-    with progress, count_compilations(progress.note):
+    with progress, out_of_memory_advice(), count_compilations(progress.note):
         progress.phase(f"loading {model_name(config)}")
         policy, tokenizer = load_policy(config.model.path)
         progress.advise(dtype_advice(config.model.dtype, policy.hidden_size))

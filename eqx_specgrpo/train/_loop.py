@@ -76,7 +76,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     console = console or Console()
     progress = RunProgress(console)
     load_task_and_rewards(config)
-    with RunFolder(Path(config.out), resume) as folder, progress:
+    with RunFolder(Path(config.out), resume) as folder, progress, out_of_memory_advice():
         if resume:
             check_resume(load_config(folder.config_path), config)
         progress.phase(f"loading {model_name(config)}")
@@ -91,7 +91,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
             state = RunState.fresh(policy, draft, parts.policy_optimizer, parts.draft_optimizer)
             start, state = _start_or_resume(folder, resume, state, config)
             folder.write_config(dump_config(config))
-            folder.append_machine({"from_step": start} | machine())
+            folder.write_machine(start, machine())
             del policy, draft
 
             if start == 0 and config.draft.warms_up and state.draft.train_length > 0:
@@ -100,7 +100,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
             with interrupts(lambda: progress.say(_ON_CTRL_C)) as interrupted:
                 for step in range(start, config.steps):
                     try:
-                        with out_of_memory_advice():
+                        with out_of_memory_advice():  # here too: the steps before are saved then
                             state = _one_step(parts, state, reference, step, folder, progress, compilations, segments)
                     except UserError:
                         if step > start:

@@ -98,9 +98,14 @@ class RunFolder:
         """Adds one line to `metrics.jsonl`. JSON has no NaN and no infinity: both become `null`."""
         self._append(self.metrics_path, [metrics])
 
-    def append_machine(self, machine: Mapping[str, Any]) -> None:
-        """Adds a line to `machine.jsonl`."""
-        self._append(self.machine_path, [machine])
+    def write_machine(self, step: int, machine: Mapping[str, Any]) -> None:
+        """Says in `machine.jsonl` what the steps from `step` on are computed on. Starts whose steps are all done again
+        are forgotten."""
+        path = self.machine_path
+        starts = [record for _, _, record in _records(path)] if path.exists() else []
+        kept = [start for start in starts if start["from_step"] < step]
+        lines = [json.dumps(_plain(start)) + "\n" for start in [*kept, {"from_step": step} | dict(machine)]]
+        replace_file(path, "".join(lines).encode())
 
     def append_completions(self, completions: Iterable[Mapping[str, Any]]) -> None:
         """Adds lines to `completions.jsonl`."""
