@@ -36,6 +36,7 @@ from eqx_specgrpo.train._bench_command import (
     measure_drafts,
     prepare,
 )
+from eqx_specgrpo.train._machine import machine
 from eqx_specgrpo.train._parts import load_policy
 from eqx_specgrpo.train._progress import RunProgress
 
@@ -199,6 +200,7 @@ def one_seed(
     for kind in kinds:
         if is_late():
             break
+        about = machine()
         try:
             made = make_contender(kind, configs[kind], policy, tokenizer)
             learned = results.folder / "drafts" / f"{name}-hydra-{seed}"
@@ -214,7 +216,7 @@ def one_seed(
                 ready = prepare(made, target, settings.minutes, progress, generations)
                 if ready.record["distilled"]:
                     save_draft(results.folder / "drafts" / f"{name}-{kind}-{seed}", ready.draft, policy, name)
-            found = measure_drafts([ready], target, settings, progress)
+            found = measure_drafts([ready], target, settings, progress, about)
             found = dataclasses.replace(found, model={**found.model, "name": name}).to_json()
             results.add(name, seed, kind, {"policy_entropy": found.pop("policy"), **found})
             results.draw()

@@ -342,7 +342,7 @@ def main() -> int:
         generations = generate_for(made, target, arguments.minutes, progress)
         ready = [prepare(one, target, arguments.minutes, progress, generations) for one in made]
         for rows, asked in zip(every_rows, settings, strict=True):
-            found = measure_drafts(ready, target, asked, progress).to_json()
+            found = measure_drafts(ready, target, asked, progress, record["about"]).to_json()
             record["results"] += found["results"]
             record["runs"] += found["runs"]
             record |= {key: found[key] for key in ("settings", "policy")}

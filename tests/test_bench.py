@@ -170,6 +170,7 @@ def test_json_says_all(measured, saved, tiny_folder):
     assert sum(found["compile_seconds"]["4"].values()) > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "updates, expected acceptance by position" in stderr and "measured 7 arms in 2 rounds" in stderr
+    assert ("too few to judge it by" in stderr) == (both["prepared"]["updates"] < 20)
 
 
 def test_results_follow_from_the_raw_figures(measured):

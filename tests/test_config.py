@@ -110,6 +110,23 @@ def test_unknown_key_suggests(key, suggestion, tmp_path):
     assert fails(path=file) == expected
 
 
+@pytest.mark.parametrize(
+    ("key", "advice"),
+    [
+        ("grpo.top_p", "draws from the whole distribution"),
+        ("top_k", "draws from the whole distribution"),
+        ("grpo.steps_per_generation", "grpo.num_iterations updates"),
+        ("grpo.per_device_train_batch_size", "grpo.prompts_per_step times grpo.num_generations"),
+        ("grpo.max_steps", "set steps"),
+        ("grpo.output_dir", "set out"),
+    ],
+)
+def test_names_of_trl_are_answered_with_ours(key, advice):
+    message = fails(f"{key}=1")
+    assert message.startswith(f"unknown configuration key {key}: ") and advice in message
+    assert "did you mean" not in message
+
+
 def test_unknown_key_without_a_near_one_lists():
     assert fails("grpo.zzzz=1").endswith("the keys there are " + ", ".join(type(RunConfig().grpo).model_fields))
 

@@ -35,6 +35,7 @@ DEFAULT_DRAFTS = ("ngram", "medusa")
 _FIRST_POSITION = 1 << 20
 _COLLECT_SHARE = 0.5  # of the time to prepare a draft; the rest is for learning
 _LEAST_SHARE = 0.25  # for learning, also where generating took longer than planned
+_FEW_UPDATES = 20  # fewer than a run warms a fresh draft up with
 _PURPOSE = 3  # of random numbers, apart from those of `_lessons.py`
 _LOOKUP = "ngram+"
 
@@ -87,6 +88,7 @@ def bench(
         raise UserError(f"--draft {max(names, key=names.count)} is given twice: name each draft once")
     configs = {name: draft_run_config(name, settings, path, overrides, flags) for name in names}
     base = next(iter(configs.values()))
+    about = machine()  # before the work, which may take long: its commit and the load are those that were found
     with RunProgress(Console(stderr=True) if console is None else console) as progress, out_of_memory_advice():
         progress.phase(f"loading {model_name(base)}")
         policy, tokenizer = load_policy(base.model.path)
@@ -98,7 +100,7 @@ def bench(
         with count_compilations(progress.note):
             generations = generate_for(made, target, settings.minutes, progress)
             contenders = [prepare(one, target, settings.minutes, progress, generations) for one in made]
-        return measure_drafts(contenders, target, settings, progress)
+        return measure_drafts(contenders, target, settings, progress, about)
 
 
 def make_contender(name: str, config: RunConfig, policy: AbstractLanguageModel, tokenizer: Tokenizer) -> Contender:
@@ -186,6 +188,11 @@ def prepare(
     )
     after = " ".join(f"{value:.2f}" for value in record["expected_acceptance_after"])
     progress.say(f"{made.name}: {record['updates']} updates, expected acceptance by position {after}")
+    if record["updates"] < _FEW_UPDATES:
+        progress.advise(
+            f"{made.name} had time for {record['updates']} updates, too few to judge it by: give more --minutes than "
+            f"{minutes:g}, which compiling takes its part of as well"
+        )
     return Contender(made.name, made.parts, draft, record)
 
 
@@ -194,7 +201,11 @@ def _learns(contender: Contender) -> bool:
 
 
 def measure_drafts(
-    contenders: Sequence[Contender], target: AbstractLanguageModel, settings: BenchSettings, progress: RunProgress
+    contenders: Sequence[Contender],
+    target: AbstractLanguageModel,
+    settings: BenchSettings,
+    progress: RunProgress,
+    about: Mapping[str, Any],
 ) -> BenchResult:
     """Every draft, length and verifier against plain decoding, for each number of rows.
 
@@ -204,6 +215,7 @@ def measure_drafts(
     - `target`: in the dtype to compute in.
     - `settings`: what to measure.
     - `progress`: for what is going on.
+    - `about`: `machine()` as it was before anything was prepared.
     """
     config = contenders[0].parts.config
     arms = [plain_arm(), *_arms(contenders, settings, progress)]
@@ -245,7 +257,7 @@ def measure_drafts(
             "max_rows": config.grpo.max_rows,
             "task": {"name": config.task.name, **config.task.options},
         },
-        about=machine(),
+        about=dict(about),
         model={"name": model_name(config), "parameters": _parameters(target), "vocab_size": target.vocab_size},
         policy={
             "entropy": mean_entropy(contenders[0].parts, target, next(iter(lessons.values()))),

@@ -21,6 +21,20 @@ from ._toml import parse_toml_value, toml_key, toml_value
 
 _NOTES = {"grpo.num_generations": "a group of one has nothing to be compared with"}
 _MAY_CHANGE = frozenset({"steps", "out", "save_steps"})
+_WHOLE_LAW = "a run draws from the whole distribution, which is the one in the loss"
+# Names of TRL's GRPOConfig that are not near what they are here; docs/run.md, "Coming from TRL", has them all.
+_OF_TRL = {
+    "top_p": _WHOLE_LAW,
+    "top_k": _WHOLE_LAW,
+    "min_p": _WHOLE_LAW,
+    "steps_per_generation": "each batch of rollouts is one step, of grpo.num_iterations updates",
+    "per_device_train_batch_size": "a step has grpo.prompts_per_step times grpo.num_generations completions",
+    "num_train_epochs": "set steps, the number of batches of rollouts",
+    "max_steps": "set steps, the number of batches of rollouts",
+    "bf16": 'set model.dtype = "bfloat16"; master weights and optimizer stay float32',
+    "output_dir": "set out",
+    "report_to": "records go to metrics.jsonl in the run folder, and specgrpo plot draws them",
+}
 
 
 def load_config(
@@ -263,11 +277,14 @@ def _default(key: str) -> Any:
 
 
 def _unknown(key: str) -> str:
-    """One sentence with the nearest valid name: the same word in another section, or a similar word."""
+    """One sentence with the nearest valid name: what TRL's name is here, the same word in another section, or a similar
+    word."""
     sections = _sections()
     known = [name for name in RunConfig.model_fields if name not in sections]
     known += [f"{section}.{name}" for section, model in sections.items() for name in model.model_fields]
     word = key.rpartition(".")[2]
+    if word in _OF_TRL:
+        return f"unknown configuration key {key}: {_OF_TRL[word]}"
     near = [name for name in known if name.rpartition(".")[2] == word]
     near = near or difflib.get_close_matches(key, known if "." in key else [*known, *sections], n=1)
     if not near:
