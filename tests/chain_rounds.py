@@ -30,6 +30,9 @@ class LengthsInTurn(AbstractLengthController[int]):
     def update(self, state, observation):
         return state + 1
 
+    def after_training(self, state, expected_acceptance):
+        return state
+
 
 @eqx.filter_jit
 def full_logits(model: AbstractLanguageModel, tokens: Any) -> Any:

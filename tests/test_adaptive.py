@@ -8,7 +8,7 @@ import pytest
 from helpers import quick_compilation, randomise, tiny_transformer
 
 from eqx_specgrpo.decoding import AdaptiveLength, Coupled, FixedLength, SegmentObservation, SegmentPlan, decode
-from eqx_specgrpo.decoding._adaptive_state import expected_seconds
+from eqx_specgrpo.decoding._adaptive_state import expected_seconds, expected_tokens
 from eqx_specgrpo.drafts import MedusaHeads
 
 
@@ -119,6 +119,77 @@ def test_it_notices_that_the_draft_has_gone_stale():
     rate, plans, _ = _run(machine, controller, 16, 120.0, state)
     assert plans[-1][0].length == 0
     assert rate > 0.9 * _best(machine, 16)[2]
+
+
+def _while_it_learns(lesson, seed, rate_of_step=lambda step: min(0.75, 0.35 + 0.05 * step)):
+    """Tokens a second, and the share of rounds that drafted, in the last ten of twenty steps.
+
+    **Arguments:**
+
+    - `lesson`: what the controller is told after a step, of what is accepted; `None` to tell it nothing.
+    """
+    machine = Machine(lambda rows, length: 0.1 + 0.045 * length, [], noise=0.05, seed=seed)
+    controller, rng = AdaptiveLength(4), np.random.default_rng(seed)
+    state, last_plans = controller.init(4), []
+    for step in range(20):
+        rate = rate_of_step(step)
+        machine.rates = [rate, 0.9 * rate, 0.9 * rate, 0.9 * rate]
+        if lesson is not None and step > 0:
+            luck = 0.03 * rng.standard_normal()  # a lesson is from a few prompts, the same for all positions
+            state = controller.after_training(state, [lesson(a) + luck for a in machine.rates])
+        _, plans, state = _run(machine, controller, 16, 12.0, state)
+        last_plans += plans if step >= 10 else []
+    timed = [seen for _, seen in last_plans if seen.seconds is not None]
+    drafted = sum(seen.rounds for seen in timed if seen.plan.length > 0) / sum(seen.rounds for seen in timed)
+    return sum(seen.tokens for seen in timed) / sum(seen.seconds for seen in timed), drafted
+
+
+@pytest.mark.parametrize("lesson", [lambda a: a, lambda a: 0.85 * a, lambda a: min(1.15 * a, 1.0)])
+def test_a_draft_that_learns_is_used_as_soon_as_it_pays(lesson):
+    """Its lessons say so, even if they are off by as much at all times; looks of a few rounds are not enough to."""
+    told, untold = (np.array([_while_it_learns(which, seed) for seed in range(6)]) for which in (lesson, None))
+    assert told[:, 1].min() > 0.9 and untold[:, 1].mean() < 0.7
+    assert told[:, 0].mean() > 1.05 * untold[:, 0].mean()
+
+
+def test_lessons_of_a_draft_that_does_not_pay_cost_nothing():
+    rates = np.array([_while_it_learns(lambda a: a, seed, lambda step: 0.4) for seed in range(4)])
+    assert rates[:, 1].max() < 0.05 and rates[:, 0].min() > 0.97 * 160
+
+
+def test_a_lesson_moves_the_odds_of_what_was_seen():
+    controller = AdaptiveLength(2)
+    state = controller.after_training(controller.init(2), [0.5, 0.2])
+    assert expected_tokens(state, 16, 2) == pytest.approx(1 + 0.5 + 0.5 * 0.2), (
+        "nothing was drafted: as the lesson says"
+    )
+    machine = Machine(_linear, [0.75, 0.5])
+    for _ in range(200):
+        state = controller.update(state, machine.segment(16, SegmentPlan(2, 8)))
+    seen = [state.passed[0][i] / state.reached[0][i] for i in (0, 1)]
+    assert seen == pytest.approx([0.75, 0.5], abs=0.03) and state.reached[0][0] > 2000
+
+    moved = controller.after_training(state, [0.8, 0.2])  # 0.65 in the running mean
+    odds = (0.65 / 0.35) / (0.5 / 0.5)
+    expected = seen[0] / (1 - seen[0]) * odds / (1 + seen[0] / (1 - seen[0]) * odds)
+    for which in (0, 16):
+        assert moved.passed[which][0] / moved.reached[which][0] == pytest.approx(expected)
+        assert moved.passed[which][1] / moved.reached[which][1] == pytest.approx(
+            state.passed[which][1] / state.reached[which][1]
+        )
+        assert moved.reached[which][0] == pytest.approx(500), "seen with other weights: a few segments outweigh it"
+    unknown = controller.after_training(state, None)
+    assert unknown.passed[0][0] / unknown.reached[0][0] == pytest.approx(seen[0])
+    assert unknown.reached[0][0] == pytest.approx(500) and unknown.expected == (0.5, 0.2)
+
+
+def test_lessons_of_certain_tokens_and_of_none_are_no_infinite_odds():
+    controller = AdaptiveLength(1)
+    state, machine = controller.init(1), Machine(_linear, [1.0])
+    for acceptance in ([0.0], [1.0], [1.0], [0.0], None, [0.5]):
+        state = controller.after_training(state, acceptance)
+        state = controller.update(state, machine.segment(4, SegmentPlan(1, 8)))
+        assert 1.0 < expected_tokens(state, 4, 1) <= 2.0
 
 
 @pytest.mark.parametrize("slowness", [0.6, 1.6])

@@ -259,6 +259,9 @@ class CyclingLength(AbstractLengthController[tuple[int, ...]]):
         self.observations.append(observation)
         return state
 
+    def after_training(self, state, expected_acceptance):
+        return state
+
 
 def test_the_draft_length_may_change_from_segment_to_segment(target, heads, plain):
     observations: list[SegmentObservation] = []

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eqx_specgrpo import train
 from eqx_specgrpo._errors import UserError
 from eqx_specgrpo._types import ScoredRollouts
-from eqx_specgrpo.decoding import SegmentObservation, decode
+from eqx_specgrpo.decoding import FixedLength, SegmentObservation, decode
 from eqx_specgrpo.drafts import MedusaHeads, load_draft
 from eqx_specgrpo.grpo import LossSettings, NonFiniteError, compute_copy
 from eqx_specgrpo.models import load_pretrained, sequence_features
@@ -252,14 +252,28 @@ def test_summary_is_printed(straight):
     assert str(out) in text
 
 
+@pytest.fixture
+def told(monkeypatch) -> list:
+    """What the length controller is told after training, in turn."""
+    heard = []
+
+    def hear(self, state, expected_acceptance):
+        heard.append(expected_acceptance)
+        return state
+
+    monkeypatch.setattr(FixedLength, "after_training", hear)
+    return heard
+
+
 @pytest.mark.parametrize("mode", ["frozen", "off"])
-def test_a_draft_that_does_not_learn(mode, straight, tiny_folder, tmp_path):
+def test_a_draft_that_does_not_learn(mode, straight, tiny_folder, tmp_path, told):
     settings = ["steps=1", f"draft.mode={mode}"]
     if mode == "frozen":
         settings.append(f"draft.path={straight[0] / 'draft'}")
     text = run(tiny_config(tiny_folder, tmp_path / "run", *settings))
     (record,) = read_records(tmp_path / "run" / "metrics.jsonl")
     assert "draft/loss" not in record and record["grad_norm"] > 0
+    assert told and set(told) == {None}
     draft = tmp_path / "run" / "draft" / "draft.safetensors"
     if mode == "frozen":
         assert draft.read_bytes() == (straight[0] / "draft" / "draft.safetensors").read_bytes()
@@ -403,15 +417,18 @@ def optax_count(state):
     return count
 
 
-def test_a_whole_run_with_the_same_options(tmp_path):
+def test_a_whole_run_with_the_same_options(tmp_path, told):
     settings = ["grpo.num_iterations=2", "grpo.beta=0.04", "grpo.gradient_accumulation_steps=2", "steps=2",
                 "grpo.num_generations=2", "draft.fraction=1.0",
                 "draft.loss=hybrid", "model.dtype=bfloat16",
                 "grpo.scale_rewards=batch", "grpo.delta=1.5", "grpo.epsilon_high=0.28"]  # fmt: skip
     folder = write_tiny_folder(tmp_path / "model", num_layers=1)
     run(tiny_config(folder, tmp_path / "run", *settings))
-    first, _ = read_records(tmp_path / "run" / "metrics.jsonl")
+    first, second = read_records(tmp_path / "run" / "metrics.jsonl")
     assert first["kl"] > 0  # of the second inner iteration
+    assert len(told) == 3 and max(told[0]) > 0, "warm-up, and both steps"
+    for lesson, record in zip(told[1:], (first, second), strict=True):
+        assert lesson == pytest.approx([record[f"draft/expected_acceptance_pos_{i}"] for i in range(3)])
     # bfloat16 may round differently in short blocks and long ones, but not by much.
     assert first["sampling/sampling_logp_difference/mean"] < 0.1
     stored = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "policy.safetensors")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import equinox as eqx
 
@@ -14,6 +15,7 @@ from ._adaptive_state import (
     expected_tokens,
     initial_state,
     known_lengths,
+    with_lesson,
     with_observation,
 )
 from ._length import LONGEST, AbstractLengthController, Expectation, SegmentObservation, SegmentPlan
@@ -46,6 +48,9 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
     looked at again now and then, the better the more often, so that a draft or a policy that has changed is noticed,
     but for no more than `exploration` of the time (by an estimate, where plain decoding is best: each look makes its
     rows finish at different times).
+
+    Where a draft learns between two decodings, `after_training` says how much likelier its tokens have become: what was
+    seen is moved by as much, so that a draft that was not worth using is used as soon as it is.
 
     The machine may slow down for a while, and every context grows: what all kinds of rounds have in common is followed
     at once, so that two lengths are compared as if they had been measured at the same time.
@@ -149,6 +154,9 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
         if best == 0 and rows > 1:
             behind = max(behind, _UNEVEN_LOOK)
         return dataclasses.replace(state, lost=state.lost | {length: state.lost[length] + behind * seconds})
+
+    def after_training(self, state: AdaptiveState, expected_acceptance: Sequence[float] | None) -> AdaptiveState:
+        return with_lesson(state, expected_acceptance)
 
 
 def _speed(state: AdaptiveState, rows: int, length: int, benefit: float = 0.0) -> float:

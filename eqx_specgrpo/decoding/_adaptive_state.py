@@ -3,13 +3,18 @@
 import dataclasses
 import math
 import statistics
+from collections.abc import Sequence
 
 import equinox as eqx
 
 from ._length import SegmentObservation
 
 _FORGET_AFTER = 3000.0  # rounds of a row after which an observation of acceptance has lost most of its weight
-_UNSEEN_ACCEPTANCE = 0.7  # at the first position, before anything was drafted
+_UNSEEN_ACCEPTANCE = 0.7  # at the first position, before anything was drafted and where no lesson says more
+# Rounds of a row that acceptance seen with other weights counts for, at most: some segments outweigh it.
+_OTHER_WEIGHTS = 500.0
+_NEWEST_LESSON = 0.5  # its part in the running mean: a lesson has few prompts
+_LIKELIEST = 0.98  # an acceptance that is counted on, and 1 minus it the least
 _OTHER_ROWS = 20.0  # rounds of a row that acceptance with any number of rows counts for, beside that with as many
 _FOLLOW = 0.3  # how much of a surprise is put down to the machine, whatever it runs,
 _LEARN = 0.1  # and how much, at least, to the kind of round
@@ -46,6 +51,7 @@ class AdaptiveState(eqx.Module):
         that has grown.
     - `passed`, `reached`: by number of rows, for each draft position, how many tokens were accepted there and how many
         could have been, both with old rounds forgotten. Under 0, with any number of rows.
+    - `expected`: acceptance by position as the draft's lessons find it, a running mean; `None` before the first.
     - `clock`: seconds of decoding seen so far.
     - `spent`: of these, by number of rows.
     - `lost`: of these, what looking again has cost, by length.
@@ -59,6 +65,7 @@ class AdaptiveState(eqx.Module):
     slowness: float
     passed: dict[int, tuple[float, ...]]
     reached: dict[int, tuple[float, ...]]
+    expected: tuple[float, ...] | None
     clock: float
     spent: dict[int, float]
     lost: dict[int, float]
@@ -74,6 +81,7 @@ def initial_state(lengths: tuple[int, ...]) -> AdaptiveState:
         slowness=0.0,
         passed={0: nothing},
         reached={0: nothing},
+        expected=None,
         clock=0.0,
         spent={},
         lost=dict.fromkeys(lengths, 0.0),
@@ -140,14 +148,55 @@ def _counted(
     return tuple(new_passed), tuple(new_reached)
 
 
+def with_lesson(state: AdaptiveState, acceptance: Sequence[float] | None) -> AdaptiveState:
+    """After an update of the target or the draft: what was seen before counts for less, and is moved by as much as the
+    acceptance that the draft's lessons find has moved.
+
+    The odds of being accepted are moved in proportion: where the lessons are always off by about as much (a verifier
+    that keeps less than `sum(min(p, q))`, rows that are harder to draft for), what was seen stays right. Without
+    lessons, a draft that was hardly used while it learned would be judged by what it was.
+    """
+    old = state.expected
+    new = old if acceptance is None else tuple(min(max(float(a), 1 - _LIKELIEST), _LIKELIEST) for a in acceptance)
+    if old is not None and new is not None and len(old) == len(new):
+        new = tuple(a + _NEWEST_LESSON * (b - a) for a, b in zip(old, new, strict=True))
+    else:
+        old = new  # nothing to compare with: what was seen stays as it is
+    shifts = [_log_odds(b) - _log_odds(a) for a, b in zip(old or (), new or (), strict=True)]
+    passed, reached = {}, {}
+    for which, counts in state.reached.items():
+        kept = min(1.0, _OTHER_WEIGHTS / counts[0]) if counts and counts[0] > 0 else 1.0
+        reached[which] = tuple(kept * count for count in counts)
+        passed[which] = tuple(
+            _moved(kept * accepted, could, shifts[position] if position < len(shifts) else 0.0)
+            for position, (accepted, could) in enumerate(zip(state.passed[which], reached[which], strict=True))
+        )
+    return dataclasses.replace(state, passed=passed, reached=reached, expected=new)
+
+
+def _log_odds(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
+def _moved(passed: float, reached: float, shift: float) -> float:
+    """How many of `reached` are accepted where the odds are other by this logarithm."""
+    if shift == 0.0 or reached <= 0.0:
+        return passed
+    rate = min(max(passed / reached, 1 - _LIKELIEST), _LIKELIEST)
+    return reached / (1 + math.exp(-_log_odds(rate) - shift))
+
+
 def expected_tokens(state: AdaptiveState, rows: int, length: int, benefit: float = 0.0) -> float:
-    """Tokens a round of a row with this draft length, from acceptance so far; at positions never drafted, as at the one
-    before. So many further tokens are taken to have been accepted at each position."""
+    """Tokens a round of a row with this draft length, from acceptance so far; at positions never drafted, as the last
+    lessons found it, or else as at the one before. So many further tokens are taken to have been accepted at each
+    position."""
     nothing = (0.0,) * state.lengths[-1]
     total, survival, rate = 1.0, 1.0, _UNSEEN_ACCEPTANCE
     for position in range(length):
         if state.reached[0][position] > 0:
             rate = (state.passed[0][position] + benefit) / (state.reached[0][position] + benefit)
+        elif state.expected is not None and position < len(state.expected):
+            rate = state.expected[position]
         passed = state.passed.get(rows, nothing)[position]
         reached = state.reached.get(rows, nothing)[position]
         survival *= (passed + _OTHER_ROWS * rate) / (reached + _OTHER_ROWS)

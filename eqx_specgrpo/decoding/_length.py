@@ -4,6 +4,7 @@ That is what keeps every length lossless: whether a position is drafted must not
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import equinox as eqx
@@ -83,6 +84,16 @@ class AbstractLengthController(eqx.Module, Generic[State]):
     def update(self, state: State, observation: SegmentObservation) -> State:
         """Learns from a segment."""
 
+    @abstractmethod
+    def after_training(self, state: State, expected_acceptance: Sequence[float] | None) -> State:
+        """The target or the draft has other weights from here on.
+
+        **Arguments:**
+
+        - `expected_acceptance`: of each draft position, as the draft's lesson found it on the target's own completions
+            (`sum(min(target, draft))` over the vocabulary, on average); `None` if that is not known.
+        """
+
 
 class FixedLength(AbstractLengthController[int]):
     """Always the same length, or the draft's greatest if that is smaller.
@@ -110,4 +121,8 @@ class FixedLength(AbstractLengthController[int]):
 
     def update(self, state: int, observation: SegmentObservation) -> int:
         del observation
+        return state
+
+    def after_training(self, state: int, expected_acceptance: Sequence[float] | None) -> int:
+        del expected_acceptance
         return state

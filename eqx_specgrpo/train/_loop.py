@@ -195,6 +195,7 @@ def _one_step(
     target = compute_copy(state.policy, config.model.dtype)
     draft = compute_copy(state.draft, config.model.dtype)
     key = step_key(config.seed, step, DECODE)
+    segments.after_training(parts.length, draft.max_length, state.draft_acceptance)
     rollouts = roll_out(parts, target, draft, prompts, key, progress.decoding, segments)
     del target, draft
     clock.lap("rollout")
@@ -252,6 +253,7 @@ def _finish(
     if config.draft.enabled:
         save_draft(folder.draft_path, state.draft, state.policy, model_name(config), draft_spec(config.draft))
         progress.say("policy/ and draft/ are saved; what follows only measures, and may be stopped")
+        segments.after_training(parts.length, state.draft.max_length, state.draft_acceptance)
         speedup = compare_with_plain(
             parts,
             compute_copy(state.policy, config.model.dtype),

@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from ..decoding import SegmentObservation
+import numpy as np
+from jaxtyping import Array, Float
+
+from ..decoding import AbstractLengthController, SegmentObservation
 
 
 class SegmentLog:
@@ -24,6 +27,20 @@ class SegmentLog:
     def __call__(self, observation: SegmentObservation, length_state: Any) -> None:
         self._segments.append(observation)
         self.length_state = length_state
+
+    def after_training(
+        self, length: AbstractLengthController, max_length: int, acceptance: Float[Array, " draft"]
+    ) -> None:
+        """Tells the length controller that policy and draft have moved.
+
+        **Arguments:**
+
+        - `length`, `max_length`: the controller, and the draft's greatest length.
+        - `acceptance`: `RunState.draft_acceptance`: zeros before the draft's first update.
+        """
+        state = length.init(max_length) if self.length_state is None else self.length_state
+        found = np.asarray(acceptance, np.float64)
+        self.length_state = length.after_training(state, found.tolist() if found.any() else None)
 
     def metrics(self) -> dict[str, float]:
         """Of the segments since the last call: rounds by draft length, and what was expected against what came.

@@ -20,8 +20,8 @@ class RunState(eqx.Module):
 
     - `policy`, `policy_optimizer`: master weights and the optimizer's state.
     - `draft`, `draft_optimizer`: the same for the draft; `NoDraft` has no arrays.
-    - `draft_acceptance`: expected acceptance of each draft position at the draft's last update, for losses that adapt
-        to it.
+    - `draft_acceptance`: expected acceptance of each draft position at the draft's last update, for losses and draft
+        lengths that adapt to it; zeros before the first.
     """
 
     policy: AbstractLanguageModel
