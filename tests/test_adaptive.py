@@ -183,6 +183,13 @@ def test_a_lesson_moves_the_odds_of_what_was_seen():
     assert unknown.reached[0][0] == pytest.approx(500) and unknown.expected == (0.5, 0.2)
 
 
+def test_the_first_lesson_has_nothing_to_be_compared_with():
+    controller, machine = AdaptiveLength(2), Machine(_linear, [0.75, 0.5])
+    state = controller.update(controller.init(2), machine.segment(16, SegmentPlan(2, 8)))
+    after = controller.after_training(state, [0.3, 0.3])
+    assert (after.passed, after.reached, after.expected) == (state.passed, state.reached, (0.3, 0.3))
+
+
 def test_lessons_of_certain_tokens_and_of_none_are_no_infinite_odds():
     controller = AdaptiveLength(1)
     state, machine = controller.init(1), Machine(_linear, [1.0])
