@@ -14,7 +14,7 @@ _UNSEEN_ACCEPTANCE = 0.7  # at the first position, before anything was drafted a
 # Rounds of a row that acceptance seen with other weights counts for, at most: some segments outweigh it.
 _OTHER_WEIGHTS = 500.0
 _NEWEST_LESSON = 0.5  # its part in the running mean: a lesson has few prompts
-_LIKELIEST = 0.98  # an acceptance that is counted on, and 1 minus it the least
+_LIKELIEST = 0.98  # shares are kept between this and 1 minus this where odds are taken, to be finite
 _OTHER_ROWS = 20.0  # rounds of a row that acceptance with any number of rows counts for, beside that with as many
 _FOLLOW = 0.3  # how much of a surprise is put down to the machine, whatever it runs,
 _LEARN = 0.1  # and how much, at least, to the kind of round
@@ -158,14 +158,14 @@ def with_lesson(state: AdaptiveState, acceptance: Sequence[float] | None) -> Ada
     """
     old = state.expected
     new = old if acceptance is None else tuple(min(max(float(a), 1 - _LIKELIEST), _LIKELIEST) for a in acceptance)
-    if old is not None and new is not None and len(old) == len(new):
+    if old is not None and new is not None:
         new = tuple(a + _NEWEST_LESSON * (b - a) for a, b in zip(old, new, strict=True))
     else:
         old = new  # nothing to compare with: what was seen stays as it is
     shifts = [_log_odds(b) - _log_odds(a) for a, b in zip(old or (), new or (), strict=True)]
     passed, reached = {}, {}
     for which, counts in state.reached.items():
-        kept = min(1.0, _OTHER_WEIGHTS / counts[0]) if counts and counts[0] > 0 else 1.0
+        kept = _OTHER_WEIGHTS / max((_OTHER_WEIGHTS, *counts))
         reached[which] = tuple(kept * count for count in counts)
         passed[which] = tuple(
             _moved(kept * accepted, could, shifts[position] if position < len(shifts) else 0.0)

@@ -1,4 +1,5 @@
-"""How many tokens to draft. A matter of speed only: a controller sees counts and times, never a sampled token.
+"""How many tokens to draft. A matter of speed only: a controller sees counts and times of what is done, and means over
+it, never a sampled token.
 
 That is what keeps every length lossless: whether a position is drafted must not depend on the token drawn there.
 """
@@ -90,8 +91,8 @@ class AbstractLengthController(eqx.Module, Generic[State]):
 
         **Arguments:**
 
-        - `expected_acceptance`: of each draft position, as the draft's lesson found it on the target's own completions
-            (`sum(min(target, draft))` over the vocabulary, on average); `None` if that is not known.
+        - `expected_acceptance`: of each draft position, as the draft's last lesson found it on finished completions of
+            the target's own (`sum(min(target, draft))` over the vocabulary, on average); `None` if there was none.
         """
 
 

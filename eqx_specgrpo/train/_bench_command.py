@@ -88,9 +88,9 @@ def bench(
         raise UserError(f"--draft {max(names, key=names.count)} is given twice: name each draft once")
     configs = {name: draft_run_config(name, settings, path, overrides, flags) for name in names}
     base = next(iter(configs.values()))
-    about = machine()  # before the work, which may take long: its commit and the load are those that were found
     with RunProgress(Console(stderr=True) if console is None else console) as progress, out_of_memory_advice():
         progress.phase(f"loading {model_name(base)}")
+        about = machine()  # before the work, which may take long: commit and load are those that were found
         policy, tokenizer = load_policy(base.model.path)
         progress.advise(dtype_advice(base.model.dtype, policy.hidden_size))
         made = [make_contender(name, config, policy, tokenizer) for name, config in configs.items()]
@@ -190,8 +190,8 @@ def prepare(
     progress.say(f"{made.name}: {record['updates']} updates, expected acceptance by position {after}")
     if record["updates"] < _FEW_UPDATES:
         progress.advise(
-            f"{made.name} had time for {record['updates']} updates, too few to judge it by: give more --minutes than "
-            f"{minutes:g}, which compiling takes its part of as well"
+            f"{made.name} had time for {record['updates']} updates, too few to judge it by: give more than --minutes "
+            f"{minutes:g}, of which compiling and generating take their part"
         )
     return Contender(made.name, made.parts, draft, record)
 

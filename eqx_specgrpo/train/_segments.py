@@ -15,7 +15,7 @@ class SegmentLog:
 
     **Attributes:**
 
-    - `length_state`: the controller's, or `None` before the first segment.
+    - `length_state`: the controller's, or `None` before it was told anything.
     """
 
     length_state: Any
