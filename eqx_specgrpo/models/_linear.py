@@ -17,9 +17,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 # Up to here a float32 product on CPU is faster with the weight as its first operand: 1.8 times at 4 rows, 1.1 at 128.
 _FEW_ROWS = 128
-# The result then has to be turned, which costs more than it gains where that no longer fits into a core's cache: with
-# 49,152 tokens and 48 rows 25.6 instead of 18.9 ms (docs/experiments.md, 2026-11-27).
-_LARGEST_TO_TURN = 400_000
+# The result then has to be turned. XLA's transposition goes through a large one once for each row; a product with the
+# identity, which rearranges its second operand in tiles, is faster and changes no (finite) number: 49,152 tokens of 32
+# rows take 26.1 ms with the weight second, 21.3 transposed and 19.8 so (docs/experiments.md, 2026-11-28).
+_LARGEST_TO_TRANSPOSE = 400_000
+# From here on a large result is dear to turn by any means.
+_FEW_LARGE_ROWS = 64
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
@@ -40,11 +43,13 @@ def _matmul_on_cpu(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -
     if weight.dtype == jnp.bfloat16:
         # One row takes a scalar path that is many times slower than two rows.
         return _dot(x if rows > 1 else jnp.concatenate([x, x]), weight, (1, 1))[:rows]
-    if 1 < rows <= _FEW_ROWS and rows * weight.shape[0] <= _LARGEST_TO_TURN:
-        # The second operand is rearranged at every call, and the first is not. The barrier keeps XLA from making the
-        # weight the second operand again.
-        return lax.optimization_barrier(_dot(weight, x, (1, 1))).T
-    return _dot(x, weight, (1, 1))
+    large = rows * weight.shape[0] > _LARGEST_TO_TRANSPOSE
+    if rows == 1 or rows > (_FEW_LARGE_ROWS if large else _FEW_ROWS):
+        return _dot(x, weight, (1, 1))
+    # The second operand is rearranged at every call, and the first is not. The barrier keeps XLA from making the
+    # weight the second operand again.
+    turned = lax.optimization_barrier(_dot(weight, x, (1, 1)))
+    return _dot(jnp.eye(rows), turned, (1, 1)) if large else turned.T
 
 
 def _matmul_fwd(x, weight):
