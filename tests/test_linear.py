@@ -128,10 +128,13 @@ def test_float32_weight_is_the_first_operand_on_cpu():
     assert product(512, OUT) == {("512", str(OUT))}
     # A large result, as the logits of a vocabulary are, is turned by a second product, and of many rows not at all.
     assert product(16, 49152) == {("49152", "16"), ("16", "49152")}
+    assert product(64, 49152) == {("49152", "64"), ("64", "49152")}
     assert product(65, 49152) == {("65", "49152")}
 
 
-def test_turning_a_large_result_by_a_product_changes_no_bit(getkey):
+def test_turning_a_large_result_by_a_product_changes_no_number(getkey):
+    if jax.default_backend() != "cpu":
+        pytest.skip("elsewhere nothing is turned")
     x, weight = jr.normal(getkey(), (9, IN)), jr.normal(getkey(), (49152, IN))
     product = lambda x, weight: jax.lax.optimization_barrier(jax.lax.dot_general(weight, x, (((1,), (1,)), ((), ()))))
     np.testing.assert_array_equal(jax.jit(matmul)(x, weight), jax.jit(product)(x, weight).T)

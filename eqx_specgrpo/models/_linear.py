@@ -17,11 +17,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 # Up to here a float32 product on CPU is faster with the weight as its first operand: 1.8 times at 4 rows, 1.1 at 128.
 _FEW_ROWS = 128
-# The result then has to be turned. XLA's transposition goes through a large one once for each row; a product with the
-# identity, which rearranges its second operand in tiles, is faster and changes no (finite) number: 49,152 tokens of 32
-# rows take 26.1 ms with the weight second, 21.3 transposed and 19.8 so (docs/experiments.md, 2026-11-28).
+# The result then has to be turned, from [out, rows] to [rows, out]. For a large one a product with the identity is
+# faster than a transposition, and changes no (finite) number: 49,152 tokens of 32 rows take 26.1 ms with the weight
+# second, 21.3 transposed and 19.8 so (docs/experiments.md, 2026-11-28). Where the two meet was not measured closely.
 _LARGEST_TO_TRANSPOSE = 400_000
-# From here on a large result is dear to turn by any means.
+# Up to here a large result is cheaper to turn than the weight is to rearrange; at 96 rows it is not.
 _FEW_LARGE_ROWS = 64
 
 
@@ -49,7 +49,7 @@ def _matmul_on_cpu(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -
     # The second operand is rearranged at every call, and the first is not. The barrier keeps XLA from making the
     # weight the second operand again.
     turned = lax.optimization_barrier(_dot(weight, x, (1, 1)))
-    return _dot(jnp.eye(rows), turned, (1, 1)) if large else turned.T
+    return _dot(jnp.eye(rows, dtype=turned.dtype), turned, (1, 1)) if large else turned.T
 
 
 def _matmul_fwd(x, weight):
