@@ -127,6 +127,11 @@ def test_names_of_trl_are_answered_with_ours(key, advice):
     assert "did you mean" not in message
 
 
+def test_a_shared_section_makes_no_word_alike():
+    message = fails("grpo.top_q=1")
+    assert "did you mean" not in message and "the keys there are" in message and "num_generations" in message
+
+
 def test_unknown_key_without_a_near_one_lists():
     assert fails("grpo.zzzz=1").endswith("the keys there are " + ", ".join(type(RunConfig().grpo).model_fields))
 

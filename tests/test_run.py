@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import equinox as eqx
 import jax
@@ -35,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eqx_specgrpo import train
 from eqx_specgrpo._errors import UserError
 from eqx_specgrpo._types import ScoredRollouts
-from eqx_specgrpo.decoding import FixedLength, SegmentObservation, decode
+from eqx_specgrpo.decoding import AdaptiveLength, FixedLength, SegmentObservation, _segment as segment_module, decode
 from eqx_specgrpo.drafts import MedusaHeads, load_draft
 from eqx_specgrpo.grpo import LossSettings, NonFiniteError, compute_copy
 from eqx_specgrpo.models import load_pretrained, sequence_features
@@ -282,6 +283,33 @@ def test_a_draft_that_does_not_learn(mode, straight, tiny_folder, tmp_path, told
     else:
         assert not draft.exists() and "Against plain decoding" not in text
         assert record["spec/acceptance_length"] == 1 and record["spec/acceptance_rate"] == 0
+
+
+def test_a_run_whose_length_adapts(tiny_folder, tmp_path, monkeypatch):
+    """As runs are by default; by a clock to which rounds are long beside compiling. It drafts, says what it expected
+    of that, and under `Coupled` its completions are those of plain decoding."""
+    clock = itertools.count(0.0, 20.0)
+    monkeypatch.setattr(segment_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    clocks, after_training, choose = [], AdaptiveLength.after_training, AdaptiveLength.choose
+
+    def logged(name, call):
+        return lambda self, state, given: clocks.append((name, state.clock)) or call(self, state, given)
+
+    monkeypatch.setattr(AdaptiveLength, "choose", logged("choose", choose))
+    monkeypatch.setattr(AdaptiveLength, "after_training", logged("learned", after_training))
+    settings = ["steps=3", "draft.verifier=coupled", "draft.max_length=1", "draft.length=1"]
+    text = run(tiny_config(tiny_folder, tmp_path / "adaptive", *settings, "draft.adaptive=true"))
+    run(tiny_config(tiny_folder, tmp_path / "plain", *settings, "draft.mode=off"))
+    records = read_records(tmp_path / "adaptive" / "metrics.jsonl")
+    rounds = [sum(record.get(f"spec/rounds_length_{length}", 0) for record in records) for length in (0, 1)]
+    assert min(rounds) > 0, rounds
+    assert any(record.get("spec/expected_acceptance_length", 0) > 1 for record in records)
+    assert "Draft length" in text
+    found = [(tmp_path / name / "completions.jsonl").read_bytes() for name in ("adaptive", "plain")]
+    assert found[0] == found[1]
+    steps = [index for index, (name, _) in enumerate(clocks) if name == "learned"]
+    before, after = [[clocks[index + more][1] for index in steps[:-1]] for more in (0, 1)]
+    assert before == after and before[-1] > 0, "what it has learned is kept from step to step"
 
 
 def copied(tree):

@@ -285,15 +285,20 @@ def _unknown(key: str) -> str:
     word = key.rpartition(".")[2]
     if word in _OF_TRL:
         return f"unknown configuration key {key}: {_OF_TRL[word]}"
+    section = key.rpartition(".")[0]
     near = [name for name in known if name.rpartition(".")[2] == word]
-    near = near or difflib.get_close_matches(key, known if "." in key else [*known, *sections], n=1)
+    if not near and section in sections:
+        # Word by word: the section is in every name of it, and would make any of them look alike.
+        own = difflib.get_close_matches(word, sections[section].model_fields, n=1)
+        near = [f"{section}.{name}" for name in own]
+    elif not near:
+        near = difflib.get_close_matches(key, known if section else [*known, *sections], n=1)
     if not near:
         leaves = difflib.get_close_matches(word, [name.rpartition(".")[2] for name in known], n=1)
         near = [name for name in known if name.rpartition(".")[2] in leaves]
     if near:
         return f"unknown configuration key {key}: did you mean {' or '.join(near)}?"
-    section = key.partition(".")[0]
-    names = sections[section].model_fields if section in sections and "." in key else RunConfig.model_fields
+    names = sections[section].model_fields if section in sections else RunConfig.model_fields
     return f"unknown configuration key {key}: the keys there are {', '.join(names)}"
 
 
