@@ -1,8 +1,10 @@
 """Tiny targets, drafts and verifiers for the proofs of losslessness; some of them are wrong on purpose."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import equinox as eqx
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import pytest
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -22,6 +25,7 @@ from eqx_specgrpo.decoding import (
     GreedyMatch,
     Rejection,
     Verdict,
+    _segment as segment_module,
 )
 from eqx_specgrpo.drafts import AbstractDraft, CoupledSampler, Proposal
 from eqx_specgrpo.models import (
@@ -44,6 +48,13 @@ def quick_compilation() -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
+
+
+def make_rounds_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock by which each segment takes 20 s: beside compiling tiny models decode in no time, and an adaptive length
+    would never draft for them."""
+    clock = itertools.count(0.0, 20.0)
+    monkeypatch.setattr(segment_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
 
 
 #

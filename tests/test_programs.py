@@ -1,10 +1,8 @@
 """Whole programs, as they are handed to the compiler: what is converted, what is traced, and how many there are."""
 
-import itertools
 import re
 from collections import Counter
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import equinox as eqx
 import jax
@@ -12,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import quick_compilation, tiny_transformer
+from helpers import make_rounds_long, quick_compilation, tiny_transformer
 
 from eqx_specgrpo._compile import _COMPILED as COMPILED
 from eqx_specgrpo.decoding import (
@@ -22,7 +20,6 @@ from eqx_specgrpo.decoding import (
     Rejection,
     Sampling,
     _decode as decode_module,
-    _segment as segment_module,
     decode,
 )
 from eqx_specgrpo.decoding._segment import UntilRowsFinish, run_segment
@@ -148,10 +145,8 @@ def test_programs_of_decoding_are_bounded_by_the_ladder():
 
 @pytest.mark.parametrize("loop", [UntilRowsFinish(), FixedRounds(rounds=2)], ids=["until", "fixed"])
 def test_an_adaptive_length_drafts_under_either_loop(loop, monkeypatch):
-    """In the real decoder, with a draft that is always right: also where the host looks a segment late. By a clock to
-    which rounds are long beside compiling."""
-    clock = itertools.count(0.0, 20.0)
-    monkeypatch.setattr(segment_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    """In the real decoder, with a draft that is always right: also where the host looks a segment late."""
+    make_rounds_long(monkeypatch)
     target = tiny_transformer(num_layers=1, **SIZES)
     # Whatever comes, the token after it is the same: the heads, which say the target's own next token again, are right.
     target = eqx.tree_at(lambda m: m.unembedding, target, jnp.zeros((37, 20)), is_leaf=lambda x: x is None)

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import equinox as eqx
 import jax
@@ -19,6 +18,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 import torch
+from helpers import make_rounds_long
 from rich.console import Console
 from safetensors.numpy import load_file
 from tiny_run import (
@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eqx_specgrpo import train
 from eqx_specgrpo._errors import UserError
 from eqx_specgrpo._types import ScoredRollouts
-from eqx_specgrpo.decoding import AdaptiveLength, FixedLength, SegmentObservation, _segment as segment_module, decode
+from eqx_specgrpo.decoding import AdaptiveLength, FixedLength, SegmentObservation, decode
 from eqx_specgrpo.drafts import MedusaHeads, load_draft
 from eqx_specgrpo.grpo import LossSettings, NonFiniteError, compute_copy
 from eqx_specgrpo.models import load_pretrained, sequence_features
@@ -286,10 +286,9 @@ def test_a_draft_that_does_not_learn(mode, straight, tiny_folder, tmp_path, told
 
 
 def test_a_run_whose_length_adapts(tiny_folder, tmp_path, monkeypatch):
-    """As runs are by default; by a clock to which rounds are long beside compiling. It drafts, says what it expected
+    """As runs are by default. It drafts, says what it expected
     of that, and under `Coupled` its completions are those of plain decoding."""
-    clock = itertools.count(0.0, 20.0)
-    monkeypatch.setattr(segment_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    make_rounds_long(monkeypatch)
     clocks, after_training, choose = [], AdaptiveLength.after_training, AdaptiveLength.choose
 
     def logged(name, call):

@@ -282,10 +282,9 @@ def _unknown(key: str) -> str:
     sections = _sections()
     known = [name for name in RunConfig.model_fields if name not in sections]
     known += [f"{section}.{name}" for section, model in sections.items() for name in model.model_fields]
-    word = key.rpartition(".")[2]
+    section, _, word = key.rpartition(".")
     if word in _OF_TRL:
         return f"unknown configuration key {key}: {_OF_TRL[word]}"
-    section = key.rpartition(".")[0]
     near = [name for name in known if name.rpartition(".")[2] == word]
     if not near and section in sections:
         # Word by word: the section is in every name of it, and would make any of them look alike.
