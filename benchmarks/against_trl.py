@@ -20,7 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from eqx_specgrpo.train import read_records, whole_numbers
+from eqx_specgrpo.bench import whole_numbers
+from eqx_specgrpo.records import read_records
 
 HERE = Path(__file__).parent
 ARMS = ("speculative", "plain", "trl-float32", "trl-bfloat16", "trl-bfloat16_weights")

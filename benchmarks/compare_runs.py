@@ -15,8 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from eqx_specgrpo.train import read_records
-from eqx_specgrpo.train._machine import machine
+from eqx_specgrpo.records import machine, read_records
 
 PHASES = ("time/rollout", "time/reward", "time/update", "time/draft", "time/step")
 KEPT = (*PHASES, "reward", "entropy", "completions/mean_length", "spec/acceptance_length", "compile/count")

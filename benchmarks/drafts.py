@@ -23,22 +23,23 @@ from typing import Any
 import equinox as eqx
 from rich.console import Console
 
-from eqx_specgrpo._process import keep_freed_memory
-from eqx_specgrpo.drafts import FallbackDraft, load_draft, save_draft
-from eqx_specgrpo.grpo import compute_copy
-from eqx_specgrpo.train import BenchSettings, plot_bench, whole_numbers
-from eqx_specgrpo.train._bench import PLAIN
-from eqx_specgrpo.train._bench_command import (
+from eqx_specgrpo.bench import (
+    PLAIN,
+    BenchSettings,
     Contender,
     draft_run_config,
     generate_for,
     make_contender,
     measure_drafts,
+    plot_bench,
     prepare,
+    whole_numbers,
 )
-from eqx_specgrpo.train._machine import machine
-from eqx_specgrpo.train._parts import load_policy
-from eqx_specgrpo.train._progress import RunProgress
+from eqx_specgrpo.config import load_policy
+from eqx_specgrpo.drafts import FallbackDraft, load_draft, save_draft
+from eqx_specgrpo.grpo import compute_copy
+from eqx_specgrpo.records import RunProgress, machine
+from eqx_specgrpo.runtime import keep_freed_memory
 
 KINDS = ("medusa", "hydra", "eagle", "layer_skip", "ngram", "ngram+hydra")
 

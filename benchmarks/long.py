@@ -26,19 +26,16 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 from rich.console import Console
 
-from eqx_specgrpo._process import keep_freed_memory
-from eqx_specgrpo._types import Prompts
+from eqx_specgrpo import Prompts
+from eqx_specgrpo.bench import BenchSettings, draft_run_config, generate_for, make_contender, prepare, rotating
+from eqx_specgrpo.config import load_policy
 from eqx_specgrpo.decoding import AdaptiveLength, Coupled, FixedLength, decode
 from eqx_specgrpo.drafts import AbstractDraft, NoDraft
 from eqx_specgrpo.grpo import compute_copy
 from eqx_specgrpo.models import AbstractLanguageModel, Cache, Features
-from eqx_specgrpo.train import BenchSettings
-from eqx_specgrpo.train._bench import rotating
-from eqx_specgrpo.train._bench_command import draft_run_config, generate_for, make_contender, prepare
-from eqx_specgrpo.train._machine import machine
-from eqx_specgrpo.train._parts import load_policy
-from eqx_specgrpo.train._progress import RunProgress
-from eqx_specgrpo.train._step import next_examples
+from eqx_specgrpo.records import RunProgress, machine
+from eqx_specgrpo.runtime import keep_freed_memory
+from eqx_specgrpo.train import next_examples
 
 
 class EndsAtRandom(AbstractLanguageModel):

@@ -18,9 +18,11 @@ from typing import Any
 
 from rich.console import Console
 
-from eqx_specgrpo._process import keep_freed_memory
-from eqx_specgrpo.train import load_config, read_records, run, whole_numbers
-from eqx_specgrpo.train._machine import machine
+from eqx_specgrpo.bench import whole_numbers
+from eqx_specgrpo.config import load_config
+from eqx_specgrpo.records import machine, read_records
+from eqx_specgrpo.runtime import keep_freed_memory
+from eqx_specgrpo.train import run
 
 ARMS = {
     "plain": {"draft.mode": "off"},

@@ -26,8 +26,19 @@ import jax.random as jr
 import numpy as np
 from rich.console import Console
 
-from eqx_specgrpo._process import keep_freed_memory
-from eqx_specgrpo._types import Prompts
+from eqx_specgrpo import Prompts
+from eqx_specgrpo.bench import (
+    PLAIN,
+    BenchSettings,
+    draft_run_config,
+    generate_for,
+    make_contender,
+    measure_drafts,
+    plot_bench,
+    prepare,
+    whole_numbers,
+)
+from eqx_specgrpo.config import default_model_path, largest_of_products, load_policy, make_verifier
 from eqx_specgrpo.decoding import (
     AbstractLengthController,
     AbstractVerifier,
@@ -40,14 +51,9 @@ from eqx_specgrpo.decoding import (
 from eqx_specgrpo.drafts import AbstractDraft, NoDraft
 from eqx_specgrpo.grpo import compute_copy
 from eqx_specgrpo.models import AbstractLanguageModel
-from eqx_specgrpo.train import BenchSettings, default_model_path, plot_bench, whole_numbers
-from eqx_specgrpo.train._bench import PLAIN
-from eqx_specgrpo.train._bench_command import draft_run_config, generate_for, make_contender, measure_drafts, prepare
-from eqx_specgrpo.train._dtype_advice import largest_of_products
-from eqx_specgrpo.train._machine import machine
-from eqx_specgrpo.train._parts import load_policy, make_verifier
-from eqx_specgrpo.train._progress import RunProgress
-from eqx_specgrpo.train._step import next_examples
+from eqx_specgrpo.records import RunProgress, machine
+from eqx_specgrpo.runtime import keep_freed_memory
+from eqx_specgrpo.train import next_examples
 
 SAMPLES = 8  # completions a prompt, where there are as many rows
 

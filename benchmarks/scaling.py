@@ -24,15 +24,14 @@ import jax.random as jr
 import numpy as np
 from rich.console import Console
 
-from eqx_specgrpo._process import keep_freed_memory
-from eqx_specgrpo._types import Prompts
+from eqx_specgrpo import Prompts
+from eqx_specgrpo.bench import whole_numbers
 from eqx_specgrpo.decoding import FixedLength, SegmentObservation, decode
 from eqx_specgrpo.drafts import MedusaHeads, NoDraft, ReducedVocabulary
 from eqx_specgrpo.grpo import LossNormalizer, LossSettings, UpdateBatch, compute_copy, policy_gradients
 from eqx_specgrpo.models import Transformer, TransformerConfig
-from eqx_specgrpo.train import whole_numbers
-from eqx_specgrpo.train._machine import machine
-from eqx_specgrpo.train._progress import RunProgress
+from eqx_specgrpo.records import RunProgress, machine
+from eqx_specgrpo.runtime import keep_freed_memory
 
 # Hidden size and layers; the last one is SmolLM2-135M's.
 SIZES = {"4 x 128": (128, 4), "8 x 256": (256, 8), "12 x 512": (512, 12), "30 x 576": (576, 30)}

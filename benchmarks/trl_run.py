@@ -15,9 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from eqx_specgrpo.train import load_config
-from eqx_specgrpo.train._check import load_task_and_rewards
-from eqx_specgrpo.train._machine import machine
+from eqx_specgrpo.config import load_config, load_task_and_rewards
+from eqx_specgrpo.records import machine
 
 
 def parse_arguments() -> argparse.Namespace:

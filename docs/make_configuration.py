@@ -15,9 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import eqx_specgrpo
-from eqx_specgrpo.train import RunConfig
-from eqx_specgrpo.train._load_config import _permitted
-from eqx_specgrpo.train._toml import toml_value
+from eqx_specgrpo.config import RunConfig, _permitted, toml_value
 
 PAGE = Path(__file__).parent / "configuration.md"
 PRESET = Path(inspect.getfile(eqx_specgrpo)).parent / "assets" / "default.toml"

@@ -11,9 +11,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ._errors import UserError
-from ._process import keep_compiled_programs, keep_freed_memory
-from ._version import package_version
+from .errors import UserError
+from .runtime import keep_compiled_programs, keep_freed_memory, package_version
 
 app = typer.Typer(
     name="specgrpo",
@@ -88,7 +87,7 @@ def run(
     ] = False,
 ) -> None:
     """Train a policy with GRPO, its rollouts decoded speculatively by a draft that keeps learning."""
-    from .train._load_config import draft_flags, dump_config, load_config
+    from .config import draft_flags, dump_config, load_config
 
     flags = {} if draft is None else draft_flags(draft)
     flags |= {
@@ -111,7 +110,7 @@ def run(
             )
     resolved = load_config(config, overrides, flags)
     if dry_run:
-        from .train._check import check_places, load_task_and_rewards
+        from .config import check_places, load_task_and_rewards
 
         load_task_and_rewards(resolved)
         check_places(resolved, resume)
@@ -160,7 +159,7 @@ def distill(
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
 ) -> None:
     """Train a draft on the model's own completions of a task, for `specgrpo run --draft` and `generate --draft`."""
-    from .train._load_config import draft_flags, load_config
+    from .config import draft_flags, load_config
 
     flags = {} if draft is None else draft_flags(draft)
     flags |= {
@@ -251,9 +250,9 @@ def verify(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Prove, as far as can be, that a draft leaves a model's distribution as it is; exit code 1 if a check fails."""
-    from . import train
+    from .testing import verify_pair
 
-    certificate = train.verify_pair(
+    certificate = verify_pair(
         model=model,
         draft=draft,
         rows=rows,
@@ -314,11 +313,11 @@ def bench(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object, raw figures included.")] = False,
 ) -> None:
     """Measure drafts against plain decoding: acceptance, tokens a second, and the ratio, interleaved in one process."""
-    from . import train
+    from .bench import BenchSettings, bench as run_bench, plot_bench, whole_numbers
 
-    settings = train.BenchSettings(
-        rows=train.whole_numbers("--rows", rows),
-        lengths=train.whole_numbers("--lengths", lengths),
+    settings = BenchSettings(
+        rows=whole_numbers("--rows", rows),
+        lengths=whole_numbers("--lengths", lengths),
         adaptive=adaptive,
         verifiers=tuple(verifiers.split(",")) if verifiers else (),
         new=new,
@@ -332,7 +331,7 @@ def bench(
     )
     flags = {"model.path": model, "task.name": task, "seed": seed, "model.dtype": dtype}
     try:
-        result = train.bench(
+        result = run_bench(
             settings, draft or (), path=config, overrides=set_ or [], flags=flags, console=Console(stderr=True)
         )
     except KeyboardInterrupt:
@@ -346,12 +345,12 @@ def bench(
         console.print(result.footnote(), highlight=False)
     if plot is not None:
         title = f"{result.model['name']}, {result.policy['entropy']:.2f} nats a token"
-        print(train.plot_bench(result.results(), plot, title), file=sys.stderr)
+        print(plot_bench(result.results(), plot, title), file=sys.stderr)
 
 
 @app.command()
 def plot(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]) -> None:
     """Draw a run's reward, acceptance length and times into curves.png of its folder."""
-    from .train._report import plot_run
+    from .records import plot_run
 
     print(plot_run(run_folder))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
+from eqx_specgrpo.config import default_model_path
 from eqx_specgrpo.decoding import FixedLength, Prompts, Rejection, Sampling, decode
 from eqx_specgrpo.distill import ForwardKL, draft_gradients, select_rows
 from eqx_specgrpo.drafts import MedusaHeads
@@ -28,7 +29,6 @@ from eqx_specgrpo.grpo import (
 )
 from eqx_specgrpo.models import load_pretrained
 from eqx_specgrpo.tasks import Arithmetic, collate, load_rewards
-from eqx_specgrpo.train import default_model_path
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=20)

@@ -81,9 +81,9 @@ class MyDraft(AbstractDraft):
 
 
 if __name__ == "__main__":
+    from eqx_specgrpo.config import default_model_path
     from eqx_specgrpo.models import load_model
     from eqx_specgrpo.testing import check_draft
-    from eqx_specgrpo.train import default_model_path
 
     target = load_model(default_model_path())
     # A fresh cell writes nothing; with weights at random more can go wrong.

@@ -16,8 +16,10 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from eqx_specgrpo.config import load_config
+from eqx_specgrpo.runtime import keep_freed_memory
 from eqx_specgrpo.tasks import completion_text
-from eqx_specgrpo.train import keep_freed_memory, load_config, run
+from eqx_specgrpo.train import run
 
 
 def digits_reward(completions: Sequence[Any], **kwargs: Any) -> list[float | None]:

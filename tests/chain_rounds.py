@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from eqx_specgrpo._sampling import Sampling
 from eqx_specgrpo.decoding import AbstractLengthController, SegmentPlan
 from eqx_specgrpo.drafts import AbstractDraft, IndependentSampler
 from eqx_specgrpo.models import AbstractLanguageModel, Features, sequence_features
+from eqx_specgrpo.sampling._sampling import Sampling
 
 
 class LengthsInTurn(AbstractLengthController[int]):

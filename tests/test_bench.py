@@ -11,10 +11,10 @@ import pytest
 from helpers import quick_compilation
 from tiny_run import as_flags, main_like, tiny_folder as tiny_folder, tiny_model
 
+from eqx_specgrpo.bench import BenchSettings, plot_bench
+from eqx_specgrpo.bench._measure import PLAIN, ArmRun, rotating
+from eqx_specgrpo.bench._result import BenchResult, expected_length, summarize
 from eqx_specgrpo.drafts import HydraHeads, save_draft
-from eqx_specgrpo.train import BenchSettings, plot_bench
-from eqx_specgrpo.train._bench import PLAIN, ArmRun, rotating
-from eqx_specgrpo.train._bench_result import BenchResult, expected_length, summarize
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "drafts.py"
 

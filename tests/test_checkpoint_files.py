@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from eqx_specgrpo._errors import CheckpointError, UserError
-from eqx_specgrpo.train import _checkpoint
-from eqx_specgrpo.train._checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from eqx_specgrpo.errors._errors import CheckpointError, UserError
+from eqx_specgrpo.records import _checkpoint
+from eqx_specgrpo.records._checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 
 
 def small(value):

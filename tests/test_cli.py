@@ -23,9 +23,10 @@ from tiny_run import (
     write_tiny_folder,
 )
 
+from eqx_specgrpo.config import dump_config, load_config
 from eqx_specgrpo.drafts import MedusaHeads, save_draft
 from eqx_specgrpo.models import save_model
-from eqx_specgrpo.train import dump_config, latest_checkpoint, load_config, read_records
+from eqx_specgrpo.records import latest_checkpoint, read_records
 
 # Plain decoding, one step: few programs to compile, the same for all tests.
 PLAIN = ("steps=1", "draft.mode=off")
@@ -261,8 +262,8 @@ def test_full_disk(refused, specgrpo, monkeypatch, tiny_folder, tmp_path):
     assert code == 0, err
     resume = ["run", "--resume", "--out", out, "--steps", 2]
     for place, failure, words in (
-        ("train._run_folder._write_all", full, ("completions.jsonl could not be written", "--resume")),
-        ("train._checkpoint.save_file", full_in_rust, ("the checkpoint of step 2 could not be written", "--resume")),
+        ("records._folder._write_all", full, ("completions.jsonl could not be written", "--resume")),
+        ("records._checkpoint.save_file", full_in_rust, ("the checkpoint of step 2 could not be written", "--resume")),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(f"eqx_specgrpo.{place}", failure)
@@ -408,7 +409,7 @@ import resource
 
 import numpy as np
 
-from eqx_specgrpo._process import keep_freed_memory
+from eqx_specgrpo.runtime import keep_freed_memory
 
 keep_freed_memory()
 

@@ -5,11 +5,11 @@ import pytest
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
-from eqx_specgrpo._errors import ConfigError, UserError
 from eqx_specgrpo.cli import app, main
-from eqx_specgrpo.train._config import RunConfig
-from eqx_specgrpo.train._load_config import check_resume, draft_flags, dump_config, load_config
-from eqx_specgrpo.train._toml import toml_value
+from eqx_specgrpo.config._load import check_resume, draft_flags, dump_config, load_config
+from eqx_specgrpo.config._toml import toml_value
+from eqx_specgrpo.config._tree import RunConfig
+from eqx_specgrpo.errors._errors import ConfigError, UserError
 
 
 def fails(*overrides, path=None):

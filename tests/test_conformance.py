@@ -18,7 +18,6 @@ import pytest
 from helpers import quick_compilation, randomise, tiny_transformer
 from jaxtyping import Array, Bool, Float
 
-from eqx_specgrpo._sampling import Sampling
 from eqx_specgrpo._types import Rollouts
 from eqx_specgrpo.decoding import (
     AbstractVerifier,
@@ -49,6 +48,7 @@ from eqx_specgrpo.drafts import (
     TemperedDraft,
 )
 from eqx_specgrpo.models import AbstractLanguageModel, Features, sequence_features
+from eqx_specgrpo.sampling._sampling import Sampling
 from eqx_specgrpo.testing import (
     ConformanceError,
     OneOf,

@@ -13,17 +13,9 @@ import pytest
 from helpers import NoiseOfTheRound, PointMassDraft, TabularDraft, quick_compilation, randomise, tiny_transformer
 from scipy import stats
 
-from eqx_specgrpo._noise import exponential_noise, threefry_2x32
-from eqx_specgrpo.decoding import (
-    Categorical,
-    Coupled,
-    FixedLength,
-    GreedySampling,
-    Rejection,
-    Sampling,
-    decode,
-)
+from eqx_specgrpo.decoding import Categorical, Coupled, FixedLength, GreedySampling, Rejection, Sampling, decode
 from eqx_specgrpo.drafts import HydraHeads, IndependentSampler, MedusaHeads, Proposal
+from eqx_specgrpo.sampling._noise import exponential_noise, threefry_2x32
 
 
 @pytest.fixture(autouse=True, scope="module")

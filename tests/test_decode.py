@@ -21,8 +21,6 @@ from helpers import (
     wrong_draft,
 )
 
-from eqx_specgrpo._compile import count_compilations
-from eqx_specgrpo._errors import UserError
 from eqx_specgrpo._types import Prompts, Rollouts, StopReason
 from eqx_specgrpo.decoding import (
     AbstractLengthController,
@@ -41,7 +39,9 @@ from eqx_specgrpo.decoding import (
 )
 from eqx_specgrpo.decoding._state import fits
 from eqx_specgrpo.drafts import DraftError, MedusaHeads
+from eqx_specgrpo.errors._errors import UserError
 from eqx_specgrpo.models import cast_weights
+from eqx_specgrpo.runtime._compile import count_compilations
 
 VOCAB, CONTEXT, NEW = 13, 24, 17
 NO_EOS = [98, 99]  # outside the vocabulary

@@ -22,7 +22,8 @@ from tiny_run import (
     tiny_tokenizer,
 )
 
-from eqx_specgrpo._errors import UserError
+from eqx_specgrpo.config import draft_flags, load_config, named_draft
+from eqx_specgrpo.config._parts import make_draft, make_parts
 from eqx_specgrpo.drafts import (
     AbstractDraft,
     DraftError,
@@ -39,10 +40,10 @@ from eqx_specgrpo.drafts import (
     load_draft,
     save_draft,
 )
+from eqx_specgrpo.errors._errors import UserError
 from eqx_specgrpo.models import cast_weights, load_pretrained
-from eqx_specgrpo.train import draft_flags, load_config, named_draft, read_records
+from eqx_specgrpo.records import read_records
 from eqx_specgrpo.train._lessons import with_scheduled_rate
-from eqx_specgrpo.train._parts import make_draft, make_parts
 
 EXAMPLE = f"{Path(__file__).parents[1] / 'examples' / 'custom_draft.py'}:MyDraft"
 

@@ -13,8 +13,8 @@ import typer
 
 import eqx_specgrpo
 from eqx_specgrpo.cli import app
+from eqx_specgrpo.config import load_config
 from eqx_specgrpo.tasks import Arithmetic, ReasoningGymTask
-from eqx_specgrpo.train import load_config
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(inspect.getfile(eqx_specgrpo)).parent

@@ -11,7 +11,8 @@ import pytest
 from helpers import quick_compilation, tiny_transformer
 from tiny_run import tiny_config, tiny_folder as tiny_folder, tiny_model, tiny_tokenizer
 
-from eqx_specgrpo._errors import UserError
+from eqx_specgrpo.config import load_config
+from eqx_specgrpo.config._parts import make_draft
 from eqx_specgrpo.drafts import (
     DraftError,
     FallbackDraft,
@@ -24,9 +25,9 @@ from eqx_specgrpo.drafts import (
     tempered_part,
     with_vocabulary,
 )
+from eqx_specgrpo.errors._errors import UserError
 from eqx_specgrpo.models import load_model
-from eqx_specgrpo.train import load_config, run
-from eqx_specgrpo.train._parts import make_draft
+from eqx_specgrpo.train import run
 
 
 @pytest.fixture(autouse=True, scope="module")

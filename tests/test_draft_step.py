@@ -9,8 +9,8 @@ import pytest
 from helpers import quick_compilation
 from tiny_run import tiny_config, tiny_folder as tiny_folder, tiny_model, tiny_tokenizer
 
-from eqx_specgrpo._sampling import Sampling
 from eqx_specgrpo._types import ScoredRollouts, StopReason
+from eqx_specgrpo.config._parts import make_parts
 from eqx_specgrpo.decoding import decode
 from eqx_specgrpo.distill import DraftBatch, ForwardKL, LKHybrid, draft_gradients, select_rows
 from eqx_specgrpo.drafts import MedusaHeads
@@ -23,7 +23,7 @@ from eqx_specgrpo.grpo import (
     policy_gradients,
 )
 from eqx_specgrpo.models import Features, sequence_features
-from eqx_specgrpo.train._parts import make_parts
+from eqx_specgrpo.sampling._sampling import Sampling
 from eqx_specgrpo.train._state import RunState
 from eqx_specgrpo.train._step import draft_rows, features_of, update_draft, update_policy
 

@@ -11,7 +11,6 @@ import pytest
 from helpers import quick_compilation, randomise, tiny_transformer
 from jaxtyping import Array, Int
 
-from eqx_specgrpo._sampling import Categorical, GreedySampling
 from eqx_specgrpo.decoding import (
     AbstractLengthController,
     Coupled,
@@ -23,6 +22,7 @@ from eqx_specgrpo.decoding import (
 from eqx_specgrpo.distill import DraftBatch, ForwardKL, draft_gradients
 from eqx_specgrpo.drafts import AbstractSampler, DraftError, EagleDraft, draft_kind, load_draft, save_draft
 from eqx_specgrpo.models import Features, sequence_features
+from eqx_specgrpo.sampling._sampling import Categorical, GreedySampling
 
 HIDDEN, LAYERS, MOST = 16, (0, 1), 4
 ROWS, SEQ, CAPACITY = 4, 36, 48

@@ -21,8 +21,6 @@ from helpers import (
 from made_rollouts import make_rollouts
 from scipy import stats
 
-from eqx_specgrpo._errors import CheckpointError
-from eqx_specgrpo._sampling import Categorical, Sampling
 from eqx_specgrpo.decoding import Block, Coupled, FixedLength, Rejection, decode
 from eqx_specgrpo.drafts import (
     DraftError,
@@ -39,8 +37,10 @@ from eqx_specgrpo.drafts import (
     remember,
     save_draft,
 )
+from eqx_specgrpo.errors._errors import CheckpointError
 from eqx_specgrpo.grpo import apply_gradients
 from eqx_specgrpo.models import Features
+from eqx_specgrpo.sampling._sampling import Categorical, Sampling
 
 HIDDEN, LENGTH = 16, 2
 

@@ -13,14 +13,7 @@ from helpers import quick_compilation, randomise, tabular_model, tiny_transforme
 
 from eqx_specgrpo.decoding import Coupled, FixedLength, decode
 from eqx_specgrpo.distill import DraftBatch, ForwardKL, draft_gradients
-from eqx_specgrpo.drafts import (
-    DraftError,
-    EarlyExit,
-    LayerSkipDraft,
-    draft_kind,
-    load_draft,
-    save_draft,
-)
+from eqx_specgrpo.drafts import DraftError, EarlyExit, LayerSkipDraft, draft_kind, load_draft, save_draft
 from eqx_specgrpo.models import sequence_features
 
 HIDDEN, LENGTH, NEW = 16, 3, 21

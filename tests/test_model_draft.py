@@ -19,14 +19,7 @@ from helpers import quick_compilation, tabular_model, tiny_transformer
 from tiny_run import END, tiny_folder as tiny_folder, tiny_tokenizer
 from tokenizers import Tokenizer as Backend, models
 
-from eqx_specgrpo._errors import CheckpointError
-from eqx_specgrpo.decoding import (
-    Coupled,
-    GreedySampling,
-    Rejection,
-    Sampling,
-    decode,
-)
+from eqx_specgrpo.decoding import Coupled, GreedySampling, Rejection, Sampling, decode
 from eqx_specgrpo.distill import DraftBatch, ForwardKL, draft_gradients
 from eqx_specgrpo.drafts import (
     DraftError,
@@ -39,13 +32,8 @@ from eqx_specgrpo.drafts import (
     load_model_draft,
     save_draft,
 )
-from eqx_specgrpo.models import (
-    LinearRope,
-    Llama3Rope,
-    Tokenizer,
-    load_pretrained,
-    sequence_features,
-)
+from eqx_specgrpo.errors._errors import CheckpointError
+from eqx_specgrpo.models import LinearRope, Llama3Rope, Tokenizer, load_pretrained, sequence_features
 
 LENGTH, NEW, CONTEXT = 3, 21, 40
 # The first has room for its 21 tokens; the others end where the model's context does.

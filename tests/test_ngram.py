@@ -12,7 +12,6 @@ from helpers import quick_compilation, sequence_law, tabular_model, tiny_transfo
 from made_rollouts import make_rollouts
 from scipy import stats
 
-from eqx_specgrpo._sampling import GreedySampling, Sampling
 from eqx_specgrpo._types import Prompts, Rollouts
 from eqx_specgrpo.decoding import Coupled, FixedLength, Rejection, decode, teacher_forced_logprobs
 from eqx_specgrpo.drafts import (
@@ -27,6 +26,7 @@ from eqx_specgrpo.drafts import (
     save_draft,
 )
 from eqx_specgrpo.models import Features
+from eqx_specgrpo.sampling._sampling import GreedySampling, Sampling
 
 LENGTH, MAX_NGRAM, MIN_NGRAM = 3, 4, 2
 

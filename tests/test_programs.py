@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from helpers import make_rounds_long, quick_compilation, tiny_transformer
 
-from eqx_specgrpo._compile import _COMPILED as COMPILED
 from eqx_specgrpo.decoding import (
     AdaptiveLength,
     FixedLength,
@@ -26,6 +25,7 @@ from eqx_specgrpo.decoding._segment import UntilRowsFinish, run_segment
 from eqx_specgrpo.drafts import MedusaHeads
 from eqx_specgrpo.grpo import LossNormalizer, LossSettings, UpdateBatch, compute_copy, policy_gradients
 from eqx_specgrpo.models import Transformer, default_cache_dtype
+from eqx_specgrpo.runtime._compile import _COMPILED as COMPILED
 
 # Sizes that no activation has: a weight is recognised by its shape.
 SIZES = dict(hidden_size=20, intermediate_size=28, vocab_size=37)

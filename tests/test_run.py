@@ -34,14 +34,16 @@ from tiny_run import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eqx_specgrpo import train
-from eqx_specgrpo._errors import UserError
 from eqx_specgrpo._types import ScoredRollouts
+from eqx_specgrpo.config import load_config
+from eqx_specgrpo.config._parts import make_draft, make_parts
 from eqx_specgrpo.decoding import AdaptiveLength, FixedLength, SegmentObservation, decode
 from eqx_specgrpo.drafts import MedusaHeads, load_draft
+from eqx_specgrpo.errors._errors import UserError
 from eqx_specgrpo.grpo import LossSettings, NonFiniteError, compute_copy
 from eqx_specgrpo.models import load_pretrained, sequence_features
-from eqx_specgrpo.train import RunFolder, _loop as train_loop, latest_checkpoint, load_config, read_records
-from eqx_specgrpo.train._parts import make_draft, make_parts
+from eqx_specgrpo.records import RunFolder, latest_checkpoint, read_records
+from eqx_specgrpo.train import _loop as train_loop
 from eqx_specgrpo.train._segments import SegmentLog
 from eqx_specgrpo.train._state import RunState
 from eqx_specgrpo.train._step import draft_rows

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eqx_specgrpo._errors import UserError
-from eqx_specgrpo.train import _run_folder
-from eqx_specgrpo.train._report import first_to_last, phase_times, plot_run, summary_text
-from eqx_specgrpo.train._run_folder import RunFolder, read_records
+from eqx_specgrpo.errors._errors import UserError
+from eqx_specgrpo.records import _folder as _run_folder
+from eqx_specgrpo.records._folder import RunFolder, read_records
+from eqx_specgrpo.records._report import first_to_last, phase_times, plot_run, summary_text
 
 
 def finished(path, steps=3):
@@ -158,8 +158,8 @@ def test_one_process_at_a_time(tmp_path):
     source = f"""
         import sys
         from pathlib import Path
-        from eqx_specgrpo._errors import UserError
-        from eqx_specgrpo.train._run_folder import RunFolder
+        from eqx_specgrpo.errors import UserError
+        from eqx_specgrpo.records._folder import RunFolder
         try:
             RunFolder(Path({str(run)!r}), resume=True)
         except UserError as error:

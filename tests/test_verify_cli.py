@@ -10,11 +10,18 @@ from helpers import quick_compilation, randomise
 from tiny_run import tiny_folder as tiny_folder, tiny_model
 from typer.testing import CliRunner
 
-from eqx_specgrpo._errors import CheckpointError, UserError
 from eqx_specgrpo.cli import app
 from eqx_specgrpo.drafts import HydraHeads, MedusaHeads, save_draft
-from eqx_specgrpo.testing import ConformanceError, _saving as saving_module, check_saving, make_pair
-from eqx_specgrpo.train import Certificate, Finding, _verify as verify_module
+from eqx_specgrpo.errors._errors import CheckpointError, UserError
+from eqx_specgrpo.testing import (
+    Certificate,
+    ConformanceError,
+    Finding,
+    _certificate as verify_module,
+    _saving as saving_module,
+    check_saving,
+    make_pair,
+)
 
 CHECKS = [
     "the law of Rejection",

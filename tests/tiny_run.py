@@ -12,8 +12,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from eqx_specgrpo.config import RunConfig, load_config
 from eqx_specgrpo.models import Tokenizer, Transformer, TransformerConfig, save_model
-from eqx_specgrpo.train import RunConfig, load_config
 
 PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
 CONTEXT = 96

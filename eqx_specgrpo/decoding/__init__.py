@@ -1,16 +1,16 @@
-from .._sampling import (
-    AbstractSampling as AbstractSampling,
-    Categorical as Categorical,
-    GreedySampling as GreedySampling,
-    Sampling as Sampling,
-    make_sampling as make_sampling,
-)
 from .._types import (
     DecodeStatistics as DecodeStatistics,
     Prompts as Prompts,
     Rollouts as Rollouts,
     ScoredRollouts as ScoredRollouts,
     StopReason as StopReason,
+)
+from ..sampling import (
+    AbstractSampling as AbstractSampling,
+    Categorical as Categorical,
+    GreedySampling as GreedySampling,
+    Sampling as Sampling,
+    make_sampling as make_sampling,
 )
 from ._adaptive import AdaptiveLength as AdaptiveLength
 from ._adaptive_state import AdaptiveState as AdaptiveState
@@ -25,7 +25,11 @@ from ._length import (
     SegmentPlan as SegmentPlan,
 )
 from ._round import decode_round as decode_round
-from ._score import teacher_forced_logprobs as teacher_forced_logprobs
+from ._score import (
+    completion_logits as completion_logits,
+    teacher_forced_logprobs as teacher_forced_logprobs,
+    whole_sequences as whole_sequences,
+)
 from ._segment import (
     AbstractSegmentLoop as AbstractSegmentLoop,
     FixedRounds as FixedRounds,

@@ -2,8 +2,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from .._sampling import Categorical
 from ..drafts import Proposal
+from ..sampling import Categorical
 from ._verify import AbstractAcceptanceRule
 
 

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from .._compile import SMALL_HIDDEN_SIZE
 from ..models import AbstractLanguageModel, matrix_dtype
+from ..runtime import SMALL_HIDDEN_SIZE
 
 
 def default_smallest_bucket(target: AbstractLanguageModel) -> int:

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Int, Key
 
-from .._compile import count_compilations
-from .._errors import UserError
-from .._sampling import AbstractSampling, GreedySampling, Sampling
 from .._types import DecodeStatistics, Prompts, Rollouts
 from ..drafts import AbstractDraft, NoDraft
+from ..errors import UserError
 from ..models import AbstractLanguageModel, KVCache, default_cache_dtype, take_rows
+from ..runtime import count_compilations
+from ..sampling import AbstractSampling, GreedySampling, Sampling
 from ._block import Block
 from ._buckets import bucket_for, default_smallest_bucket, shrink_below
 from ._length import AbstractLengthController, FixedLength, SegmentObservation

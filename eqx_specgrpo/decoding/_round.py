@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from .._sampling import AbstractSampling
 from ..drafts import AbstractDraft, NoDraft
 from ..models import AbstractLanguageModel
+from ..sampling import AbstractSampling
 from ._prompts import AbstractPromptStore
 from ._state import DecodeState, commit
 from ._verify import AbstractVerifier

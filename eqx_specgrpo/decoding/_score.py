@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._sampling import AbstractSampling
 from .._types import Rollouts
 from ..models import AbstractLanguageModel, sequence_features
+from ..sampling import AbstractSampling
 
 
 def teacher_forced_logprobs(

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from .._compile import CompileCounter
+from ..runtime import CompileCounter
 from ._length import SegmentObservation, SegmentPlan
 from ._prompts import AbstractPromptStore
 from ._round import decode_round

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, DTypeLike, Float, Int, Key
 
-from .._sampling import AbstractSampling
 from .._types import StopReason
 from ..drafts import AbstractDraft, Proposal
 from ..models import AbstractLanguageModel, Cache
+from ..sampling import AbstractSampling
 from ._state import DecodeState, commit
 from ._verify import AbstractVerifier
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, Key
 
-from .._sampling import AbstractSampling, Categorical, first_argmax, sample_weights
 from ..drafts import AbstractSampler, IndependentSampler, Proposal
+from ..sampling import AbstractSampling, Categorical, first_argmax, sample_weights
 
 
 class Verdict(eqx.Module):

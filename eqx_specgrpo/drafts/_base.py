@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .._errors import UserError
-from .._sampling import Categorical
+from ..errors import UserError
 from ..models import AbstractLanguageModel, Features
+from ..sampling import Categorical
 from ._sampler import AbstractSampler
 
 State = TypeVar("State")

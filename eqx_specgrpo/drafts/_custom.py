@@ -4,8 +4,8 @@ import traceback
 
 from jaxtyping import PRNGKeyArray
 
-from .._errors import UserError
-from .._import_spec import import_callable
+from ..errors import UserError
+from ..files import import_callable
 from ..models import AbstractLanguageModel
 from ._base import AbstractDraft, DraftError
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from .._sampling import Categorical
 from ..models import AbstractLanguageModel, Features
+from ..sampling import Categorical
 from ._base import AbstractDraft, Proposal
 from ._history import AbstractHistoryDraft
 from ._sampler import AbstractSampler

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, Key
 
-from .._sampling import AbstractSampling, Categorical
+from ..sampling import AbstractSampling, Categorical
 
 
 class AbstractSampler(eqx.Module):

@@ -11,9 +11,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from .._errors import CheckpointError, UserError
-from .._import_spec import import_spec_of, is_import_spec
-from .._tree_file import named_arrays, read_tree
+from ..errors import CheckpointError, UserError
+from ..files import import_spec_of, is_import_spec, named_arrays, read_tree
 from ..models import AbstractLanguageModel
 from ._base import AbstractDraft, DraftError, check_fit
 from ._custom import custom_draft

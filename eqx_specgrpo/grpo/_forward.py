@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._errors import UserError
+from ..errors import UserError
 from ..models import (
     AbstractLanguageModel,
     Features,

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from .._errors import UserError
+from ..errors import UserError
 from ..models import AbstractLanguageModel, Features, cast_weights
 from ._batch import UpdateBatch
 from ._forward import training_features

@@ -14,8 +14,8 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
-from .._errors import UserError
 from .._types import Message
+from ..errors import UserError
 
 
 class _GenerationBlock(jinja2.ext.Extension):

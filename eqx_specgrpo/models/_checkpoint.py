@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import DTypeLike
 from safetensors import SafetensorError
 
-from .._errors import UserError
+from ..errors import UserError
 from ._gguf import GGUFFile
 from ._gguf_tokenizer import tokenizer_from_gguf
 from ._hf_config import config_from_hf, config_to_hf

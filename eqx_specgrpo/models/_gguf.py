@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._errors import CheckpointError
+from ..errors import CheckpointError
 from ._config import LinearRope, Llama3Rope, RopeScaling, TransformerConfig
 from ._rope import rope_frequencies
 from ._safetensors import StoredTensor

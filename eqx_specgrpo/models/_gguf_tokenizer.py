@@ -5,7 +5,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from .._errors import CheckpointError
+from ..errors import CheckpointError
 from ._gguf import GGUFFile
 from ._tokenizer import Tokenizer
 

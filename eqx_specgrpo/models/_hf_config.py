@@ -7,7 +7,7 @@ Keys that are absent mean what they mean in transformers, both in files that its
 from pathlib import Path
 from typing import Any
 
-from .._errors import CheckpointError
+from ..errors import CheckpointError
 from ._config import LinearRope, Llama3Rope, RopeScaling, TransformerConfig
 
 FAMILIES = {

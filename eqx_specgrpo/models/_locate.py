@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from .._errors import CheckpointError
+from ..errors import CheckpointError
 
 # Weights in one format only, and nothing that could be executed.
 _FILES = ["*.json", "model*.safetensors", "*.jinja", "tokenizer*"]

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from .._errors import CheckpointError
+from ..errors import CheckpointError
 
 _DTYPES = {
     "F64": np.dtype(np.float64),

@@ -7,8 +7,8 @@ from typing import Any
 
 import tokenizers
 
-from .._errors import CheckpointError, UserError
 from .._types import Message
+from ..errors import CheckpointError, UserError
 from ._base import AbstractLanguageModel
 from ._chat_template import render_chat
 from ._safetensors import read_json

@@ -12,7 +12,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, DTypeLike
 
-from .._errors import CheckpointError
+from ..errors import CheckpointError
 from ._config import TransformerConfig
 from ._safetensors import StoredTensor, listing
 from ._transformer import Transformer

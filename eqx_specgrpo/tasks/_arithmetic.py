@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from .._errors import UserError
+from ..errors import UserError
 from ._base import AbstractTask, Example, check_index
 from ._numbers import find_numbers, last_number, parse_number
 from ._rewards import completion_text

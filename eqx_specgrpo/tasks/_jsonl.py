@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .._errors import UserError
+from ..errors import UserError
 from ._base import AbstractTask, Example, check_index
 
 # What every reward function is given besides the columns.

@@ -7,9 +7,8 @@ from typing import Any
 
 import pydantic
 
-from .._errors import UserError
-from .._import_spec import import_callable
-from .._nearest import did_you_mean
+from ..errors import UserError, did_you_mean
+from ..files import import_callable
 from ._arithmetic import Arithmetic, arithmetic_reward, running_totals_reward
 from ._base import AbstractTask
 from ._jsonl import JsonlTask

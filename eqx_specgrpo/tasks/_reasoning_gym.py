@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from .._errors import UserError
-from .._nearest import did_you_mean
+from ..errors import UserError, did_you_mean
 from ._base import AbstractTask, Example, check_index
 from ._rewards import completion_text
 

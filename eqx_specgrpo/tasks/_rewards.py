@@ -13,8 +13,8 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Float
 
-from .._errors import UserError
 from .._types import Message
+from ..errors import UserError
 
 RewardFunction = Callable[..., Any]  # (prompts, completions, completion_ids, **columns) -> list[float | None]
 

@@ -1,3 +1,4 @@
+from ._certificate import Certificate as Certificate, Finding as Finding, verify_pair as verify_pair
 from ._draft import DraftReport as DraftReport, check_draft as check_draft
 from ._draws import check_draws as check_draws
 from ._errors import ConformanceError as ConformanceError

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Int, Key
 
-from .._sampling import Sampling
 from ..drafts import AbstractSampler, IndependentSampler
 from ..models import sequence_features
+from ..sampling import Sampling
 
 
 class ScriptedSampler(AbstractSampler):

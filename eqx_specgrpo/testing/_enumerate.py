@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._sampling import Categorical
 from ..decoding import AbstractAcceptanceRule
 from ..drafts import Proposal
+from ..sampling import Categorical
 from ._errors import require
 from ._situations import Tree, joint_law, softmax
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 
-from .._sampling import Sampling
 from ..drafts import IndependentSampler, draft_vocabulary
 from ..models import sequence_features
+from ..sampling import Sampling
 from ._errors import require
 from ._pair import Pair
 

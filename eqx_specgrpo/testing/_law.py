@@ -9,10 +9,9 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._sampling import Sampling
-from ..decoding import AbstractVerifier, Block, FixedLength, decode
-from ..decoding._score import completion_logits, whole_sequences
+from ..decoding import AbstractVerifier, Block, FixedLength, completion_logits, decode, whole_sequences
 from ..models import AbstractLanguageModel
+from ..sampling import Sampling
 from ._errors import require
 from ._pair import Pair
 from ._rounds import SMALLEST_P_VALUE

@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import numpy as np
 
-from .._errors import UserError
+from ..errors import UserError
 from ._drive import check_block, commit, fill, propose, script, start
 from ._errors import require
 from ._pair import Pair

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from .._sampling import Categorical, GreedySampling, Sampling
 from ..decoding import AbstractVerifier
 from ..drafts import Proposal
+from ..sampling import Categorical, GreedySampling, Sampling
 from ._errors import require
 from ._situations import only, softmax, transform
 from ._statistics import chi_square_p_value, law_p_value

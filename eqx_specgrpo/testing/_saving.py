@@ -8,9 +8,9 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .._errors import CheckpointError, UserError
-from .._tree_file import read_tree
 from ..drafts import draft_kind, load_draft, save_draft
+from ..errors import CheckpointError, UserError
+from ..files import read_tree
 from ._errors import require
 from ._pair import Pair
 

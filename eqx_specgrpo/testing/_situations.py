@@ -5,7 +5,7 @@ import functools as ft
 import equinox as eqx
 import numpy as np
 
-from .._sampling import AbstractSampling, GreedySampling, Sampling
+from ..sampling import AbstractSampling, GreedySampling, Sampling
 
 # At depth d: [cases, vocab, ..., vocab], the logits of a token given d tokens before it.
 Tree = list[np.ndarray]

@@ -8,12 +8,11 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Key
 
-from .._noise import exponential_noise
-from .._sampling import AbstractSampling, Categorical, GreedySampling, Sampling
 from .._types import Prompts, Rollouts
 from ..decoding import Coupled, DecodeProgress, FixedLength, decode, teacher_forced_logprobs
 from ..drafts import AbstractDraft
 from ..models import AbstractLanguageModel, sequence_features
+from ..sampling import AbstractSampling, Categorical, GreedySampling, Sampling, exponential_noise
 from ._errors import require
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import equinox as eqx
 import numpy as np
 
-from .._sampling import GreedySampling
 from ..decoding import AbstractAcceptanceRule, AbstractVerifier
+from ..sampling import GreedySampling
 from ._enumerate import enumerate_rounds
 from ._errors import require
 from ._one_of import verifier_name

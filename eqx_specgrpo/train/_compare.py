@@ -5,11 +5,11 @@ import time
 
 from jaxtyping import Array, Key
 
-from .._compile import count_compilations
+from ..config import RunParts
 from ..drafts import AbstractDraft, NoDraft
 from ..models import AbstractLanguageModel
-from ._parts import RunParts
-from ._progress import RunProgress
+from ..records import RunProgress
+from ..runtime import count_compilations
 from ._segments import SegmentLog
 from ._step import next_examples, roll_out
 

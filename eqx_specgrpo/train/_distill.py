@@ -9,15 +9,15 @@ from typing import Any
 
 from rich.console import Console
 
-from .._compile import count_compilations
-from .._errors import UserError
 from .._types import Rollouts
+from ..config import RunConfig, RunParts, draft_spec, dtype_advice, load_policy, make_draft, make_parts, model_name
 from ..decoding import DecodeProgress, FixedLength
 from ..drafts import AbstractDraft, completion_tokens, coverage, draft_vocabulary, save_draft, tempered_part
+from ..errors import UserError
 from ..grpo import compute_copy
 from ..models import AbstractLanguageModel
-from ._config import RunConfig
-from ._dtype_advice import dtype_advice
+from ..records import RunProgress, replace_file
+from ..runtime import count_compilations
 from ._interrupt import interrupts
 from ._lessons import (
     COMPARE,
@@ -30,9 +30,6 @@ from ._lessons import (
     with_scheduled_rate,
 )
 from ._out_of_memory import out_of_memory_advice
-from ._parts import RunParts, draft_spec, load_policy, make_draft, make_parts, model_name
-from ._progress import RunProgress
-from ._run_folder import replace_file
 from ._state import RunState
 from ._step import next_examples, roll_out, step_key
 

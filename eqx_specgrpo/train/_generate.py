@@ -4,12 +4,12 @@ from typing import Any
 
 import jax.random as jr
 
-from .._errors import UserError
-from .._sampling import make_sampling
 from .._types import StopReason
+from ..config import load_policy, named_draft
 from ..decoding import decode
 from ..drafts import NoDraft
-from ._parts import load_policy, named_draft
+from ..errors import UserError
+from ..sampling import make_sampling
 
 
 def generate_text(

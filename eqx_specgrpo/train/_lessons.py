@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._types import Rollouts
+from ..config import RunParts
 from ..decoding import DecodeProgress
 from ..distill import draft_gradients, select_rows
 from ..drafts import AbstractDraft, NoDraft, remember
 from ..grpo import UpdateBatch, chunked_logprobs, compute_copy, make_update_batch, next_token_positions
 from ..models import AbstractLanguageModel, Features
-from ._parts import RunParts
 from ._state import RunState
 from ._step import POSITION_DECAY, draft_rows, features_of, next_examples, roll_out, step_key, update_draft
 

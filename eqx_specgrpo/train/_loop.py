@@ -10,34 +10,42 @@ import equinox as eqx
 import jax
 from rich.console import Console
 
-from .._compile import count_compilations
-from .._errors import UserError
-from ..drafts import remember, save_draft
-from ..grpo import compute_copy
-from ..models import locate, save_model
-from ._check import load_task_and_rewards
-from ._checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from ._compare import compare_with_plain
-from ._config import DraftConfig, RunConfig
-from ._dtype_advice import dtype_advice
-from ._interrupt import interrupts
-from ._lessons import CHOOSE, COMPARE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
-from ._load_config import check_resume, dump_config, load_config
-from ._machine import machine
-from ._out_of_memory import out_of_memory_advice
-from ._parts import (
+from ..config import (
+    DraftConfig,
+    RunConfig,
     RunParts,
+    check_resume,
     default_model_path,
     draft_spec,
+    dtype_advice,
+    dump_config,
     learning_rate,
+    load_config,
     load_policy,
+    load_task_and_rewards,
     make_draft,
     make_parts,
     model_name,
 )
-from ._progress import RunProgress
-from ._report import summary_table
-from ._run_folder import RunFolder, read_records
+from ..drafts import remember, save_draft
+from ..errors import UserError
+from ..grpo import compute_copy
+from ..models import locate, save_model
+from ..records import (
+    RunFolder,
+    RunProgress,
+    latest_checkpoint,
+    load_checkpoint,
+    machine,
+    read_records,
+    save_checkpoint,
+    summary_table,
+)
+from ..runtime import count_compilations
+from ._compare import compare_with_plain
+from ._interrupt import interrupts
+from ._lessons import CHOOSE, COMPARE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
+from ._out_of_memory import out_of_memory_advice
 from ._segments import SegmentLog
 from ._state import RunState
 from ._step import (

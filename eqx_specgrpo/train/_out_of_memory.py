@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import jax
 
-from .._errors import UserError
+from ..errors import UserError
 
 
 @contextmanager

@@ -13,8 +13,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from .._compile import SMALL_HIDDEN_SIZE
 from .._types import Prompts, Rollouts, ScoredRollouts, StopReason
+from ..config import RunParts, check_prompt
 from ..decoding import DecodeProgress, decode
 from ..distill import DraftBatch, draft_gradients, fit_temperature, select_rows
 from ..drafts import AbstractDraft, completion_tokens, coverage, draft_vocabulary, tempered_part, with_temperature
@@ -36,8 +36,8 @@ from ..grpo import (
     training_features,
 )
 from ..models import AbstractLanguageModel, Features, Tokenizer
+from ..runtime import SMALL_HIDDEN_SIZE
 from ..tasks import AbstractTask, Example, Rewards, collate
-from ._parts import RunParts, check_prompt
 from ._segments import SegmentLog
 from ._state import RunState
 

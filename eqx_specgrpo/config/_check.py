@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from .._import_spec import import_callable, is_import_spec
 from ..drafts import DraftError, describe_saved_draft
+from ..files import import_callable, is_import_spec
 from ..models import could_be_downloaded, locate
+from ..records import check_unused
 from ..tasks import AbstractTask, Rewards, load_rewards, load_task
-from ._config import DraftConfig, RunConfig
-from ._run_folder import check_unused
+from ._tree import DraftConfig, RunConfig
 
 
 def load_task_and_rewards(config: RunConfig) -> tuple[AbstractTask, Rewards]:

@@ -8,12 +8,11 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 
+from ..config import RunParts
 from ..decoding import DecodeProgress
 from ..drafts import AbstractDraft, AbstractHistoryDraft, FallbackDraft
 from ..models import AbstractLanguageModel, Features
-from ._lessons import Lesson, examine, learn_lesson, make_lesson, recall_lesson, with_scheduled_rate
-from ._parts import RunParts
-from ._state import RunState
+from ..train import Lesson, RunState, examine, learn_lesson, make_lesson, recall_lesson, with_scheduled_rate
 
 _FEWEST = 2  # one to learn from, one to be examined on
 _RECORDED = 20  # points of a learning curve

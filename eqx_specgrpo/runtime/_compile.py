@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import jax
-
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 # Shorter ones are the little programs that array indexing and the like make; nobody waits for them.
 _WORTH_TELLING = 0.5
@@ -44,6 +42,8 @@ class CompileCounter:
 @contextmanager
 def count_compilations(tell: Callable[[str], None] | None = None) -> Iterator[CompileCounter]:
     """Attaches a counter for the length of a `with` block."""
+    import jax  # here, so that a program can set up its process before JAX reads the environment
+
     counter = CompileCounter(tell)
     jax.monitoring.register_event_duration_secs_listener(counter)
     try:

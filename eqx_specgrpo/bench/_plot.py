@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._errors import UserError
-from ._bench import ADAPTIVE, PLAIN
+from ..errors import UserError
+from ._measure import ADAPTIVE, PLAIN
 
 _COLORS = ("#1b6ca8", "#c8553d", "#5a8f5a", "#e0a030", "#7a5195", "#3aa6a6", "#8c564b", "#444444")
 _LINES = ("-", "--", ":", "-.")

@@ -10,31 +10,25 @@ import jax.random as jr
 from rich.console import Console
 from rich.table import Table
 
-from .._errors import UserError
-from .._import_spec import is_import_spec
 from .._types import Prompts
+from ..config import draft_config, load_policy, named_draft
 from ..decoding import AbstractVerifier, Block, Coupled, GreedyMatch, Rejection
 from ..drafts import AbstractDraft, describe_saved_draft
+from ..errors import UserError
+from ..files import is_import_spec
 from ..models import AbstractLanguageModel
-from ..testing import (
-    OneOf,
-    TokenComparison,
-    check_draws,
-    check_gradients,
-    check_interface,
-    check_law,
-    check_rewind,
-    check_saving,
-    check_training,
-    check_verifier,
-    compare_tokens,
-    make_pair,
-    perturbed,
-    verifier_name,
-)
-from ._load_config import draft_config
-from ._parts import load_policy, named_draft
-from ._progress import RunProgress
+from ..records import RunProgress
+from ._draws import check_draws
+from ._gradients import check_gradients
+from ._interface import check_interface
+from ._law import check_law
+from ._one_of import OneOf, verifier_name
+from ._pair import make_pair, perturbed
+from ._rewind import check_rewind
+from ._saving import check_saving
+from ._tokens import TokenComparison, compare_tokens
+from ._training import check_training
+from ._verifier import check_verifier
 
 # What any tokenizer knows, of unequal lengths.
 _PROMPTS = ("7 + 5 =", "12 + 30 = 42, 3", "9", "41 - 8 = 33, 33 - 8 =", "2 + 2", "10 = 4 + 6 = 5 +", "88 + 1 =", "3 - ")

@@ -12,12 +12,11 @@ import annotated_types
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from .._errors import CheckpointError, ConfigError
-from .._import_spec import is_import_spec
-from .._nearest import did_you_mean
 from ..drafts import describe_saved_draft
-from ._config import DRAFT_KINDS, DRAFT_OPTIONS, DraftConfig, RunConfig, TaskConfig
+from ..errors import CheckpointError, ConfigError, did_you_mean
+from ..files import is_import_spec
 from ._toml import parse_toml_value, toml_key, toml_value
+from ._tree import DRAFT_KINDS, DRAFT_OPTIONS, DraftConfig, RunConfig, TaskConfig
 
 _NOTES = {"grpo.num_generations": "a group of one has nothing to be compared with"}
 _MAY_CHANGE = frozenset({"steps", "out", "save_steps"})

@@ -10,25 +10,29 @@ import jax.random as jr
 import numpy as np
 from rich.console import Console
 
-from .._compile import count_compilations
-from .._errors import UserError
-from .._sampling import make_sampling
+from ..config import (
+    RunConfig,
+    RunParts,
+    draft_flags,
+    dtype_advice,
+    load_config,
+    load_policy,
+    make_draft,
+    make_parts,
+    model_name,
+)
 from ..drafts import AbstractDraft, NoDraft
+from ..errors import UserError
 from ..grpo import compute_copy, make_update_batch
 from ..models import AbstractLanguageModel, Tokenizer
-from ._bench import Arm, Workload, measure, plain_arm
-from ._bench_drafts import Generations, collect_generations, distil_on, expected_acceptance
-from ._bench_result import BenchResult
-from ._bench_settings import BenchSettings
-from ._config import RunConfig
-from ._dtype_advice import dtype_advice
-from ._lessons import Lesson, mean_entropy
-from ._load_config import draft_flags, load_config
-from ._machine import machine
-from ._out_of_memory import out_of_memory_advice
-from ._parts import RunParts, load_policy, make_draft, make_parts, model_name
-from ._progress import RunProgress
-from ._step import features_of, next_examples, step_key
+from ..records import RunProgress, machine
+from ..runtime import count_compilations
+from ..sampling import make_sampling
+from ..train import Lesson, features_of, mean_entropy, next_examples, out_of_memory_advice, step_key
+from ._drafts import Generations, collect_generations, distil_on, expected_acceptance
+from ._measure import Arm, Workload, measure, plain_arm
+from ._result import BenchResult
+from ._settings import BenchSettings
 
 DEFAULT_DRAFTS = ("ngram", "medusa")
 # Prompts far from those that drafts learn from, which begin with the task's first.

@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from .._import_spec import is_import_spec
-from .._nearest import did_you_mean
+from ..errors import did_you_mean
+from ..files import is_import_spec
 
 DRAFT_KINDS = ("medusa", "hydra", "eagle", "model", "layer_skip", "ngram", "none")
 DRAFT_OPTIONS = ("ngram", "train_length", "num_layers", "model", "min_ngram")  # of a kind, or beside it

@@ -9,7 +9,6 @@ import equinox as eqx
 import jax.random as jr
 from jaxtyping import Array, Key
 
-from .._compile import count_compilations
 from .._types import Prompts, Rollouts
 from ..decoding import (
     AbstractSampling,
@@ -22,9 +21,11 @@ from ..decoding import (
 )
 from ..drafts import AbstractDraft, NoDraft
 from ..models import AbstractLanguageModel
-from ._machine import stolen_seconds
+from ..records import stolen_seconds
+from ..runtime import count_compilations
 
-PLAIN, ADAPTIVE = "plain", "adaptive"
+PLAIN = "plain"
+ADAPTIVE = "adaptive"
 # A program is compiled when a batch first shrinks to a size, which in a sampled decoding can be at any time.
 _MOST_TRIES = 4
 

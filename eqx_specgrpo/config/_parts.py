@@ -11,9 +11,6 @@ import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray
 
-from .._errors import UserError
-from .._nearest import did_you_mean
-from .._sampling import AbstractSampling, Sampling
 from ..decoding import (
     AbstractLengthController,
     AbstractVerifier,
@@ -49,12 +46,14 @@ from ..drafts import (
     tempered_part,
     with_vocabulary,
 )
+from ..errors import UserError, did_you_mean
 from ..grpo import LossSettings, adamw
 from ..models import AbstractLanguageModel, Tokenizer, Transformer, load_pretrained
+from ..sampling import AbstractSampling, Sampling
 from ..tasks import AbstractTask, Rewards, load_task
 from ._check import check_saved_draft, load_task_and_rewards
-from ._config import DRAFT_KINDS, DraftConfig, RunConfig
-from ._load_config import draft_config
+from ._load import draft_config
+from ._tree import DRAFT_KINDS, DraftConfig, RunConfig
 
 # Of a fresh draft for a model with more than twice as many tokens: drafting from 49,152 took eight times as long as
 # from 4,096, learning six times (docs/experiments.md).

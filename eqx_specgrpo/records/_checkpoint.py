@@ -19,9 +19,9 @@ from jaxtyping import PyTree
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from .._errors import CheckpointError, UserError
-from .._tree_file import named_arrays, read_tree
-from .._version import package_version
+from ..errors import CheckpointError, UserError
+from ..files import named_arrays, read_tree
+from ..runtime import package_version
 
 _STEP = re.compile(r"step-(\d{6,})")
 _REPLACED = re.compile(r"\.replaced-step-(\d{6,})")

@@ -4,9 +4,9 @@ from typing import Any
 
 import equinox as eqx
 
-from .._errors import UserError
+from ..config import make_verifier
 from ..decoding import AbstractVerifier, FixedLength
-from ._parts import make_verifier
+from ..errors import UserError
 
 
 class BenchSettings(eqx.Module):

@@ -13,8 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ._errors import UserError
-from ._nearest import did_you_mean
+from ..errors import UserError, did_you_mean
 
 
 def is_import_spec(text: str) -> bool:

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from .._errors import UserError
+from ..errors import UserError
 
 if sys.platform == "win32":
     import msvcrt

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
-from .._compile import SMALL_HIDDEN_SIZE
 from ..models import matmul
+from ..runtime import SMALL_HIDDEN_SIZE
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 

@@ -9,8 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .._errors import UserError
-from ._run_folder import read_records
+from ..errors import UserError
+from ._folder import read_records
 
 _WINDOW = 5
 _PHASES = ("rollout", "reward", "update", "draft")

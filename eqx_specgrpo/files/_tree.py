@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 
-from ._errors import CheckpointError
+from ..errors import CheckpointError
 
 
 def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from .._version import package_version, source_commit
+from ..runtime import package_version, source_commit
 
 
 def machine() -> dict[str, Any]:

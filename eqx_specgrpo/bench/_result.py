@@ -8,7 +8,7 @@ import equinox as eqx
 from rich import box
 from rich.table import Table
 
-from ._bench import PLAIN, ArmRun
+from ._measure import PLAIN, ArmRun
 
 
 class BenchResult(eqx.Module):

@@ -1,0 +1,31 @@
+from ._check import check_places as check_places, load_task_and_rewards as load_task_and_rewards
+from ._dtype_advice import dtype_advice as dtype_advice
+from ._load import (
+    check_resume as check_resume,
+    draft_config as draft_config,
+    draft_flags as draft_flags,
+    dump_config as dump_config,
+    load_config as load_config,
+)
+from ._parts import (
+    RunParts as RunParts,
+    check_prompt as check_prompt,
+    default_model_path as default_model_path,
+    draft_spec as draft_spec,
+    learning_rate as learning_rate,
+    load_policy as load_policy,
+    make_draft as make_draft,
+    make_parts as make_parts,
+    make_verifier as make_verifier,
+    model_name as model_name,
+    named_draft as named_draft,
+)
+from ._toml import toml_value as toml_value
+from ._tree import (
+    DraftConfig as DraftConfig,
+    GRPOConfig as GRPOConfig,
+    ModelConfig as ModelConfig,
+    RewardConfig as RewardConfig,
+    RunConfig as RunConfig,
+    TaskConfig as TaskConfig,
+)

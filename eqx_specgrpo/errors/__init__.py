@@ -1,0 +1,6 @@
+from ._errors import (
+    CheckpointError as CheckpointError,
+    ConfigError as ConfigError,
+    UserError as UserError,
+)
+from ._nearest import did_you_mean as did_you_mean

@@ -1,0 +1,6 @@
+from ._import_spec import (
+    import_callable as import_callable,
+    import_spec_of as import_spec_of,
+    is_import_spec as is_import_spec,
+)
+from ._tree import named_arrays as named_arrays, read_tree as read_tree

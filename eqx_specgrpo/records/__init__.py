@@ -1,0 +1,20 @@
+from ._checkpoint import (
+    latest_checkpoint as latest_checkpoint,
+    load_checkpoint as load_checkpoint,
+    save_checkpoint as save_checkpoint,
+)
+from ._folder import (
+    RunFolder as RunFolder,
+    check_unused as check_unused,
+    read_records as read_records,
+    replace_file as replace_file,
+)
+from ._machine import machine as machine, stolen_seconds as stolen_seconds
+from ._progress import RunProgress as RunProgress
+from ._report import (
+    first_to_last as first_to_last,
+    phase_times as phase_times,
+    plot_run as plot_run,
+    summary_table as summary_table,
+    summary_text as summary_text,
+)
