@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import eqx_specgrpo
-from eqx_specgrpo.config import RunConfig, _permitted, toml_value
+from eqx_specgrpo.config import RunConfig, permitted_values, toml_value
 
 PAGE = Path(__file__).parent / "configuration.md"
 PRESET = Path(inspect.getfile(eqx_specgrpo)).parent / "assets" / "default.toml"
@@ -54,7 +54,7 @@ def _table(prefix: str, fields: list[tuple[str, FieldInfo]], preset: dict[str, A
     for name, field in fields:
         default = "none" if field.default is None else f"`{toml_value(field.default)}`"
         in_preset = f"`{toml_value(preset[name])}`" if name in preset and preset[name] != field.default else ""
-        permitted = _permitted(field.annotation, field.metadata)
+        permitted = permitted_values(field.annotation, field.metadata)
         yield f"| `{prefix}{name}` | {permitted} | {default} | {in_preset} | {field.description} |".replace("  ", " ")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from eqx_specgrpo.decoding import AbstractLengthController, SegmentPlan
 from eqx_specgrpo.drafts import AbstractDraft, IndependentSampler
 from eqx_specgrpo.models import AbstractLanguageModel, Features, sequence_features
-from eqx_specgrpo.sampling._sampling import Sampling
+from eqx_specgrpo.sampling import Sampling
 
 
 class LengthsInTurn(AbstractLengthController[int]):

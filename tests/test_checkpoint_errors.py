@@ -12,7 +12,7 @@ import pytest
 from make_reference import REFERENCE
 from safetensors.numpy import load_file, save_file
 
-from eqx_specgrpo.errors._errors import CheckpointError, UserError
+from eqx_specgrpo.errors import CheckpointError, UserError
 from eqx_specgrpo.models import (
     Transformer,
     TransformerConfig,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from eqx_specgrpo.errors._errors import CheckpointError, UserError
+from eqx_specgrpo.errors import CheckpointError, UserError
 from eqx_specgrpo.records import _checkpoint
 from eqx_specgrpo.records._checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 

@@ -9,7 +9,7 @@ from eqx_specgrpo.cli import app, main
 from eqx_specgrpo.config._load import check_resume, draft_flags, dump_config, load_config
 from eqx_specgrpo.config._toml import toml_value
 from eqx_specgrpo.config._tree import RunConfig
-from eqx_specgrpo.errors._errors import ConfigError, UserError
+from eqx_specgrpo.errors import ConfigError, UserError
 
 
 def fails(*overrides, path=None):

@@ -48,7 +48,7 @@ from eqx_specgrpo.drafts import (
     TemperedDraft,
 )
 from eqx_specgrpo.models import AbstractLanguageModel, Features, sequence_features
-from eqx_specgrpo.sampling._sampling import Sampling
+from eqx_specgrpo.sampling import Sampling
 from eqx_specgrpo.testing import (
     ConformanceError,
     OneOf,

@@ -39,7 +39,7 @@ from eqx_specgrpo.decoding import (
 )
 from eqx_specgrpo.decoding._state import fits
 from eqx_specgrpo.drafts import DraftError, MedusaHeads
-from eqx_specgrpo.errors._errors import UserError
+from eqx_specgrpo.errors import UserError
 from eqx_specgrpo.models import cast_weights
 from eqx_specgrpo.runtime._compile import count_compilations
 

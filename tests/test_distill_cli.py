@@ -40,7 +40,7 @@ from eqx_specgrpo.drafts import (
     load_draft,
     save_draft,
 )
-from eqx_specgrpo.errors._errors import UserError
+from eqx_specgrpo.errors import UserError
 from eqx_specgrpo.models import cast_weights, load_pretrained
 from eqx_specgrpo.records import read_records
 from eqx_specgrpo.train._lessons import with_scheduled_rate

@@ -25,7 +25,7 @@ from eqx_specgrpo.drafts import (
     tempered_part,
     with_vocabulary,
 )
-from eqx_specgrpo.errors._errors import UserError
+from eqx_specgrpo.errors import UserError
 from eqx_specgrpo.models import load_model
 from eqx_specgrpo.train import run
 

@@ -23,7 +23,7 @@ from eqx_specgrpo.grpo import (
     policy_gradients,
 )
 from eqx_specgrpo.models import Features, sequence_features
-from eqx_specgrpo.sampling._sampling import Sampling
+from eqx_specgrpo.sampling import Sampling
 from eqx_specgrpo.train._state import RunState
 from eqx_specgrpo.train._step import draft_rows, features_of, update_draft, update_policy
 

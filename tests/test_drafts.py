@@ -13,9 +13,9 @@ from helpers import quick_compilation, randomise, tiny_transformer
 from eqx_specgrpo._types import Prompts
 from eqx_specgrpo.decoding import Rejection, _decode as decode_module, decode_round
 from eqx_specgrpo.drafts import DraftError, IndependentSampler, MedusaHeads, NoDraft, draft_kind, load_draft, save_draft
-from eqx_specgrpo.errors._errors import CheckpointError
+from eqx_specgrpo.errors import CheckpointError
 from eqx_specgrpo.models import Features, sequence_features
-from eqx_specgrpo.sampling._sampling import GreedySampling, Sampling
+from eqx_specgrpo.sampling import GreedySampling, Sampling
 
 HIDDEN, HEADS = 16, 3
 

@@ -22,7 +22,7 @@ from eqx_specgrpo.decoding import (
 from eqx_specgrpo.distill import DraftBatch, ForwardKL, draft_gradients
 from eqx_specgrpo.drafts import AbstractSampler, DraftError, EagleDraft, draft_kind, load_draft, save_draft
 from eqx_specgrpo.models import Features, sequence_features
-from eqx_specgrpo.sampling._sampling import Categorical, GreedySampling
+from eqx_specgrpo.sampling import Categorical, GreedySampling
 
 HIDDEN, LAYERS, MOST = 16, (0, 1), 4
 ROWS, SEQ, CAPACITY = 4, 36, 48

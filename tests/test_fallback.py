@@ -37,10 +37,10 @@ from eqx_specgrpo.drafts import (
     remember,
     save_draft,
 )
-from eqx_specgrpo.errors._errors import CheckpointError
+from eqx_specgrpo.errors import CheckpointError
 from eqx_specgrpo.grpo import apply_gradients
 from eqx_specgrpo.models import Features
-from eqx_specgrpo.sampling._sampling import Categorical, Sampling
+from eqx_specgrpo.sampling import Categorical, Sampling
 
 HIDDEN, LENGTH = 16, 2
 

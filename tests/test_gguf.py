@@ -11,7 +11,7 @@ from make_reference import REFERENCE, TEXTS
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
-from eqx_specgrpo.errors._errors import CheckpointError
+from eqx_specgrpo.errors import CheckpointError
 from eqx_specgrpo.models import LinearRope, Llama3Rope, load_model, load_tokenizer
 from eqx_specgrpo.models._gguf import GGUFFile
 

@@ -11,7 +11,7 @@ from helpers import quick_compilation, randomise, tiny_transformer
 from eqx_specgrpo.decoding import Block, FixedLength, decode, teacher_forced_logprobs
 from eqx_specgrpo.drafts import DraftError, HydraHeads, IndependentSampler, load_draft, save_draft
 from eqx_specgrpo.models import sequence_features
-from eqx_specgrpo.sampling._sampling import GreedySampling, Sampling
+from eqx_specgrpo.sampling import GreedySampling, Sampling
 
 HIDDEN, HEADS = 16, 3
 

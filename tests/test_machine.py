@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from eqx_specgrpo.runtime import _version
 from eqx_specgrpo.config import _dtype_advice
 from eqx_specgrpo.config._dtype_advice import dtype_advice, product_seconds
 from eqx_specgrpo.records import _machine
 from eqx_specgrpo.records._machine import machine, stolen_seconds
+from eqx_specgrpo.runtime import _version
 
 
 def made_up(bfloat16_gains, sizes=None):

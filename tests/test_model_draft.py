@@ -32,7 +32,7 @@ from eqx_specgrpo.drafts import (
     load_model_draft,
     save_draft,
 )
-from eqx_specgrpo.errors._errors import CheckpointError
+from eqx_specgrpo.errors import CheckpointError
 from eqx_specgrpo.models import LinearRope, Llama3Rope, Tokenizer, load_pretrained, sequence_features
 
 LENGTH, NEW, CONTEXT = 3, 21, 40

@@ -26,7 +26,7 @@ from eqx_specgrpo.drafts import (
     save_draft,
 )
 from eqx_specgrpo.models import Features
-from eqx_specgrpo.sampling._sampling import GreedySampling, Sampling
+from eqx_specgrpo.sampling import GreedySampling, Sampling
 
 LENGTH, MAX_NGRAM, MIN_NGRAM = 3, 4, 2
 

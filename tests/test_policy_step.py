@@ -15,7 +15,7 @@ from tiny_run import tiny_model
 from eqx_specgrpo._types import StopReason
 from eqx_specgrpo.decoding import decode
 from eqx_specgrpo.drafts import MedusaHeads
-from eqx_specgrpo.errors._errors import UserError
+from eqx_specgrpo.errors import UserError
 from eqx_specgrpo.grpo import (
     LossNormalizer,
     LossSettings,
@@ -36,7 +36,7 @@ from eqx_specgrpo.grpo import (
     training_features,
 )
 from eqx_specgrpo.models import sequence_features
-from eqx_specgrpo.sampling._sampling import Sampling
+from eqx_specgrpo.sampling import Sampling
 
 VOCAB, NEW, WIDE = 67, 20, 40
 LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")

@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from eqx_specgrpo.errors._errors import UserError
+from eqx_specgrpo.errors import UserError
 from eqx_specgrpo.files._import_spec import import_callable, import_spec_of
 from eqx_specgrpo.tasks import (
     Arithmetic,

@@ -35,11 +35,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eqx_specgrpo import train
 from eqx_specgrpo._types import ScoredRollouts
-from eqx_specgrpo.config import load_config
+from eqx_specgrpo.config import RunConfig, load_config
 from eqx_specgrpo.config._parts import make_draft, make_parts
 from eqx_specgrpo.decoding import AdaptiveLength, FixedLength, SegmentObservation, decode
 from eqx_specgrpo.drafts import MedusaHeads, load_draft
-from eqx_specgrpo.errors._errors import UserError
+from eqx_specgrpo.errors import UserError
 from eqx_specgrpo.grpo import LossSettings, NonFiniteError, compute_copy
 from eqx_specgrpo.models import load_pretrained, sequence_features
 from eqx_specgrpo.records import RunFolder, latest_checkpoint, read_records
@@ -65,7 +65,7 @@ METRICS = {
 }  # fmt: skip
 
 
-def run(config: train.RunConfig, resume: bool = False) -> str:
+def run(config: RunConfig, resume: bool = False) -> str:
     """Runs in this process; what was printed."""
     console = Console(file=io.StringIO(), width=200, force_terminal=False)
     with console.capture() as capture:

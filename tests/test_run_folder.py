@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eqx_specgrpo.errors._errors import UserError
-from eqx_specgrpo.records import _folder as _run_folder
-from eqx_specgrpo.records._folder import RunFolder, read_records
+from eqx_specgrpo.errors import UserError
+from eqx_specgrpo.records import RunFolder, _folder as _run_folder, read_records
 from eqx_specgrpo.records._report import first_to_last, phase_times, plot_run, summary_text
 
 

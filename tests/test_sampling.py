@@ -11,7 +11,7 @@ from helpers import quick_compilation
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from eqx_specgrpo.decoding import Categorical, GreedySampling, Sampling, make_sampling
-from eqx_specgrpo.sampling._sampling import sample_weights
+from eqx_specgrpo.sampling import sample_weights
 
 GREATEST_UNIFORM = np.float32(1 - 2**-24)
 

@@ -10,7 +10,7 @@ from helpers import quick_compilation, randomise, tiny_transformer
 from eqx_specgrpo.decoding import Coupled, FixedLength, _decode as decode_module, decode, teacher_forced_logprobs
 from eqx_specgrpo.drafts import HydraHeads, NoDraft
 from eqx_specgrpo.models import KVCache, PrefixPass, SharedPromptCache, _partial_attention, sequence_features, take_rows
-from eqx_specgrpo.sampling._sampling import Sampling
+from eqx_specgrpo.sampling import Sampling
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12, 3, 1, 2, 7, 5, 4, 3, 6, 8]]
 SAMPLES, NEW = 6, 18

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from eqx_specgrpo.errors._errors import UserError
+from eqx_specgrpo.errors import UserError
 from eqx_specgrpo.tasks import (
     Arithmetic,
     Example,

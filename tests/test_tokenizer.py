@@ -6,7 +6,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from eqx_specgrpo.errors._errors import CheckpointError, UserError
+from eqx_specgrpo.errors import CheckpointError, UserError
 from eqx_specgrpo.models import (
     Tokenizer,
     Transformer,

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from eqx_specgrpo.cli import app
 from eqx_specgrpo.drafts import HydraHeads, MedusaHeads, save_draft
-from eqx_specgrpo.errors._errors import CheckpointError, UserError
+from eqx_specgrpo.errors import CheckpointError, UserError
 from eqx_specgrpo.testing import (
     Certificate,
     ConformanceError,

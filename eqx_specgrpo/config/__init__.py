@@ -6,6 +6,7 @@ from ._load import (
     draft_flags as draft_flags,
     dump_config as dump_config,
     load_config as load_config,
+    permitted_values as permitted_values,
 )
 from ._parts import (
     RunParts as RunParts,

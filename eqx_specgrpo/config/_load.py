@@ -314,24 +314,24 @@ def _explain(detail: Any) -> str:
     except ConfigError:
         value = repr(detail["input"])
     item = f"[{detail['loc'][-1]}]" if isinstance(detail["loc"][-1], int) else ""
-    return f"{key}{item} = {value}: it must be {_permitted(field.annotation, field.metadata)}{note}"
+    return f"{key}{item} = {value}: it must be {permitted_values(field.annotation, field.metadata)}{note}"
 
 
-def _permitted(annotation: Any, metadata: Sequence[Any]) -> str:
+def permitted_values(annotation: Any, metadata: Sequence[Any]) -> str:
     """The values a field takes, in words."""
     origin = get_origin(annotation)
     if origin is Literal:
         return "one of " + ", ".join(toml_value(choice) for choice in get_args(annotation))
     if origin in (Union, types.UnionType):
         inner = [part for part in get_args(annotation) if part is not types.NoneType]
-        return " or ".join([*(_permitted(part, metadata) for part in inner), '"none"'])
+        return " or ".join([*(permitted_values(part, metadata) for part in inner), '"none"'])
     if origin is list:
         of = {str: "text", float: "numbers"}[get_args(annotation)[0]]
         example = '["a", "b"]' if of == "text" else "[1.0, 0.5]"
         return f"a list of {of}, such as {example}"
     if origin is not None:  # Annotated[float, Field(...)]
         inner, *fields = get_args(annotation)
-        return _permitted(inner, [part for field in fields for part in field.metadata])
+        return permitted_values(inner, [part for field in fields for part in field.metadata])
     if annotation is str and metadata:
         return "text that is not empty"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]
