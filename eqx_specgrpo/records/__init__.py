@@ -1,13 +1,16 @@
 from ._checkpoint import (
+    checkpointed_steps as checkpointed_steps,
     latest_checkpoint as latest_checkpoint,
     load_checkpoint as load_checkpoint,
     save_checkpoint as save_checkpoint,
 )
+from ._fingerprint import changed_inputs as changed_inputs, fingerprint_file as fingerprint_file
 from ._folder import (
     RunFolder as RunFolder,
     check_unused as check_unused,
     read_records as read_records,
     replace_file as replace_file,
+    try_folder as try_folder,
 )
 from ._machine import machine as machine, stolen_seconds as stolen_seconds
 from ._progress import RunProgress as RunProgress
@@ -15,6 +18,7 @@ from ._report import (
     first_to_last as first_to_last,
     phase_times as phase_times,
     plot_run as plot_run,
+    save_figure as save_figure,
     summary_table as summary_table,
     summary_text as summary_text,
 )

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from .._types import Message
-from ..errors import UserError
+from ..errors import Stopped, UserError
 
 RewardFunction = Callable[..., Any]  # (prompts, completions, completion_ids, **columns) -> list[float | None]
 
@@ -113,7 +113,12 @@ def _score(
 
     try:
         result = call(None)
-    except Exception as error:
+    except Stopped:
+        raise
+    except KeyboardInterrupt as error:
+        error.add_note(f"in the reward {name!r}")  # in a notebook it is the user's, and ends what is being done
+        raise
+    except BaseException as error:  # sys.exit() among them: how a program ends is not for a reward to say
         raise RewardError(_explain(name, error, call, prompts)) from error
     return _checked(name, result, len(prompts))
 
@@ -156,18 +161,20 @@ def _wait_for(awaitable: Awaitable[Any]) -> Any:
         return executor.submit(asyncio.run, wait()).result()
 
 
-def _explain(name: str, error: Exception, call: Callable[[int], Any], prompts: Sequence[Any]) -> str:
+def _explain(name: str, error: BaseException, call: Callable[[int], Any], prompts: Sequence[Any]) -> str:
     rows = len(prompts)
     for row, prompt in enumerate(prompts):
         try:
             call(row)
-        except Exception as alone:
+        except (Stopped, KeyboardInterrupt):
+            raise
+        except BaseException as alone:
             where = f"item {row} of {rows}, the prompt {_shortened(prompt)}"
             return f"the reward {name!r} raised {_described(alone)} on {where}"
     return f"the reward {name!r} raised {_described(error)} on a batch of {rows}, though on no item alone"
 
 
-def _described(error: Exception) -> str:
+def _described(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}" if str(error) else f"{type(error).__name__}{place}"

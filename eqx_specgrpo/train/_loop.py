@@ -1,9 +1,7 @@
 """A whole run: from a configuration to a trained policy, its draft, and a folder that tells the story."""
 
 import dataclasses
-import shlex
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import equinox as eqx
@@ -38,12 +36,13 @@ from ..records import (
     load_checkpoint,
     machine,
     read_records,
-    save_checkpoint,
     summary_table,
 )
-from ..runtime import count_compilations
+from ..runtime import count_compilations, progress_console
 from ._compare import compare_with_plain
-from ._interrupt import interrupts
+from ._ending import Keeper, on_stop, unless_urgent
+from ._inputs import check_inputs, run_inputs
+from ._interrupt import StopRequest, stop_requests, stopped_at_once
 from ._lessons import CHOOSE, COMPARE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
 from ._out_of_memory import out_of_memory_advice
 from ._segments import SegmentLog
@@ -61,17 +60,18 @@ from ._step import (
     vocabulary_metrics,
 )
 
-_ON_CTRL_C = "Ctrl-C: finishing this step, then writing a checkpoint (press again to stop at once)"
 
-
-def run(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Path:
+def run(
+    config: RunConfig, *, resume: bool = False, console: Console | None = None, accept_changes: bool = False
+) -> Path:
     """Trains a policy with GRPO, its rollouts decoded speculatively by a draft that keeps learning.
 
     **Arguments:**
 
     - `config`: everything; see `RunConfig`.
     - `resume`: go on from the newest checkpoint in the run folder.
-    - `console`: where progress goes.
+    - `console`: where progress goes; by default standard output, and where that is closed or full, nowhere.
+    - `accept_changes`: resume also where the task's data or the starting model is not what it was.
 
     **Returns:**
 
@@ -79,14 +79,18 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
 
     **Raises:**
 
-    `UserError` for whatever the user can mend. What was done until then is in the folder.
+    `UserError` for whatever the user can mend, and `Stopped` where SIGINT, SIGTERM or SIGHUP has asked for an end. What
+    was done until then is in the folder.
     """
-    console = console or Console()
+    console = console or progress_console()
     progress = RunProgress(console)
-    load_task_and_rewards(config)
-    with RunFolder(Path(config.out), resume) as folder, progress, out_of_memory_advice():
+    task, _ = load_task_and_rewards(config)
+    with RunFolder(Path(config.out), resume) as folder, progress, stopped_at_once(), out_of_memory_advice():
         if resume:
             check_resume(load_config(folder.config_path), config)
+        inputs = run_inputs(config, task)
+        if resume:
+            check_inputs(folder, config, inputs, accept=accept_changes)
         progress.phase(f"loading {model_name(config)}")
         policy, tokenizer = load_policy(config.model.path)
         if not resume:  # A run goes on in the dtype that it began with.
@@ -100,34 +104,20 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
             start, state = _start_or_resume(folder, resume, state, config)
             folder.write_config(dump_config(config))
             folder.write_machine(start, machine())
+            folder.write_inputs(start, inputs)
             del policy, draft
 
-            if start == 0 and config.draft.warms_up and state.draft.train_length > 0:
-                state = _warm_up(parts, state, progress)
+            saved: int | None = start
+            is_new = latest_checkpoint(folder.path) is None
+            if is_new and config.draft.warms_up and state.draft.train_length > 0:
+                state, saved = _warm_up(parts, state, progress), None
             segments = SegmentLog()
-            with interrupts(lambda: progress.say(_ON_CTRL_C)) as interrupted:
+            with stop_requests(on_stop(progress)) as stop:
+                keeper = Keeper(folder, config, saved, progress, console, stop)
                 for step in range(start, config.steps):
-                    try:
-                        with out_of_memory_advice():  # here too: the steps before are saved then
-                            state = _one_step(parts, state, reference, step, folder, progress, compilations, segments)
-                    except UserError:
-                        if step > start:
-                            _save_finished(state, step, folder, progress)
-                        raise
-                    done = step + 1
-                    if interrupted() or done == config.steps or done % config.save_steps == 0:
-                        progress.phase("writing the checkpoint")
-                        save_checkpoint(folder.path, done, state.trees(), {})
-                    if interrupted() and done < config.steps:
-                        progress.close()
-                        console.print(
-                            f"Stopped after step {done} of {config.steps}; nothing is lost. Go on with: "
-                            f"specgrpo run --resume --out {shlex.quote(config.out)}",
-                            soft_wrap=True,  # to be copied: a line break or markup would spoil it
-                            markup=False,
-                            highlight=False,
-                        )
-                        return folder.path
+                    with keeper.before(step, state), out_of_memory_advice():  # here too: what is done is saved then
+                        state = _one_step(parts, state, reference, step, folder, progress, compilations, segments, stop)
+                    keeper.after(step + 1, state)
             _finish(parts, state, folder, progress, console, segments)
     return folder.path
 
@@ -148,16 +138,6 @@ def _start_or_resume(folder: RunFolder, resume: bool, state: RunState, config: R
         )
     folder.rewind(meta["step"])
     return meta["step"], RunState.from_trees(trees)
-
-
-def _save_finished(state: RunState, step: int, folder: RunFolder, progress: RunProgress) -> None:
-    """Before an error in a step ends the run: a checkpoint of the steps before it, unless its updates had begun."""
-    if any(leaf.is_deleted() for leaf in jax.tree.leaves(eqx.filter(state, eqx.is_array))):
-        progress.note("an update of this step had been made already: --resume goes on from the last checkpoint")
-        return
-    with suppress(UserError):  # A full disk, perhaps, and that may be what the run stops for.
-        saved = save_checkpoint(folder.path, step, state.trees(), {})
-        progress.note(f"the steps before are in {saved}; once the cause is mended, go on with --resume")
 
 
 def _warm_up(parts: RunParts, state: RunState, progress: RunProgress) -> RunState:
@@ -186,6 +166,7 @@ def _one_step(
     progress: RunProgress,
     compilations,
     segments: SegmentLog,
+    stop: StopRequest,
 ) -> RunState:
     """Prompts, rollouts, rewards, policy update, draft update, records."""
     config, grpo = parts.config, parts.config.grpo
@@ -204,7 +185,7 @@ def _one_step(
     draft = compute_copy(state.draft, config.model.dtype)
     key = step_key(config.seed, step, DECODE)
     segments.after_training(parts.length, draft.max_length, state.draft_acceptance)
-    rollouts = roll_out(parts, target, draft, prompts, key, progress.decoding, segments)
+    rollouts = roll_out(parts, target, draft, prompts, key, unless_urgent(stop, progress.decoding), segments)
     del target, draft
     clock.lap("rollout")
 

@@ -18,6 +18,7 @@ from ..config import RunParts, check_prompt
 from ..decoding import DecodeProgress, decode
 from ..distill import DraftBatch, draft_gradients, fit_temperature, select_rows
 from ..drafts import AbstractDraft, completion_tokens, coverage, draft_vocabulary, tempered_part, with_temperature
+from ..errors import Stopped, UserError
 from ..grpo import (
     LossNormalizer,
     UpdateBatch,
@@ -53,12 +54,25 @@ def next_examples(
     """Items of the task's stream from a position on, and their prompts as token ids."""
     examples, rows = [], []
     for position in range(start, start + count):
-        example = task.at(position)
-        ids = tokenizer.encode_prompt(example.prompt)
+        example, ids = _example(task, tokenizer, position)
         check_prompt(len(ids), position, target, max_new)
         examples.append(example)
         rows.append(ids)
     return examples, Prompts.from_lists(rows, multiple_of=_PROMPT_WIDTH)
+
+
+def _example(task: AbstractTask, tokenizer: Tokenizer, position: int) -> tuple[Example, list[int]]:
+    """An item and its prompt's token ids; what is wrong with them is told with the item's place."""
+    try:
+        example = task.at(position)
+    except Stopped:
+        raise
+    except (Exception, SystemExit) as error:  # whatever made the item; how a program ends is not for it to say
+        raise UserError(f"item {position} could not be made: {type(error).__name__}: {error}") from error
+    try:
+        return example, tokenizer.encode_prompt(example.prompt)
+    except UserError as error:
+        raise UserError(f"the prompt of item {position}: {error}") from error
 
 
 def roll_out(
