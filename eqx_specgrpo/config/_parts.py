@@ -47,12 +47,13 @@ from ..drafts import (
     with_vocabulary,
 )
 from ..errors import UserError, did_you_mean
-from ..grpo import LossSettings, adamw
+from ..grpo import AbstractEntropyControl, LossSettings, adamw
 from ..models import AbstractLanguageModel, Tokenizer, Transformer, load_pretrained
 from ..sampling import AbstractSampling, Sampling
 from ..tasks import AbstractTask, Rewards, load_task
 from ._check import check_saved_draft, load_task_and_rewards
 from ._load import draft_config
+from ._loss import entropy_control, loss_settings
 from ._tree import DRAFT_KINDS, DraftConfig, RunConfig
 
 # Of a fresh draft for a model with more than twice as many tokens: drafting from 49,152 took eight times as long as
@@ -72,6 +73,7 @@ class RunParts(eqx.Module):
     verifier: AbstractVerifier
     length: AbstractLengthController
     loss: LossSettings
+    entropy: AbstractEntropyControl
     draft_loss: AbstractDraftLoss
     policy_optimizer: optax.GradientTransformation
     draft_optimizer: optax.GradientTransformation
@@ -227,17 +229,8 @@ def make_parts(config: RunConfig, tokenizer: Tokenizer, draft: AbstractDraft, *,
         sampling=Sampling(jnp.float32(grpo.temperature)),
         verifier=make_verifier(config.draft.verifier),
         length=_length(config.draft),
-        loss=LossSettings(
-            temperature=grpo.temperature,
-            epsilon=grpo.epsilon,
-            epsilon_high=grpo.epsilon_high,
-            delta=grpo.delta,
-            beta=grpo.beta,
-            loss_type=grpo.loss_type,
-            chunk=grpo.logprob_chunk,
-            layers=draft.layers,
-            gradient_checkpointing=grpo.gradient_checkpointing,
-        ),
+        loss=loss_settings(grpo, draft.layers),
+        entropy=entropy_control(grpo),
         draft_loss=_draft_loss(config.draft.loss),
         policy_optimizer=adamw(
             beta1=grpo.adam_beta1,

@@ -2,23 +2,17 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ..errors import did_you_mean
 from ..files import is_import_spec
+from ._grpo import GRPOConfig
+from ._section import NoneWord as _NoneWord, Section as _Section
 
 DRAFT_KINDS = ("medusa", "hydra", "eagle", "model", "layer_skip", "ngram", "none")
 DRAFT_OPTIONS = ("ngram", "train_length", "num_layers", "model", "min_ngram")  # of a kind, or beside it
 # These begin as the target's own prediction, one token late: they are rarely right before they have learned.
 _NEED_LEARNING = ("medusa", "hydra", "eagle")
-
-# TOML has no null, so that an optional key is unset with the word "none".
-_NoneWord = BeforeValidator(lambda value: None if value in ("none", "None") else value)
-
-
-class _Section(BaseModel):
-    # `strict`: "60" is not a number, and `true` is not 1.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(_Section):
@@ -63,82 +57,6 @@ class RewardConfig(_Section):
         if self.weights is not None and self.functions and len(self.weights) != len(self.functions):
             raise ValueError(
                 f"reward.weights has {len(self.weights)} values for {len(self.functions)} functions: give one for each"
-            )
-        return self
-
-
-class GRPOConfig(_Section):
-    """The policy's side. Names follow TRL where it has the option, and so do most defaults."""
-
-    num_generations: int = Field(default=8, ge=2, description="completions of each prompt: the group")
-    prompts_per_step: int = Field(default=4, ge=1, description="prompts of a step")
-    max_completion_length: int = Field(default=160, ge=1, description="longest completion, in tokens")
-    max_rows: Annotated[Annotated[int, Field(ge=1)] | None, _NoneWord] = Field(
-        default=None,
-        description="completions decoded at a time; when some finish, waiting ones take their places; none: all",
-    )
-    temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the log-probabilities in the loss")
-    learning_rate: float = Field(default=1e-6, ge=0, description="AdamW's, at its height")
-    lr_scheduler_type: Literal["constant", "linear"] = Field(
-        default="linear", description="linear: down to 0 at the last step"
-    )
-    warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate rises from 0")
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
-    adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="the policy's gradient is clipped to this norm")
-    loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = Field(
-        default="dapo", description="how token losses are averaged"
-    )
-    epsilon: float = Field(default=0.2, gt=0, le=1, description="the ratio is clipped below at 1 - epsilon")
-    epsilon_high: Annotated[Annotated[float, Field(gt=0)] | None, _NoneWord] = Field(
-        default=None, description="the ratio is clipped above at 1 + epsilon_high; none: epsilon"
-    )
-    delta: Annotated[Annotated[float, Field(gt=1)] | None, _NoneWord] = Field(
-        default=None,
-        description="upper bound of the ratio where the advantage is negative (two-sided clipping); none: off",
-    )
-    beta: float = Field(
-        default=0.0, ge=0, description="weight of the KL to the starting policy; 0: no reference is held"
-    )
-    scale_rewards: Literal["group", "batch", "none"] = Field(
-        default="group", description="whose standard deviation divides the advantages"
-    )
-    num_iterations: int = Field(default=1, ge=1, description="updates on each batch of rollouts")
-    mask_truncated_completions: bool = Field(
-        default=False, description="leave completions without an end out of the loss"
-    )
-    gradient_accumulation_steps: int = Field(default=1, ge=1, description="micro-batches a step is split into")
-    max_tokens_per_micro_batch: Annotated[Annotated[int, Field(ge=1)] | None, _NoneWord] = Field(
-        default=None,
-        description="divide the rows further, until no micro-batch of several rows holds more tokens, padding "
-        "included; none: 2048 on a CPU (not with bnpo), and elsewhere only where keeping short rows, or rows without a "
-        "gradient, apart saves a tenth",
-    )
-    gradient_checkpointing: bool = Field(
-        default=False, description="keep only the layers' inputs for the backward pass: less memory, more arithmetic"
-    )
-    logprob_chunk: int = Field(default=512, ge=1, description="tokens unembedded at a time")
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        rows = self.num_generations * self.prompts_per_step
-        if rows % self.gradient_accumulation_steps:
-            raise ValueError(
-                f"grpo.gradient_accumulation_steps = {self.gradient_accumulation_steps} does not divide the {rows} "
-                "rows of a step (num_generations * prompts_per_step): choose a divisor"
-            )
-        if self.loss_type == "bnpo" and self.max_tokens_per_micro_batch is not None:
-            raise ValueError(
-                "grpo.max_tokens_per_micro_batch with grpo.loss_type = 'bnpo', whose value depends on the "
-                "micro-batches: set grpo.gradient_accumulation_steps instead, or use loss_type 'dapo'"
-            )
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        if self.delta is not None and self.delta <= 1 + high:
-            raise ValueError(
-                f"grpo.delta = {self.delta} must be greater than 1 + epsilon_high = {1 + high}: below that it would "
-                "override the ordinary clipping"
             )
         return self
 

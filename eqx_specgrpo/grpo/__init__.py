@@ -1,7 +1,14 @@
 from ._advantages import (
+    ADVANTAGE_ESTIMATORS as ADVANTAGE_ESTIMATORS,
+    AdvantageEstimator as AdvantageEstimator,
+    ScaleRewards as ScaleRewards,
     frac_reward_zero_std as frac_reward_zero_std,
     group_advantages as group_advantages,
     leave_one_out_advantages as leave_one_out_advantages,
+    max_rl_advantages as max_rl_advantages,
+    normalize_then_sum_advantages as normalize_then_sum_advantages,
+    pass_at_k as pass_at_k,
+    pass_at_k_advantages as pass_at_k_advantages,
 )
 from ._batch import (
     PlannedMicroBatch as PlannedMicroBatch,
@@ -10,16 +17,25 @@ from ._batch import (
     padded_width as padded_width,
     plan_micro_batches as plan_micro_batches,
 )
-from ._forward import training_features as training_features
-from ._kl import kl_k1 as kl_k1, kl_k2 as kl_k2, kl_k3 as kl_k3
-from ._logprobs import chunked_logprobs as chunked_logprobs, next_token_positions as next_token_positions
-from ._losses import (
-    LossNormalizer as LossNormalizer,
-    LossType as LossType,
-    aggregate_token_losses as aggregate_token_losses,
-    policy_loss as policy_loss,
+from ._correction import correction_metrics as correction_metrics, importance_weights as importance_weights
+from ._entropy import (
+    AbstractEntropyControl as AbstractEntropyControl,
+    AdaptiveEntropyCoef as AdaptiveEntropyCoef,
+    EntropyState as EntropyState,
+    FixedEntropyCoef as FixedEntropyCoef,
+    high_entropy_mask as high_entropy_mask,
 )
+from ._forward import training_features as training_features
+from ._kl import (
+    KL_ESTIMATORS as KL_ESTIMATORS,
+    KLEstimator as KLEstimator,
+    kl_k1 as kl_k1,
+    kl_k2 as kl_k2,
+    kl_k3 as kl_k3,
+)
+from ._logprobs import chunked_logprobs as chunked_logprobs, next_token_positions as next_token_positions
 from ._metrics import PolicyLossMetrics as PolicyLossMetrics
+from ._policy_loss import policy_loss as policy_loss
 from ._step import (
     LossSettings as LossSettings,
     NonFiniteError as NonFiniteError,
@@ -30,7 +46,16 @@ from ._step import (
     compute_copy as compute_copy,
     global_norm as global_norm,
     no_gradients as no_gradients,
+    policy_entropies as policy_entropies,
     policy_forward as policy_forward,
     policy_gradients as policy_gradients,
     policy_logprobs as policy_logprobs,
+)
+from .losses import (
+    POLICY_LOSSES as POLICY_LOSSES,
+    AbstractPolicyLoss as AbstractPolicyLoss,
+    CorrectionMode as CorrectionMode,
+    Level as Level,
+    LossNormalizer as LossNormalizer,
+    make_policy_loss as make_policy_loss,
 )

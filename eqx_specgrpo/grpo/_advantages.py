@@ -1,16 +1,22 @@
 """From rewards to advantages. On the host: a few hundred numbers a step, in float64."""
 
+import math
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from ..errors import UserError
+
+ScaleRewards = Literal["group", "batch", "none"]
 
 
 def group_advantages(
     rewards: Float[np.ndarray | Array, " rows"],
     group: Int[np.ndarray | Array, " rows"],
     num_groups: int,
-    scale_rewards: Literal["group", "batch", "none"] = "group",
+    scale_rewards: ScaleRewards = "group",
     eps: float = 1e-4,
 ) -> Float[np.ndarray, " rows"]:
     """Rewards relative to the mean of their group, divided by a standard deviation.
@@ -41,17 +47,7 @@ def group_advantages(
     """
     rewards, group, valid = _checked(rewards, group, num_groups)
     mean, deviation, flat, _ = _group_statistics(rewards, group, valid, num_groups)
-    advantages = rewards - mean[group]
-    match scale_rewards:
-        case "group":
-            advantages = advantages / (deviation[group] + eps)
-        case "batch":
-            batch_deviation = rewards[valid].std(ddof=1) if valid.sum() > 1 else 0.0
-            advantages = advantages / (batch_deviation + eps)
-        case "none":
-            pass
-        case _:
-            raise ValueError(f"scale_rewards is {scale_rewards!r}: use 'group', 'batch' or 'none'")
+    advantages = (rewards - mean[group]) / _scale(rewards, group, valid, deviation, scale_rewards, eps)
     return np.where(valid & ~flat[group], advantages, 0.0).astype(np.float32)
 
 
@@ -76,6 +72,135 @@ def leave_one_out_advantages(
     factor = count / np.maximum(count - 1, 1)
     advantages = (rewards - mean[group]) * factor[group]
     return np.where(valid & ~flat[group], advantages, 0.0).astype(np.float32)
+
+
+def max_rl_advantages(
+    rewards: Float[np.ndarray | Array, " rows"], group: Int[np.ndarray | Array, " rows"], num_groups: int
+) -> Float[np.ndarray, " rows"]:
+    """Rewards relative to the mean of their group, divided by that mean: hard prompts weigh more (MaxRL).
+
+    ??? cite
+
+        Maximum likelihood reinforcement learning, [arXiv:2602.02710](https://arxiv.org/abs/2602.02710).
+
+    **Arguments:** as for [`eqx_specgrpo.grpo.group_advantages`][].
+
+    **Returns:**
+
+    One advantage a row, float32; 0 in a group whose rewards are all equal, all 0 for instance.
+
+    **Raises:**
+
+    `UserError` for a negative reward: the mean stands for a rate of success.
+    """
+    rewards, group, valid = _checked(rewards, group, num_groups)
+    if (rewards[valid] < 0).any():
+        raise UserError(
+            f"a reward is {rewards[valid].min():g}, but max_rl divides by a group's mean reward, as by a rate of "
+            "success: use rewards of 0 and more, or grpo.advantage_estimator=group"
+        )
+    mean, _, flat, _ = _group_statistics(rewards, group, valid, num_groups)
+    # Not flat and not negative: the mean is positive.
+    advantages = (rewards - mean[group]) / np.where(flat, 1.0, mean)[group]
+    return np.where(valid & ~flat[group], advantages, 0.0).astype(np.float32)
+
+
+def pass_at_k_advantages(
+    rewards: Float[np.ndarray | Array, " rows"],
+    group: Int[np.ndarray | Array, " rows"],
+    num_groups: int,
+    scale_rewards: ScaleRewards = "group",
+    eps: float = 1e-4,
+) -> Float[np.ndarray, " rows"]:
+    """What the best of a group adds to the second best, for the best alone: the group is judged by its maximum.
+
+    ??? cite
+
+        [arXiv:2503.19595](https://arxiv.org/abs/2503.19595), with as many samples as the group has; verl's
+        `grpo_passk`.
+
+    **Arguments:** as for [`eqx_specgrpo.grpo.group_advantages`][].
+
+    **Returns:**
+
+    One advantage a row, float32; all 0 in a group with two best completions or with fewer than two valid rows.
+    """
+    rewards, group, valid = _checked(rewards, group, num_groups)
+    _, deviation, flat, _ = _group_statistics(rewards, group, valid, num_groups)
+    advantages = np.zeros_like(rewards)
+    for number in np.flatnonzero(~flat):
+        rows = np.flatnonzero(valid & (group == number))
+        second, best = rows[np.argsort(rewards[rows], kind="stable")[-2:]]
+        advantages[best] = rewards[best] - rewards[second]
+    advantages /= _scale(rewards, group, valid, deviation, scale_rewards, eps)
+    return np.where(valid & ~flat[group], advantages, 0.0).astype(np.float32)
+
+
+def normalize_then_sum_advantages(
+    rewards: Float[np.ndarray | Array, "rows functions"],
+    weights: Float[np.ndarray | Array, " functions"],
+    group: Int[np.ndarray | Array, " rows"],
+    num_groups: int,
+    eps: float = 1e-4,
+) -> Float[np.ndarray, " rows"]:
+    """Each function's rewards are made relative to their group and divided by its deviation, then summed, and the sum
+    divided by its deviation over the batch: no function is drowned by one with larger numbers (GDPO).
+
+    ??? cite
+
+        GDPO, [arXiv:2601.05242](https://arxiv.org/abs/2601.05242).
+
+    **Arguments:**
+
+    - `rewards`: one column a function; NaN where it does not apply.
+    - `weights`: of the functions.
+    - `group`, `num_groups`, `eps`: as for [`eqx_specgrpo.grpo.group_advantages`][].
+
+    **Returns:**
+
+    One advantage a row, float32. Exactly 0 where no function applies, or none has a spread in the row's group.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    columns = [group_advantages(column, group, num_groups, "group", eps).astype(np.float64) for column in rewards.T]
+    total = np.stack(columns, 1) @ np.asarray(weights, np.float64)
+    valid = ~np.isnan(rewards).all(1)
+    # The mean of the sums is 0, for that of each function is, in each group.
+    deviation = total[valid].std(ddof=1) if valid.sum() > 1 else 0.0
+    return np.where(valid, total / (deviation + eps), 0.0).astype(np.float32)
+
+
+AdvantageEstimator = Literal["group", "rloo", "max_rl", "pass_at_k"]
+ADVANTAGE_ESTIMATORS: Mapping[AdvantageEstimator, Callable[..., Float[np.ndarray, " rows"]]] = {
+    "group": group_advantages,
+    "rloo": lambda rewards, group, num_groups, _: leave_one_out_advantages(rewards, group, num_groups),
+    "max_rl": lambda rewards, group, num_groups, _: max_rl_advantages(rewards, group, num_groups),
+    "pass_at_k": pass_at_k_advantages,
+}
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Unbiased estimate of the probability that one of `k` completions is right: `1 - C(n - c, k) / C(n, k)`.
+
+    ??? cite
+
+        Chen et al. 2021, [arXiv:2107.03374](https://arxiv.org/abs/2107.03374), equation 1.
+
+    **Arguments:**
+
+    - `num_samples`: `n`, completions of the prompt.
+    - `num_correct`: `c`, how many of them are right.
+    - `k`: at most `num_samples`.
+
+    **Raises:**
+
+    `ValueError` if `k` or `num_correct` is out of range.
+    """
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"k is {k}: with {num_samples} samples of a prompt it must lie between 1 and {num_samples}")
+    if not 0 <= num_correct <= num_samples:
+        raise ValueError(f"num_correct is {num_correct}, of {num_samples} samples: it must lie between the two")
+    wrong = num_samples - num_correct
+    return 1.0 - math.comb(wrong, k) / math.comb(num_samples, k)
 
 
 def frac_reward_zero_std(
@@ -112,6 +237,27 @@ def _checked(
             "must lie between 0 and num_groups - 1"
         )
     return rewards, group, ~np.isnan(rewards)
+
+
+def _scale(
+    rewards: Float[np.ndarray, " rows"],
+    group: Int[np.ndarray, " rows"],
+    valid: Bool[np.ndarray, " rows"],
+    deviation: Float[np.ndarray, " groups"],
+    scale_rewards: str,
+    eps: float,
+) -> Float[np.ndarray, " rows"]:
+    """What the advantages are divided by."""
+    match scale_rewards:
+        case "group":
+            return deviation[group] + eps
+        case "batch":
+            batch_deviation = rewards[valid].std(ddof=1) if valid.sum() > 1 else 0.0
+            return np.full(len(rewards), batch_deviation + eps)
+        case "none":
+            return np.ones(len(rewards))
+        case _:
+            raise ValueError(f"scale_rewards is {scale_rewards!r}: use 'group', 'batch' or 'none'")
 
 
 def _group_statistics(

@@ -22,7 +22,10 @@ class UpdateBatch(eqx.Module):
     - `advantages`: one a row.
     - `prompt_rows`: for each prompt, a row that begins with it: a prompt need not be computed for each of its rows.
     - `prompt_of_row`: which of those prompts a row begins with.
-    - `reference_logprobs`: under the frozen reference, or `None` without one.
+    - `reference_logprobs`: under the reference, or `None` without one.
+    - `sampling_logprobs`: under the sampler, where `old_logprobs` are the trainer's own; else `None`.
+    - `importance_weights`: of the old policy over the sampler, or `None` where the two are taken for equal.
+    - `entropy_mask`: the tokens that teach the policy, of those that count; `None`: all of them.
     """
 
     tokens: Int[Array | np.ndarray, "rows seq"]
@@ -34,6 +37,9 @@ class UpdateBatch(eqx.Module):
     prompt_rows: Int[Array | np.ndarray, " prompts"]
     prompt_of_row: Int[Array | np.ndarray, " rows"]
     reference_logprobs: Float[Array | np.ndarray, "rows new"] | None = None
+    sampling_logprobs: Float[Array | np.ndarray, "rows new"] | None = None
+    importance_weights: Float[Array | np.ndarray, "rows new"] | None = None
+    entropy_mask: Bool[Array | np.ndarray, "rows new"] | None = None
 
     def rows_with_gradient(self, *, with_kl: bool) -> Bool[np.ndarray, " rows"]:
         """Which rows move the policy: those with a token that counts and an advantage. The loss of the others is 0
@@ -42,7 +48,8 @@ class UpdateBatch(eqx.Module):
 
         **Arguments:**
 
-        - `with_kl`: whether the loss has a KL term, which every token that counts takes part in.
+        - `with_kl`: whether the loss has a term besides, a KL or an entropy bonus, which every token that counts takes
+            part in.
         """
         counts = np.asarray(self.completion_mask).any(axis=1)
         return np.asarray(counts if with_kl else counts & (np.asarray(self.advantages) != 0))
@@ -57,6 +64,10 @@ class UpdateBatch(eqx.Module):
         """
         prompt_width = self.tokens.shape[1] - self.completion_tokens.shape[1]
         width = self.completion_tokens.shape[1] if new is None else new
+
+        def part(x: Array | np.ndarray | None) -> Array | np.ndarray | None:
+            return None if x is None else x[rows, :width]
+
         return UpdateBatch(
             self.tokens[rows, : prompt_width + width],
             self.prompt_lengths[rows],
@@ -65,7 +76,10 @@ class UpdateBatch(eqx.Module):
             self.old_logprobs[rows, :width],
             self.advantages[rows],
             *_shared_prompts(np.asarray(self.prompt_of_row)[rows], len(self.prompt_rows)),
-            None if self.reference_logprobs is None else self.reference_logprobs[rows, :width],
+            part(self.reference_logprobs),
+            part(self.sampling_logprobs),
+            part(self.importance_weights),
+            part(self.entropy_mask),
         )
 
 

@@ -1,16 +1,30 @@
-"""Per-token estimators of KL(policy || reference) from samples of the policy."""
+"""Per-token estimators of KL(policy || reference) from samples of the policy.
+
+As a term of the loss, an estimator is differentiated: what counts there is not its value but its gradient. That of the
+KL itself comes, in expectation, from k1 or k3 times the ratio of policy to sampler, wherever the samples come from; and
+from k2 without the ratio, if they are the policy's own. k1 without the ratio has a gradient whose mean is 0; k3 without
+it is right to first order in the distance only.
+
+??? cite
+
+    John Schulman, "Approximating KL divergence" (2020), for the names; "Rethinking KL regularization in RLHF",
+    [arXiv:2510.01555](https://arxiv.org/abs/2510.01555), for gradients; the ratio: DeepSeek-V3.2,
+    [arXiv:2512.02556](https://arxiv.org/abs/2512.02556).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .losses import MAX_LOG_RATIO
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
 
 def kl_k1(logprobs: Float[Array, "*shape"], reference_logprobs: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`log(policy/reference)`: unbiased, of high variance, may be negative. Its own gradient has mean zero.
-
-    ??? cite
-
-        The names are from John Schulman, "Approximating KL divergence" (2020).
-    """
+    """`log(policy/reference)`: unbiased, of high variance, may be negative. Its own gradient has mean zero."""
     return logprobs - reference_logprobs
 
 
@@ -20,7 +34,15 @@ def kl_k2(logprobs: Float[Array, "*shape"], reference_logprobs: Float[Array, "*s
 
 
 def kl_k3(logprobs: Float[Array, "*shape"], reference_logprobs: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`reference/policy - 1 - log(reference/policy)`: unbiased, non-negative, of low variance. GRPO's choice."""
-    difference = logprobs - reference_logprobs
+    """`reference/policy - 1 - log(reference/policy)`: unbiased, non-negative, of low variance. GRPO's choice.
+
+    Where the policy is more than `exp(20)` times less likely than the reference, it stays at the value it has there.
+    """
+    difference = jnp.maximum(logprobs - reference_logprobs, -MAX_LOG_RATIO)
     # expm1 keeps small differences, where the two terms cancel to first order.
     return jnp.expm1(-difference) + difference
+
+
+KL_ESTIMATORS: Mapping[
+    KLEstimator, Callable[[Float[Array, "*shape"], Float[Array, "*shape"]], Float[Array, "*shape"]]
+] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}

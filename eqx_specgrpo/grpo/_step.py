@@ -14,9 +14,11 @@ from ..errors import UserError
 from ..models import AbstractLanguageModel, Features, cast_weights
 from ._batch import UpdateBatch
 from ._forward import training_features
+from ._kl import KLEstimator
 from ._logprobs import chunked_logprobs
-from ._losses import LossNormalizer, LossType, policy_loss
 from ._metrics import PolicyLossMetrics
+from ._policy_loss import policy_loss
+from .losses import DAPO, AbstractPolicyLoss, Level, LossNormalizer
 
 
 class NonFiniteError(UserError):
@@ -39,16 +41,20 @@ class LossSettings(eqx.Module):
 
     **Arguments:** see [`eqx_specgrpo.grpo.policy_loss`][] and [`eqx_specgrpo.grpo.chunked_logprobs`][]; besides,
 
+    - `entropy_bonus`: whether the loss has one, however small `entropy_coef` may be at the moment.
     - `layers`: the target's layers whose outputs the draft will want to learn from.
     - `gradient_checkpointing`: see [`eqx_specgrpo.grpo.training_features`][].
     """
 
     temperature: Float[Array, ""] = eqx.field(converter=_array, default=1.0)
-    epsilon: Float[Array, ""] = eqx.field(converter=_array, default=0.2)
-    epsilon_high: Float[Array, ""] | None = eqx.field(converter=_optional_array, default=None)
-    delta: Float[Array, ""] | None = eqx.field(converter=_optional_array, default=None)
+    loss: AbstractPolicyLoss = eqx.field(default_factory=DAPO)
     beta: Float[Array, ""] = eqx.field(converter=_array, default=0.0)
-    loss_type: LossType = eqx.field(static=True, default="dapo")
+    off_policy_mask_threshold: Float[Array, ""] | None = eqx.field(converter=_optional_array, default=None)
+    entropy_coef: Float[Array, ""] = eqx.field(converter=_array, default=0.0)
+    importance_sampling_level: Level = eqx.field(static=True, default="token")
+    kl_estimator: KLEstimator = eqx.field(static=True, default="k3")
+    use_bias_correction_kl: bool = eqx.field(static=True, default=True)
+    entropy_bonus: bool = eqx.field(static=True, default=False)
     chunk: int = eqx.field(static=True, default=512)
     layers: tuple[int, ...] = eqx.field(static=True, default=())
     gradient_checkpointing: bool = eqx.field(static=True, default=False)
@@ -102,6 +108,7 @@ def _completion_logprobs(
         model.unembed,
         settings.temperature,
         settings.chunk,
+        differentiable_entropy=settings.entropy_bonus,
         count=mask.sum(),
     )
     back = jnp.argsort(order)
@@ -117,6 +124,17 @@ def policy_logprobs(
     Only those of tokens that the mask counts are meant to be used.
     """
     return _completion_logprobs(model, batch, settings)[0]
+
+
+@eqx.filter_jit
+def policy_entropies(
+    model: AbstractLanguageModel, batch: UpdateBatch, settings: LossSettings
+) -> Float[Array, "rows new"]:
+    """Entropies of the sampling distribution at the completions' tokens, nats, without gradients.
+
+    Only those of tokens that the mask counts are meant to be used.
+    """
+    return _completion_logprobs(model, batch, settings)[1]
 
 
 @eqx.filter_jit
@@ -174,20 +192,30 @@ def _loss(
     model: AbstractLanguageModel, batch: UpdateBatch, normalizer: LossNormalizer, settings: LossSettings
 ) -> tuple[Float[Array, ""], tuple[PolicyLossMetrics, Float[Array, ""], Features]]:
     logprobs, entropies, features = _completion_logprobs(model, batch, settings)
+
+    def given(x: Array | np.ndarray | None) -> Array | None:
+        return None if x is None else jnp.asarray(x)
+
     loss, metrics = policy_loss(
         logprobs,
         jnp.asarray(batch.old_logprobs),
         jnp.asarray(batch.advantages),
         jnp.asarray(batch.completion_mask),
         normalizer=normalizer,
-        loss_type=settings.loss_type,
-        epsilon=settings.epsilon,
-        epsilon_high=settings.epsilon_high,
-        delta=settings.delta,
+        loss=settings.loss,
+        importance_sampling_level=settings.importance_sampling_level,
         beta=settings.beta,
-        reference_logprobs=None if batch.reference_logprobs is None else jnp.asarray(batch.reference_logprobs),
+        reference_logprobs=given(batch.reference_logprobs),
+        kl_estimator=settings.kl_estimator,
+        use_bias_correction_kl=settings.use_bias_correction_kl,
+        importance_weights=given(batch.importance_weights),
+        off_policy_mask_threshold=settings.off_policy_mask_threshold,
+        sampling_logprobs=given(batch.sampling_logprobs),
+        entropy_mask=given(batch.entropy_mask),
+        entropies=entropies if settings.entropy_bonus else None,
+        entropy_coef=settings.entropy_coef,
     )
-    entropy_sum = jnp.sum(jnp.where(batch.completion_mask, entropies, 0.0))
+    entropy_sum = lax.stop_gradient(jnp.sum(jnp.where(batch.completion_mask, entropies, 0.0)))
     return loss, (metrics, entropy_sum, lax.stop_gradient(features))
 
 

@@ -44,6 +44,7 @@ from ._ending import Keeper, on_stop, unless_urgent
 from ._inputs import check_inputs, run_inputs
 from ._interrupt import StopRequest, stop_requests, stopped_at_once
 from ._lessons import CHOOSE, COMPARE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
+from ._loss_state import current_reference, fixed_reference, with_loss_state, with_update
 from ._out_of_memory import out_of_memory_advice
 from ._segments import SegmentLog
 from ._state import RunState
@@ -98,9 +99,9 @@ def run(
         with count_compilations(progress.note) as compilations:
             draft = make_draft(config.draft, policy, config.seed, tokenizer)
             parts = make_parts(config, tokenizer, draft)
-            # Frozen, in the dtype of computation; only held where the loss asks for it.
-            reference = compute_copy(policy, config.model.dtype) if config.grpo.beta != 0 else None
+            reference = fixed_reference(parts, policy)
             state = RunState.fresh(policy, draft, parts.policy_optimizer, parts.draft_optimizer)
+            state = with_loss_state(parts, state)
             start, state = _start_or_resume(folder, resume, state, config)
             folder.write_config(dump_config(config))
             folder.write_machine(start, machine())
@@ -190,17 +191,27 @@ def _one_step(
     clock.lap("rollout")
 
     progress.phase(f"step {step + 1}: rewards")
-    scored, texts = score(parts.rewards, parts.tokenizer, examples, rollouts, grpo.scale_rewards, step)
+    scored, texts = score(
+        parts.rewards,
+        parts.tokenizer,
+        examples,
+        rollouts,
+        grpo.scale_rewards,
+        step,
+        estimator=grpo.advantage_estimator,
+        normalize_then_sum=grpo.multi_objective_aggregation == "normalize_then_sum",
+    )
     metrics = {"step": step} | rollout_metrics(scored, parts.rewards.names) | segments.metrics()
     metrics |= vocabulary_metrics(state.draft, rollouts)
     clock.lap("reward")
 
     progress.phase(f"step {step + 1}: policy update")
-    policy, optimizer_state, weights, features, batch, policy_metrics = update_policy(
-        parts, state.policy, state.policy_optimizer, reference, scored, learning_rate(config, step), step
+    reference = current_reference(parts, state, reference)
+    update = update_policy(
+        parts, state.policy, state.policy_optimizer, reference, scored, learning_rate(config, step), step, state.entropy
     )
-    state = RunState(policy, optimizer_state, state.draft, state.draft_optimizer, state.draft_acceptance)
-    metrics |= policy_metrics
+    state = with_update(parts, state, update.policy, update.optimizer_state, update.entropy, step + 1)
+    metrics |= update.metrics
     jax.block_until_ready(eqx.filter(state.policy, eqx.is_array))
     clock.lap("update")
 
@@ -209,7 +220,9 @@ def _one_step(
     if config.draft.learns and state.draft.train_length > 0:
         progress.phase(f"step {step + 1}: draft update")
         rows = draft_rows(step_key(config.seed, step, CHOOSE), len(rollouts.group), config.draft.fraction)
-        state, draft_metrics = update_draft(parts, state, weights, features, batch, rollouts.lengths, rows, step)
+        state, draft_metrics = update_draft(
+            parts, state, update.weights, update.features, update.batch, rollouts.lengths, rows, step
+        )
         metrics |= draft_metrics
         jax.block_until_ready(eqx.filter(state.draft, eqx.is_array))
     clock.lap("draft")

@@ -1,6 +1,6 @@
 """All that a run carries from step to step: what a checkpoint holds."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -8,7 +8,8 @@ import optax
 from jaxtyping import Array, Float
 
 from ..drafts import AbstractDraft
-from ..models import AbstractLanguageModel
+from ..grpo import EntropyState, UpdateBatch
+from ..models import AbstractLanguageModel, Features
 
 
 class RunState(eqx.Module):
@@ -22,6 +23,9 @@ class RunState(eqx.Module):
     - `draft`, `draft_optimizer`: the same for the draft; `NoDraft` has no arrays.
     - `draft_acceptance`: expected acceptance of each draft position at the draft's last update, for losses and draft
         lengths that adapt to it; zeros before the first.
+    - `reference`: what the KL is measured from, where it follows the policy; `None` where it stands still, or there is
+        none.
+    - `entropy`: of the controller of the entropy bonus; `None` where the bonus does not change.
     """
 
     policy: AbstractLanguageModel
@@ -29,6 +33,8 @@ class RunState(eqx.Module):
     draft: AbstractDraft
     draft_optimizer: Any
     draft_acceptance: Float[Array, " draft"]
+    reference: AbstractLanguageModel | None = None
+    entropy: EntropyState | None = None
 
     @staticmethod
     def fresh(
@@ -60,16 +66,39 @@ class RunState(eqx.Module):
         )
 
     def trees(self) -> dict[str, Any]:
-        """By name, as a checkpoint keeps them."""
+        """By name, as a checkpoint keeps them: what there is."""
+        optional = {"reference": self.reference, "entropy": self.entropy}
         return {
             "policy": self.policy,
             "policy_optimizer": self.policy_optimizer,
             "draft": self.draft,
             "draft_optimizer": self.draft_optimizer,
             "draft_acceptance": self.draft_acceptance,
+            **{name: tree for name, tree in optional.items() if tree is not None},
         }
 
     @staticmethod
     def from_trees(trees: dict[str, Any]) -> "RunState":
         """The inverse of `trees`."""
         return RunState(**trees)
+
+
+class PolicyUpdate(NamedTuple):
+    """What comes of a step's update of the policy.
+
+    **Arguments:**
+
+    - `policy`, `optimizer_state`: after it.
+    - `weights`, `features`: of the last forward, for the draft to learn from.
+    - `batch`: what was learned from.
+    - `metrics`: by name.
+    - `entropy`: the state of the entropy bonus's controller.
+    """
+
+    policy: AbstractLanguageModel
+    optimizer_state: Any
+    weights: AbstractLanguageModel
+    features: Features
+    batch: UpdateBatch
+    metrics: dict[str, float]
+    entropy: EntropyState

@@ -20,27 +20,31 @@ from ..distill import DraftBatch, draft_gradients, fit_temperature, select_rows
 from ..drafts import AbstractDraft, completion_tokens, coverage, draft_vocabulary, tempered_part, with_temperature
 from ..errors import Stopped, UserError
 from ..grpo import (
+    ADVANTAGE_ESTIMATORS,
+    AdvantageEstimator,
+    EntropyState,
     LossNormalizer,
+    ScaleRewards,
     UpdateBatch,
     apply_gradients,
     check_finite,
     compute_copy,
     frac_reward_zero_std,
     global_norm,
-    group_advantages,
     make_update_batch,
     no_gradients,
+    normalize_then_sum_advantages,
     plan_micro_batches,
     policy_forward,
     policy_gradients,
-    policy_logprobs,
     training_features,
 )
 from ..models import AbstractLanguageModel, Features, Tokenizer
 from ..runtime import SMALL_HIDDEN_SIZE
 from ..tasks import AbstractTask, Example, Rewards, collate
+from ._loss_inputs import loss_inputs, with_entropy_mask
 from ._segments import SegmentLog
-from ._state import RunState
+from ._state import PolicyUpdate, RunState
 
 # A micro-batch of more tokens is no faster on a CPU, and takes more memory.
 _TOKENS_ON_CPU = 2048
@@ -111,14 +115,34 @@ def roll_out(
 
 
 def score(
-    rewards: Rewards, tokenizer: Tokenizer, examples: list[Example], rollouts: Rollouts, scale_rewards: str, step: int
+    rewards: Rewards,
+    tokenizer: Tokenizer,
+    examples: list[Example],
+    rollouts: Rollouts,
+    scale_rewards: ScaleRewards,
+    step: int,
+    *,
+    estimator: AdvantageEstimator = "group",
+    normalize_then_sum: bool = False,
 ) -> tuple[ScoredRollouts, list[str]]:
-    """Rewards, advantages and the texts that were judged."""
+    """Rewards, advantages and the texts that were judged.
+
+    **Arguments:**
+
+    - `scale_rewards`, `estimator`: how advantages are made of the summed rewards; see
+        [`eqx_specgrpo.grpo.ADVANTAGE_ESTIMATORS`][].
+    - `normalize_then_sum`: make them of each function's rewards instead; see
+        [`eqx_specgrpo.grpo.normalize_then_sum_advantages`][].
+    """
     ids = [rollouts.completion(row) for row in range(len(rollouts.group))]
     texts = [tokenizer.decode(completion) for completion in ids]
     prompts, columns = collate([examples[prompt] for prompt in rollouts.group])
     per_function, total = rewards(prompts, texts, ids, columns, step)
-    advantages = group_advantages(total, rollouts.group, len(examples), scale_rewards)  # pyright: ignore[reportArgumentType]
+    if normalize_then_sum:
+        weights = np.asarray(rewards.weights)
+        advantages = normalize_then_sum_advantages(per_function, weights, rollouts.group, len(examples))
+    else:
+        advantages = ADVANTAGE_ESTIMATORS[estimator](total, rollouts.group, len(examples), scale_rewards)
     return ScoredRollouts(rollouts, per_function, total, advantages), texts
 
 
@@ -130,16 +154,17 @@ def update_policy(
     scored: ScoredRollouts,
     learning_rate: float,
     step: int,
-) -> tuple[AbstractLanguageModel, Any, AbstractLanguageModel, Features, UpdateBatch, dict[str, float]]:
+    entropy: EntropyState | None = None,
+) -> PolicyUpdate:
     """All of a step's optimizer steps on one batch of rollouts. DONATES the policy and its optimizer's state.
 
     Nothing here depends on the draft, and the draft's update comes after it: given the same rollouts, the policy's
     trajectory is the same to the bit whether a draft learns, is frozen or is absent.
 
-    **Returns:**
+    **Arguments:**
 
-    Policy and optimizer state; the weights and features of the last forward, for the draft to learn from; the batch;
-    metrics.
+    - `reference`: what the KL is measured from, in the dtype of computation; `None` without one.
+    - `entropy`: of the entropy bonus's controller; `None`: as before the first step.
     """
     grpo = parts.config.grpo
     batch = make_update_batch(
@@ -151,32 +176,34 @@ def update_policy(
         new,
         num_parts=grpo.gradient_accumulation_steps,
         max_tokens=_most_tokens(grpo.max_tokens_per_micro_batch),
-        sort=parts.loss.loss_type != "bnpo",  # whose value depends on which rows are together
+        sort=not parts.loss.loss.traits.depends_on_micro_batches,
         prompt_of_row=scored.rollouts.group,
         prompt_width=width - new,
         # A small model's backward takes less time than compiling its forward alone.
         rows_with_gradient=None
         if policy.hidden_size <= SMALL_HIDDEN_SIZE
-        else batch.rows_with_gradient(with_kl=reference is not None),
+        else batch.rows_with_gradient(with_kl=reference is not None or parts.loss.entropy_bonus),
     )
-    if reference is not None:
-        gaps = np.zeros(batch.old_logprobs.shape, np.float32)
-        for micro in plan:
-            part = policy_logprobs(reference, batch.rows(micro.rows, micro.width), parts.loss)
-            gaps[micro.rows, : part.shape[1]] = part
-        batch = eqx.tree_at(lambda b: b.reference_logprobs, batch, gaps, is_leaf=lambda leaf: leaf is None)
-    normalizer = LossNormalizer.from_mask(
-        batch.completion_mask, grpo.max_completion_length, num_micro_batches=len(plan)
-    )
+    batch, given = loss_inputs(parts, policy, reference, batch, plan, scored)
+    entropy = parts.entropy.init() if entropy is None else entropy
     metrics: dict[str, float] = {}
     weights, features = policy, []
     for iteration in range(grpo.num_iterations):
         weights = compute_copy(policy, parts.config.model.dtype)
+        if grpo.top_entropy_quantile < 1:
+            batch = with_entropy_mask(parts, weights, batch, plan)
+        normalizer = LossNormalizer.from_mask(
+            batch.completion_mask,
+            grpo.max_completion_length,
+            num_micro_batches=len(plan),
+            entropy_mask=batch.entropy_mask,
+        )
+        settings = dataclasses.replace(parts.loss, entropy_coef=parts.entropy.coefficient(entropy))
         total, features = None, []
         for micro in plan:
             evaluate = policy_gradients if micro.has_gradient else policy_forward
             part, part_features = evaluate(
-                weights, batch.rows(micro.rows, micro.width), normalizer, parts.loss, feature_width=width
+                weights, batch.rows(micro.rows, micro.width), normalizer, settings, feature_width=width
             )
             total = part if total is None else total + part
             features.append(part_features)
@@ -196,9 +223,14 @@ def update_policy(
         metrics["loss"] = float(total.loss)
         metrics["grad_norm"] = float(norm)
         metrics["entropy"] = float(total.entropy_sum / jnp.maximum(total.metrics.num_tokens, 1))
+        if total.metrics.entropy_bonus is not None:
+            metrics["policy_loss"] = float(total.loss + settings.entropy_coef * total.metrics.entropy_bonus)
+            entropy = parts.entropy.update(entropy, total.metrics.entropy_bonus)
+            metrics["entropy_coef"] = float(entropy.coef)
+    metrics |= given
     metrics["learning_rate"] = learning_rate
     back = np.argsort(np.concatenate([micro.rows for micro in plan]))
-    return policy, optimizer_state, weights, _in_order(features, back), batch, metrics
+    return PolicyUpdate(policy, optimizer_state, weights, _in_order(features, back), batch, metrics, entropy)
 
 
 def _most_tokens(wanted: int | None) -> int | None:
@@ -252,7 +284,7 @@ def update_draft(
     draft, optimizer_state = apply_gradients(
         (parts.draft_optimizer, result.gradients, jnp.float32(config.learning_rate)), state.draft, state.draft_optimizer
     )
-    state = RunState(state.policy, state.policy_optimizer, draft, optimizer_state, result.acceptance)
+    state = dataclasses.replace(state, draft=draft, draft_optimizer=optimizer_state, draft_acceptance=result.acceptance)
     metrics = {"draft/loss": float(result.loss), "draft/grad_norm": float(norm)}
     for position, acceptance in enumerate(np.asarray(result.acceptance).tolist()):
         metrics[f"draft/expected_acceptance_pos_{position}"] = acceptance

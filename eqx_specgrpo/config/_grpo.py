@@ -1,0 +1,258 @@
+"""`[grpo]`: the policy's side of a run. What a loss alone has a use for is stated by the loss, and read here."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, create_model, model_validator
+
+from ..grpo import (
+    POLICY_LOSSES,
+    AbstractPolicyLoss,
+    AdvantageEstimator,
+    CorrectionMode,
+    KLEstimator,
+    Level,
+    ScaleRewards,
+)
+from ..grpo.losses import LossOption, options_of
+from ._section import NoneWord, Section
+
+
+def _of_bool(value: Any) -> Any:
+    """TRL takes `scale_rewards` as a boolean as well."""
+    return {True: "group", False: "none"}[value] if isinstance(value, bool) else value
+
+
+class _Keys(Section):
+    num_generations: int = Field(default=8, ge=2, description="completions of each prompt: the group")
+    prompts_per_step: int = Field(default=4, ge=1, description="prompts of a step")
+    max_completion_length: int = Field(default=160, ge=1, description="longest completion, in tokens")
+    max_rows: Annotated[Annotated[int, Field(ge=1)] | None, NoneWord] = Field(
+        default=None,
+        description="completions decoded at a time; when some finish, waiting ones take their places; none: all",
+    )
+    temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the log-probabilities in the loss")
+    learning_rate: float = Field(default=1e-6, ge=0, description="AdamW's, at its height")
+    lr_scheduler_type: Literal["constant", "linear"] = Field(
+        default="linear", description="linear: down to 0 at the last step"
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate rises from 0")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="the policy's gradient is clipped to this norm")
+    loss_type: str = Field(default="dapo", description="what the policy minimises; see docs/losses.md")
+    importance_sampling_level: Level = Field(
+        default="token", description="a ratio for each token, or one for a completion (GSPO, with loss_type grpo)"
+    )
+    beta: float = Field(
+        default=0.0, ge=0, description="weight of the KL to the starting policy; 0: no reference is held"
+    )
+    kl_estimator: KLEstimator = Field(default="k3", description="how the KL is estimated from a token's probabilities")
+    use_bias_correction_kl: bool = Field(
+        default=True, description="multiply the estimate by the ratio, which makes the gradient of k1 and k3 unbiased"
+    )
+    use_kl_in_reward: bool = Field(
+        default=False, description="take the KL off the rewards, summed over the completion, and not into the loss"
+    )
+    sync_ref_model: bool = Field(default=False, description="let the reference follow the policy")
+    ref_model_mixup_alpha: float = Field(
+        default=0.6, gt=0, le=1, description="share of the policy in the new reference; the rest is the old one"
+    )
+    ref_model_sync_steps: int = Field(default=512, ge=1, description="steps between two such moves")
+    advantage_estimator: AdvantageEstimator = Field(
+        default="group", description="how rewards become advantages; see docs/losses.md"
+    )
+    scale_rewards: Annotated[ScaleRewards, BeforeValidator(_of_bool)] = Field(
+        default="group",
+        description="whose standard deviation divides the advantages of group and pass_at_k; true: group, false: none",
+    )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
+        default="sum_then_normalize", description="of several reward functions; normalize_then_sum: GDPO"
+    )
+    num_iterations: int = Field(default=1, ge=1, description="updates on each batch of rollouts")
+    mask_truncated_completions: bool = Field(
+        default=False, description="leave completions without an end out of the loss"
+    )
+    off_policy_mask_threshold: Annotated[Annotated[float, Field(gt=0)] | None, NoneWord] = Field(
+        default=None,
+        description="completions with a negative advantage whose mean log(sampler/policy) is larger are left out; "
+        "none: off",
+    )
+    top_entropy_quantile: float = Field(
+        default=1.0, ge=0, le=1, description="share of the tokens that teach: those of the highest entropy in the step"
+    )
+    entropy_coef: float = Field(default=0.0, ge=0, description="weight of the mean entropy, which the loss rewards")
+    use_adaptive_entropy: bool = Field(
+        default=False,
+        description="raise entropy_coef by a step while the entropy is at or below entropy_target, else lower it",
+    )
+    entropy_target: float = Field(default=0.2, ge=0, description="nats a token; above it there is no bonus")
+    entropy_coef_delta: float = Field(default=0.005, gt=0, description="that step")
+    entropy_coef_min: float = Field(default=0.0, ge=0, description="lower bound of entropy_coef while it adapts")
+    entropy_coef_max: float = Field(default=1.0, ge=0, description="upper bound")
+    importance_sampling_correction: bool = Field(
+        default=False,
+        description="weigh tokens by the trainer's probability over the decoder's: for bfloat16, where the two differ",
+    )
+    importance_sampling_mode: CorrectionMode = Field(
+        default="sequence_mask",
+        description="a weight for each token or for a completion; beyond the bounds it is cut to them, or 0",
+    )
+    importance_sampling_clip_max: Annotated[Annotated[float, Field(gt=0)] | None, NoneWord] = Field(
+        default=3.0, description="upper bound of the weight; none: none"
+    )
+    importance_sampling_clip_min: Annotated[Annotated[float, Field(gt=0)] | None, NoneWord] = Field(
+        default=None, description="lower bound of the weight; none: none"
+    )
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="micro-batches a step is split into")
+    max_tokens_per_micro_batch: Annotated[Annotated[int, Field(ge=1)] | None, NoneWord] = Field(
+        default=None,
+        description="divide the rows further, until no micro-batch of several rows holds more tokens, padding "
+        "included; none: 2048 on a CPU (not with bnpo), and elsewhere only where keeping short rows, or rows without a "
+        "gradient, apart saves a tenth",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="keep only the layers' inputs for the backward pass: less memory, more arithmetic"
+    )
+    logprob_chunk: int = Field(default=512, ge=1, description="tokens unembedded at a time")
+
+
+def _option_fields() -> dict[str, Any]:
+    """A key for each option that a loss states. One that several losses state differently is unset by default, and
+    then means what each of them has for its own default."""
+    stated: dict[str, dict[str, LossOption]] = {}
+    for name, loss in POLICY_LOSSES.items():
+        for key, option in options_of(loss).items():
+            stated.setdefault(key, {})[name] = option
+    return {key: _option_field(losses) for key, losses in stated.items()}
+
+
+def _option_field(losses: dict[str, LossOption]) -> tuple[Any, Any]:
+    names_of: dict[LossOption, list[str]] = {}
+    for name, option in losses.items():
+        names_of.setdefault(option, []).append(name)
+    description = "; ".join(f"{', '.join(names)}: {option.description}" for option, names in names_of.items())
+    first, *others = names_of
+    bounds: dict[str, Any] = dict(first.bounds)
+    assert all(bounds == other.bounds for other in others), description
+    if others or first.default is None:
+        annotation = Annotated[Annotated[float, Field(**bounds)] | None, NoneWord]
+        return annotation, Field(default=None, description=description)
+    return float, Field(default=first.default, description=description, **bounds)
+
+
+_WithLosses: type[_Keys] = create_model(
+    "_WithLosses",
+    __base__=_Keys,
+    loss_type=(Literal[tuple(POLICY_LOSSES)], _Keys.model_fields["loss_type"]),  # pyright: ignore
+    **_option_fields(),
+)
+
+
+class GRPOConfig(_WithLosses):  # pyright: ignore[reportGeneralTypeIssues]
+    """The policy's side. Names follow TRL where it has the option, and so do most defaults."""
+
+    @property
+    def loss(self) -> type[AbstractPolicyLoss]:
+        """The loss that `loss_type` names."""
+        return POLICY_LOSSES[self.loss_type]
+
+    @property
+    def loss_options(self) -> dict[str, float | None]:
+        """The options of that loss, by name; `None` for its own default."""
+        values = dict(self)
+        return {key: values[key] for key in options_of(self.loss)}
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        rows = self.num_generations * self.prompts_per_step
+        if rows % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"grpo.gradient_accumulation_steps = {self.gradient_accumulation_steps} does not divide the {rows} "
+                "rows of a step (num_generations * prompts_per_step): choose a divisor"
+            )
+        if self.entropy_coef_min > self.entropy_coef_max:
+            raise ValueError(
+                f"grpo.entropy_coef_min = {self.entropy_coef_min} is more than grpo.entropy_coef_max = "
+                f"{self.entropy_coef_max}: exchange them"
+            )
+        low, high = self.importance_sampling_clip_min, self.importance_sampling_clip_max
+        if low is not None and high is not None and low >= high:
+            raise ValueError(
+                f"grpo.importance_sampling_clip_min = {low} is not below grpo.importance_sampling_clip_max = {high}: "
+                "every weight would be beyond the bounds"
+            )
+        self._check_loss()
+        self._check_advantages()
+        self._check_switches()
+        return self
+
+    def _check_loss(self) -> None:
+        of, traits = f"grpo.loss_type = {self.loss_type!r}", self.loss.traits
+        if traits.depends_on_micro_batches and self.max_tokens_per_micro_batch is not None:
+            raise ValueError(
+                f"grpo.max_tokens_per_micro_batch with {of}, whose value depends on the micro-batches: set "
+                "grpo.gradient_accumulation_steps instead, or use loss_type 'dapo'"
+            )
+        if self.importance_sampling_level not in traits.levels:
+            raise ValueError(
+                f"{of} is made for grpo.importance_sampling_level = {traits.levels[0]!r}, which is "
+                f"{self.importance_sampling_level!r}: set it so, or take another loss"
+            )
+        if self.importance_sampling_correction and self.importance_sampling_mode not in traits.correction_modes:
+            modes = " or ".join(repr(mode) for mode in traits.correction_modes)
+            way_out = f"set {modes}" if modes else "drop it: this loss compares with the sampler by itself"
+            raise ValueError(
+                f"{of} cannot be corrected by grpo.importance_sampling_mode = {self.importance_sampling_mode!r}: "
+                f"{way_out}"
+            )
+        values, stated = dict(self), options_of(self.loss)
+        for key, field in _option_fields().items():
+            if key not in stated and values[key] != field[1].default:
+                losses = [repr(name) for name, loss in POLICY_LOSSES.items() if key in options_of(loss)]
+                raise ValueError(
+                    f"grpo.{key} = {values[key]} is an option of loss_type {' or '.join(losses)}, but {of}: drop one "
+                    "of them"
+                )
+        for key, option in stated.items():
+            complaint = None
+            if option.complaint is not None and values[key] is not None:
+                complaint = option.complaint(values[key], self.loss_options)
+            if complaint is not None:
+                raise ValueError(complaint)
+
+    def _check_advantages(self) -> None:
+        of = f"grpo.advantage_estimator = {self.advantage_estimator!r}"
+        if self.scale_rewards == "batch" and self.advantage_estimator in ("rloo", "max_rl"):
+            raise ValueError(f"grpo.scale_rewards = 'batch', but {of} is not divided by a deviation: drop one of them")
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            other = of if self.advantage_estimator != "group" else "grpo.use_kl_in_reward = true"
+            if self.advantage_estimator != "group" or self.use_kl_in_reward:
+                raise ValueError(
+                    f"grpo.multi_objective_aggregation = 'normalize_then_sum' goes from each function's rewards to "
+                    f"advantages by itself, and cannot be had with {other}: drop one of them"
+                )
+
+    def _check_switches(self) -> None:
+        """What has no effect as things are was meant otherwise."""
+        values, fields = dict(self), type(self).model_fields
+        for needs, is_on, names in (
+            ("grpo.beta above 0", self.beta > 0, ("kl_estimator", "use_kl_in_reward", "sync_ref_model")),
+            ("grpo.sync_ref_model = true", self.sync_ref_model, ("ref_model_mixup_alpha", "ref_model_sync_steps")),
+            (
+                "grpo.use_adaptive_entropy = true",
+                self.use_adaptive_entropy,
+                ("entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max"),
+            ),
+            (
+                "grpo.importance_sampling_correction = true",
+                self.importance_sampling_correction,
+                ("importance_sampling_mode", "importance_sampling_clip_max", "importance_sampling_clip_min"),
+            ),
+        ):
+            for name in names:
+                if not is_on and values[name] != fields[name].default:
+                    raise ValueError(
+                        f"grpo.{name} = {values[name]} has no effect without {needs}: set that, or drop it"
+                    )
