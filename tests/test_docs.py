@@ -37,7 +37,7 @@ def test_python_blocks_run(page, capsys):
     for block in blocks(page, "python"):
         exec(compile(block, page_name(page), "exec"), namespace)
     printed = capsys.readouterr().out
-    assert "acceptance length" in printed
+    assert {"losses.md": "4.5 1.0"}.get(page.name, "acceptance length") in printed
 
 
 def test_examples_of_the_readme_agree():
@@ -127,8 +127,8 @@ def test_options_of_tasks_are_documented(task):
 def metric_patterns() -> set[str]:
     """The names of metrics as they stand in the source; what is filled in at run time is `{}`."""
     patterns = set()
-    for file in ("train/_step.py", "train/_loop.py", "train/_segments.py", "grpo/_metrics.py"):
-        nodes = list(ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8"))))
+    for file in sorted([*(PACKAGE / "train").glob("_*.py"), *(PACKAGE / "grpo").rglob("_*.py")]):
+        nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
         fragments = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
         for node in nodes:
             match node:

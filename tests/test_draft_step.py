@@ -232,7 +232,7 @@ def test_rows_without_a_say_in_the_policy_loss_teach_the_draft(tiny_folder, tmp_
     before = heads()
     state = RunState.fresh(policy, heads(), parts.policy_optimizer, parts.draft_optimizer)
     weights_before = flat(eqx.filter(policy, eqx.is_inexact_array))
-    policy, optimizer, weights, features, batch, metrics = update_policy(
+    policy, optimizer, weights, features, batch, metrics, _ = update_policy(
         parts, state.policy, state.policy_optimizer, None, scored, 0.1, 0
     )
     assert not batch.completion_mask.any()
@@ -264,7 +264,7 @@ def updated(folder, out, scored, *settings: str, momentum: float = 0.0):
     policy, reference = tiny_model(), tiny_model(sharpness=14.0) if config.grpo.beta else None
     optimizer = parts.policy_optimizer.init(eqx.filter(policy, eqx.is_inexact_array))
     optimizer = jax.tree.map(lambda x: x + momentum if eqx.is_inexact_array(x) else x, optimizer)
-    policy, _, _, features, batch, metrics = update_policy(parts, policy, optimizer, reference, scored, 1e-3, 0)
+    policy, _, _, features, batch, metrics, _ = update_policy(parts, policy, optimizer, reference, scored, 1e-3, 0)
     return flat(eqx.filter(policy, eqx.is_inexact_array)), features.last, batch, metrics
 
 

@@ -1,5 +1,6 @@
 import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ from jax.extend import core as jax_core
 from eqx_specgrpo.grpo import (
     LossNormalizer,
     PolicyLossMetrics,
-    aggregate_token_losses,
     chunked_logprobs,
     frac_reward_zero_std,
     group_advantages,
@@ -19,9 +19,11 @@ from eqx_specgrpo.grpo import (
     kl_k2,
     kl_k3,
     leave_one_out_advantages,
+    make_policy_loss,
     next_token_positions,
     policy_loss,
 )
+from eqx_specgrpo.grpo.losses import DAPO
 
 #
 # Advantages
@@ -93,9 +95,20 @@ OLD = jnp.full((1, 3), -1.0)
 CURRENT = jnp.array([[-1.69315, -1.0, -0.59453]])  # ratios 0.5, 1, 1.5
 
 
+def named(loss_type="dapo", epsilon=None, epsilon_high=None, delta=None, **kwargs):
+    """Arguments of `policy_loss`, of the loss of a name with its options."""
+    options = dict(epsilon=epsilon, epsilon_high=epsilon_high, delta=delta)
+    return dict(loss=make_policy_loss(loss_type, options)) | kwargs
+
+
 def one_row(logprobs, old, advantages, **kwargs):
     mask = jnp.ones(logprobs.shape, bool)
-    return policy_loss(logprobs, old, advantages, mask, normalizer=LossNormalizer.from_mask(mask), **kwargs)
+    return policy_loss(logprobs, old, advantages, mask, normalizer=LossNormalizer.from_mask(mask), **named(**kwargs))
+
+
+def share(metrics, name):
+    """The number of tokens (of completions, at their level) that a metric counts."""
+    return metrics.sums[name]
 
 
 def test_clip_by_hand():
@@ -124,8 +137,8 @@ def test_clipped_tokens_have_no_gradient():
 def test_asymmetric_clip():
     loss, metrics = one_row(CURRENT, OLD, ADVANTAGES, epsilon=0.2, epsilon_high=0.28)
     assert loss == pytest.approx((-0.5 + 1 - 2.56) / 3, abs=1e-4)
-    assert metrics.clip_high_sum == 1
-    assert one_row(CURRENT, OLD, ADVANTAGES, epsilon_high=0.6)[1].clip_high_sum == 0
+    assert share(metrics, "clip_ratio/high_mean") == 1
+    assert share(one_row(CURRENT, OLD, ADVANTAGES, epsilon_high=0.6)[1], "clip_ratio/high_mean") == 0
 
 
 def test_forced_on_policy():
@@ -147,7 +160,7 @@ def test_cispo():
     reinforce, _ = one_row(jnp.array([[-0.5, -1.0, -1.5]]), None, ADVANTAGES, **cispo)
     assert reinforce == pytest.approx(0.8333, abs=1e-4)
     metrics = one_row(CURRENT, OLD, ADVANTAGES, loss_type="cispo", epsilon_high=1.2)[1]
-    assert metrics.clip_high_sum == 1 and metrics.clip_low_sum == 0
+    assert metrics.sums == {"cispo_clip_ratio": 1}
 
 
 def test_delta():
@@ -166,7 +179,7 @@ def test_sequence_level():
     ratio = math.exp((math.log(0.5) + math.log(1.5)) / 3)
     assert ratio == pytest.approx(0.9086, abs=1e-4)
     assert loss == pytest.approx(-0.6057, abs=1e-4)
-    assert metrics.clip_count == 1  # a sequence, not three tokens
+    assert metrics.weight == 1  # a sequence, not three tokens
     # -A s for one advantage, and each token's gradient is -A s / length.
     advantage = jnp.array([2.0])
     args = dict(importance_sampling_level="sequence", loss_type="grpo")
@@ -174,7 +187,7 @@ def test_sequence_level():
     np.testing.assert_allclose(gradient, jnp.full((1, 3), -2 * ratio / 3), atol=1e-5)
     clipped = one_row(CURRENT, OLD, -advantage, epsilon=3e-4, epsilon_high=4e-4, **args)
     assert clipped[0] == pytest.approx(2 * (1 - 3e-4), abs=1e-5)
-    assert clipped[1].clip_low_sum == pytest.approx(1)
+    assert share(clipped[1], "clip_ratio/low_mean") == pytest.approx(1)
 
 
 def test_kl_estimators():
@@ -191,10 +204,11 @@ def test_kl_estimators():
 def test_kl_penalty():
     logprobs, reference = jnp.array([[0.0, -1.0, -2.0]]), jnp.full((1, 3), -1.0)
     plain, _ = one_row(logprobs, OLD, ADVANTAGES)
-    loss, metrics = one_row(logprobs, OLD, ADVANTAGES, beta=0.5, reference_logprobs=reference)
+    plainly = dict(reference_logprobs=reference, use_bias_correction_kl=False)
+    loss, metrics = one_row(logprobs, OLD, ADVANTAGES, beta=0.5, **plainly)
     assert loss - plain == pytest.approx(0.5 * 0.3621, abs=1e-4)
     assert metrics.means()["kl"] == pytest.approx(0.3621, abs=1e-4)
-    only_kl = lambda x: one_row(x, OLD, 0 * ADVANTAGES, beta=1.0, reference_logprobs=reference)[0]
+    only_kl = lambda x: one_row(x, OLD, 0 * ADVANTAGES, beta=1.0, **plainly)[0]
     np.testing.assert_allclose(jax.grad(only_kl)(logprobs), [[(1 - math.exp(-1)) / 3, 0, (1 - math.e) / 3]], atol=1e-5)
 
 
@@ -203,14 +217,14 @@ def test_aggregation_by_hand():
     normalizer = LossNormalizer.from_mask(mask, max_completion_length=4)
     expected = {"grpo": 1.5, "dapo": 1.75, "cispo": 1.75, "bnpo": 1.75, "dr_grpo": 0.875}
     for loss_type, value in expected.items():
-        assert aggregate_token_losses(losses, mask, loss_type, normalizer) == pytest.approx(value)
+        assert make_policy_loss(loss_type).average(losses, mask, normalizer) == pytest.approx(value)
 
 
 def test_sequence_mean_by_hand():
     mask = jnp.array([[1, 1, 1], [1, 0, 0]], bool)
     logprobs = jnp.full((2, 3), -2.0)
     normalizer = LossNormalizer.from_mask(mask)
-    loss, _ = policy_loss(logprobs, logprobs, jnp.array([1.5, 3.0]), mask, normalizer=normalizer, loss_type="grpo")
+    loss, _ = policy_loss(logprobs, logprobs, jnp.array([1.5, 3.0]), mask, normalizer=normalizer, **named("grpo"))
     assert loss == pytest.approx(-2.25)
 
 
@@ -219,7 +233,7 @@ def test_accumulation_trap():
     mask = losses != 7
     normalizer = LossNormalizer.from_mask(mask, num_micro_batches=2)
     halves = lambda loss_type: [
-        aggregate_token_losses(losses[i : i + 2], mask[i : i + 2], loss_type, normalizer) for i in (0, 2)
+        make_policy_loss(loss_type).average(losses[i : i + 2], mask[i : i + 2], normalizer) for i in (0, 2)
     ]
     assert sum(halves("dapo")) == pytest.approx(1.35)
     assert sum(halves("bnpo")) == pytest.approx(1.2292, abs=1e-4)  # the mean of means, which is what bnpo is
@@ -254,7 +268,7 @@ def make_run(variant, with_reference=True):
     def run(logprobs, old, reference, advantages, mask, normalizer):
         def loss(logprobs):
             kl = dict(beta=0.1, reference_logprobs=reference) if with_reference else {}
-            return policy_loss(logprobs, old, advantages, mask, normalizer=normalizer, **kl, **variant)
+            return policy_loss(logprobs, old, advantages, mask, normalizer=normalizer, **kl, **named(**variant))
 
         (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(logprobs)
         return value, gradient, metrics
@@ -288,7 +302,7 @@ def test_losses_accumulate_and_ignore_padding(variant, getkey):
         parts = [run(*(x[i : i + 2] for x in batch), normalizer) for i in (0, 2, 4)]
         np.testing.assert_allclose(sum(part[0] for part in parts), value, rtol=1e-5)
         np.testing.assert_allclose(jnp.concatenate([part[1] for part in parts]), gradient, rtol=1e-5, atol=1e-7)
-        total = sum((part[2] for part in parts), PolicyLossMetrics.zeros(with_kl=True))
+        total = functools.reduce(operator.add, (part[2] for part in parts))
         for name, expected in metrics.means().items():
             assert total.means()[name] == pytest.approx(float(expected), rel=1e-5), name
 
@@ -322,7 +336,7 @@ def test_bnpo_undivided_is_dapo(getkey):
     logprobs, old, _, advantages, mask = batch_of(getkey())
     normalizer = LossNormalizer.from_mask(mask)
     dapo, bnpo = (
-        policy_loss(logprobs, old, advantages, mask, normalizer=normalizer, loss_type=loss_type)[0]
+        policy_loss(logprobs, old, advantages, mask, normalizer=normalizer, **named(loss_type))[0]
         for loss_type in ("dapo", "bnpo")
     )
     assert dapo == pytest.approx(float(bnpo), rel=1e-6)
@@ -353,7 +367,7 @@ def test_schedules_do_not_recompile(getkey):
     @jax.jit
     def run(epsilon, epsilon_high, delta, beta, normalizer):
         traces.append(None)
-        kwargs = dict(epsilon=epsilon, epsilon_high=epsilon_high, delta=delta, beta=beta, reference_logprobs=reference)
+        kwargs = dict(loss=DAPO(epsilon, epsilon_high, delta), beta=beta, reference_logprobs=reference)
         return policy_loss(logprobs, old, advantages, mask, normalizer=normalizer, **kwargs)[0]
 
     values = {
@@ -365,14 +379,15 @@ def test_schedules_do_not_recompile(getkey):
 
 
 def test_policy_loss_of_nonsense():
-    with pytest.raises(ValueError, match="epsilon_high"):
-        one_row(CURRENT, OLD, ADVANTAGES, loss_type="cispo")
-    with pytest.raises(ValueError, match="delta"):
-        one_row(CURRENT, OLD, ADVANTAGES, loss_type="cispo", epsilon_high=5.0, delta=2.0)
+    with pytest.raises(ValueError, match="there is no loss_type 'cipso'. Did you mean 'cispo'"):
+        one_row(CURRENT, OLD, ADVANTAGES, loss_type="cipso")
+    with pytest.raises(ValueError, match="'token', but LUSPO is made for 'sequence'"):
+        one_row(CURRENT, OLD, ADVANTAGES, loss_type="luspo")
     with pytest.raises(ValueError, match="beta is 0.1, but reference_logprobs is None"):
         one_row(CURRENT, OLD, ADVANTAGES, beta=0.1)
-    with pytest.raises(ValueError, match="KL"):
-        PolicyLossMetrics.zeros(True) + PolicyLossMetrics.zeros(False)
+    zero = jnp.float32(0.0)
+    with pytest.raises(ValueError, match="a KL"):
+        PolicyLossMetrics(zero, zero, {}, zero, zero, zero) + PolicyLossMetrics(zero, zero, {}, zero, zero)
 
 
 #

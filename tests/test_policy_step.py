@@ -28,6 +28,7 @@ from eqx_specgrpo.grpo import (
     check_finite,
     compute_copy,
     global_norm,
+    make_policy_loss,
     make_update_batch,
     padded_width,
     plan_micro_batches,
@@ -97,7 +98,8 @@ def with_reference(batch: UpdateBatch) -> UpdateBatch:
 
 def settings_of(**changes: Any) -> LossSettings:
     # The chunk divides neither the positions of the batch nor those of a micro-batch.
-    return LossSettings(**{"temperature": 0.7, "epsilon": 0.2, "epsilon_high": 0.3, "chunk": 27, **changes})
+    loss = make_policy_loss(changes.pop("loss_type", "dapo"), {"epsilon": 0.2, "epsilon_high": 0.3})
+    return LossSettings(**{"temperature": 0.7, "loss": loss, "chunk": 27, **changes})
 
 
 def normalizer_of(batch: UpdateBatch, micro_batches: int = 1) -> LossNormalizer:
@@ -174,7 +176,10 @@ def test_rollouts_exercise_what_is_tested(rollouts, batch, model):
 @pytest.mark.parametrize("loss_type, beta", [("dapo", 0.0), *((name, 0.04) for name in LOSS_TYPES)])
 def test_gradients_are_those_of_a_dense_reference(loss_type, beta, model, batch):
     batch = with_reference(batch) if beta else batch
-    result, _ = policy_gradients(model, batch, normalizer_of(batch), settings_of(loss_type=loss_type, beta=beta))
+    plainly = dict(use_bias_correction_kl=False)
+    result, _ = policy_gradients(
+        model, batch, normalizer_of(batch), settings_of(loss_type=loss_type, beta=beta, **plainly)
+    )
     loss, gradients = dense_loss_and_gradients(model, batch, loss_type, beta)
     np.testing.assert_allclose(result.loss, loss, rtol=2e-5)
     assert_close(result.gradients, gradients)
@@ -339,7 +344,8 @@ def test_a_row_has_a_gradient_if_a_token_counts_and_it_has_an_advantage_or_a_ref
 def test_gradients_that_are_not_there_add_nothing():
     def made(gradients):
         # Each number an array of its own: addition donates them.
-        metrics = PolicyLossMetrics(*(jnp.float32(0.0) for _ in range(6)), kl_sum=None)
+        zero = lambda: jnp.float32(0.0)
+        metrics = PolicyLossMetrics(zero(), zero(), {"clip_ratio/low_mean": zero()}, zero(), zero())
         return PolicyGradients(gradients, jnp.float32(1.0), metrics, jnp.float32(2.0))
 
     there = lambda: made({"w": jnp.array([1.0, 2.0])})

@@ -24,6 +24,7 @@ from eqx_specgrpo.decoding import (
 from eqx_specgrpo.decoding._segment import UntilRowsFinish, run_segment
 from eqx_specgrpo.drafts import MedusaHeads
 from eqx_specgrpo.grpo import LossNormalizer, LossSettings, UpdateBatch, compute_copy, policy_gradients
+from eqx_specgrpo.grpo.losses import DAPO
 from eqx_specgrpo.models import Transformer, default_cache_dtype
 from eqx_specgrpo.runtime._compile import _COMPILED as COMPILED
 
@@ -59,7 +60,7 @@ def update_program(target: Transformer) -> str:
         tokens, np.full(4, 6, np.int32), tokens[:, 6:], mask, values, np.ones(4, np.float32), np.array([0, 2]),
         np.array([0, 0, 1, 1]),
     )  # fmt: skip
-    settings = LossSettings(temperature=1.0, epsilon=0.2, epsilon_high=0.2)
+    settings = LossSettings(temperature=1.0, loss=DAPO(epsilon=0.2, epsilon_high=0.2))
     return policy_gradients.lower(
         target, batch, LossNormalizer.from_mask(mask, 5, num_micro_batches=1), settings
     ).as_text()

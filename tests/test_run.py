@@ -40,7 +40,7 @@ from eqx_specgrpo.config._parts import make_draft, make_parts
 from eqx_specgrpo.decoding import AdaptiveLength, FixedLength, SegmentObservation, decode
 from eqx_specgrpo.drafts import MedusaHeads, load_draft
 from eqx_specgrpo.errors import UserError
-from eqx_specgrpo.grpo import LossSettings, NonFiniteError, compute_copy
+from eqx_specgrpo.grpo import LossSettings, NonFiniteError, compute_copy, make_policy_loss
 from eqx_specgrpo.models import load_pretrained, sequence_features
 from eqx_specgrpo.records import RunFolder, latest_checkpoint, read_records
 from eqx_specgrpo.train import _loop as train_loop
@@ -396,7 +396,7 @@ def test_the_draft_leaves_the_policy_alone(tiny_folder, tmp_path):
                     parts, compute_copy(state.policy, "float32"), state.draft, prompts, jr.key(step)
                 )
                 recorded.append(train.score(parts.rewards, tokenizer, examples, rollouts, "group", step)[0])
-            policy, optimizer, weights, features, batch, metrics = train.update_policy(
+            policy, optimizer, weights, features, batch, metrics, _ = train.update_policy(
                 parts, state.policy, state.policy_optimizer, None, recorded[step], 3e-3, step
             )
             state = RunState(policy, optimizer, state.draft, state.draft_optimizer, state.draft_acceptance)
@@ -437,13 +437,13 @@ def test_inner_iterations_reference_and_accumulation_together(scored, tiny_folde
     parts = make_parts(config, tiny_tokenizer(), MedusaHeads.fresh(32, 3))
     weights_after = []
     for loss_type in ("dapo", "grpo", "bnpo", "dr_grpo"):
-        loss = LossSettings(beta=0.04, chunk=24, loss_type=loss_type)
+        loss = LossSettings(beta=0.04, chunk=24, loss=make_policy_loss(loss_type))
         parts = eqx.tree_at(lambda p: p.loss, parts, loss)
         policy = tiny_model()
         state = RunState.fresh(policy, MedusaHeads.fresh(32, 3), parts.policy_optimizer, parts.draft_optimizer)
         reference = compute_copy(policy, "float32")
         before = [array.copy() for array in bits(reference)]
-        policy, optimizer, weights, features, batch, metrics = train.update_policy(
+        policy, optimizer, weights, features, batch, metrics, _ = train.update_policy(
             parts, state.policy, state.policy_optimizer, reference, scored, 1e-2, 0
         )
         # The reference is held through donated updates, and has not moved.

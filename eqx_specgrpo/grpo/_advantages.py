@@ -1,7 +1,8 @@
 """From rewards to advantages. On the host: a few hundred numbers a step, in float64."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -170,12 +171,14 @@ def normalize_then_sum_advantages(
 
 
 AdvantageEstimator = Literal["group", "rloo", "max_rl", "pass_at_k"]
-ADVANTAGE_ESTIMATORS: Mapping[AdvantageEstimator, Callable[..., Float[np.ndarray, " rows"]]] = {
-    "group": group_advantages,
-    "rloo": lambda rewards, group, num_groups, _: leave_one_out_advantages(rewards, group, num_groups),
-    "max_rl": lambda rewards, group, num_groups, _: max_rl_advantages(rewards, group, num_groups),
-    "pass_at_k": pass_at_k_advantages,
-}
+ADVANTAGE_ESTIMATORS = MappingProxyType[AdvantageEstimator, Callable[..., np.ndarray]](
+    {
+        "group": group_advantages,
+        "rloo": lambda rewards, group, num_groups, _: leave_one_out_advantages(rewards, group, num_groups),
+        "max_rl": lambda rewards, group, num_groups, _: max_rl_advantages(rewards, group, num_groups),
+        "pass_at_k": pass_at_k_advantages,
+    }
+)
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

@@ -12,7 +12,8 @@ it is right to first order in the distance only.
     [arXiv:2512.02556](https://arxiv.org/abs/2512.02556).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from types import MappingProxyType
 from typing import Literal
 
 import jax.numpy as jnp
@@ -43,6 +44,4 @@ def kl_k3(logprobs: Float[Array, "*shape"], reference_logprobs: Float[Array, "*s
     return jnp.expm1(-difference) + difference
 
 
-KL_ESTIMATORS: Mapping[
-    KLEstimator, Callable[[Float[Array, "*shape"], Float[Array, "*shape"]], Float[Array, "*shape"]]
-] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+KL_ESTIMATORS = MappingProxyType[KLEstimator, Callable[[Array, Array], Array]]({"k1": kl_k1, "k2": kl_k2, "k3": kl_k3})

@@ -46,19 +46,17 @@ from ._interrupt import StopRequest, stop_requests, stopped_at_once
 from ._lessons import CHOOSE, COMPARE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
 from ._loss_state import current_reference, fixed_reference, with_loss_state, with_update
 from ._out_of_memory import out_of_memory_advice
+from ._rollout_records import completion_records, rollout_metrics, vocabulary_metrics
 from ._segments import SegmentLog
 from ._state import RunState
 from ._step import (
-    completion_records,
     draft_rows,
     next_examples,
     roll_out,
-    rollout_metrics,
     score,
     step_key,
     update_draft,
     update_policy,
-    vocabulary_metrics,
 )
 
 

@@ -2,7 +2,6 @@
 the draft. `_loop.py` puts them together."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +12,11 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from .._types import Prompts, Rollouts, ScoredRollouts, StopReason
+from .._types import Prompts, Rollouts, ScoredRollouts
 from ..config import RunParts, check_prompt
 from ..decoding import DecodeProgress, decode
 from ..distill import DraftBatch, draft_gradients, fit_temperature, select_rows
-from ..drafts import AbstractDraft, completion_tokens, coverage, draft_vocabulary, tempered_part, with_temperature
+from ..drafts import AbstractDraft, tempered_part, with_temperature
 from ..errors import Stopped, UserError
 from ..grpo import (
     ADVANTAGE_ESTIMATORS,
@@ -29,7 +28,6 @@ from ..grpo import (
     apply_gradients,
     check_finite,
     compute_copy,
-    frac_reward_zero_std,
     global_norm,
     make_update_batch,
     no_gradients,
@@ -310,14 +308,6 @@ def _fit_temperature(
     return with_temperature(draft, part.steps), metrics
 
 
-def vocabulary_metrics(draft: AbstractDraft, rollouts: Rollouts) -> dict[str, float]:
-    """How much of the policy's completions a draft of a reduced vocabulary could have said; nothing for others."""
-    vocabulary = draft_vocabulary(draft)
-    if vocabulary.size == 0:
-        return {}
-    return {"draft/coverage": coverage(vocabulary, completion_tokens(rollouts))}
-
-
 def features_of(target: AbstractLanguageModel, batch: UpdateBatch, layers: tuple[int, ...]) -> Features:
     """The target's features of whole sequences, for a draft that learns outside a policy update."""
     return _features(target, batch, layers)
@@ -326,62 +316,6 @@ def features_of(target: AbstractLanguageModel, batch: UpdateBatch, layers: tuple
 @eqx.filter_jit
 def _features(target: AbstractLanguageModel, batch: UpdateBatch, layers: tuple[int, ...]) -> Features:
     return training_features(target, batch, layers=layers)[1]
-
-
-def rollout_metrics(scored: ScoredRollouts, reward_names: tuple[str, ...]) -> dict[str, float]:
-    """What the rollouts themselves say: rewards, lengths, acceptance. TRL's names where it has them."""
-    rollouts, rewards = scored.rollouts, scored.rewards
-    lengths, ended = rollouts.lengths, rollouts.stop_reasons == StopReason.EOS
-    groups = len(rollouts.prompts.lengths)
-    valid = ~np.isnan(rewards)
-    per_group = [rewards[(rollouts.group == g) & valid] for g in range(groups)]
-    metrics = {
-        "reward": float(rewards[valid].mean()) if valid.any() else math.nan,
-        "reward_std": float(np.mean([r.std(ddof=1) if len(r) > 1 else 0.0 for r in per_group])),
-        "frac_reward_zero_std": frac_reward_zero_std(rewards, rollouts.group, groups),
-    }
-    for name, column in zip(reward_names, scored.rewards_per_function.T, strict=True):
-        applied = column[~np.isnan(column)]
-        metrics[f"rewards/{name}/mean"] = float(applied.mean()) if len(applied) else math.nan
-        metrics[f"rewards/{name}/std"] = float(applied.std(ddof=1)) if len(applied) > 1 else 0.0
-    metrics |= {
-        "completions/mean_length": float(lengths.mean()),
-        "completions/min_length": float(lengths.min()),
-        "completions/max_length": float(lengths.max()),
-        "completions/mean_terminated_length": float(lengths[ended].mean()) if ended.any() else 0.0,
-        "completions/clipped_ratio": float((~ended).mean()),
-    }
-    statistics = rollouts.statistics
-    metrics |= {
-        "spec/acceptance_length": statistics.acceptance_length,
-        "spec/acceptance_rate": statistics.acceptance_rate,
-        "spec/draft_length": float(statistics.drafted.sum() / max(statistics.target_forwards.sum(), 1)),
-        "spec/target_forwards": float(statistics.target_forwards.sum()),
-    }
-    for position, rate in enumerate(statistics.acceptance_rate_by_position):
-        if statistics.drafted[:, position].any():
-            metrics[f"spec/acceptance_rate_pos_{position}"] = rate
-    return metrics
-
-
-def completion_records(
-    step: int, examples: list[Example], scored: ScoredRollouts, texts: list[str], reward_names: tuple[str, ...]
-) -> list[dict[str, Any]]:
-    """One JSON-able object a completion, for `completions.jsonl`."""
-    rollouts = scored.rollouts
-    return [
-        {
-            "step": step,
-            "prompt": examples[prompt].prompt,
-            "completion": texts[row],
-            "length": int(rollouts.lengths[row]),
-            "stop_reason": StopReason(int(rollouts.stop_reasons[row])).name.lower(),
-            **{name: float(scored.rewards_per_function[row, i]) for i, name in enumerate(reward_names)},
-            "reward": float(scored.rewards[row]),
-            "advantage": float(scored.advantages[row]),
-        }
-        for row, prompt in enumerate(rollouts.group)
-    ]
 
 
 def step_key(seed: int, step: int, purpose: int) -> Key[Array, ""]:

@@ -1,6 +1,7 @@
 """Every loss by name. A new one is a file in this folder and a line here."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ...errors import UserError, did_you_mean
@@ -17,18 +18,20 @@ from ._option import options_of
 from ._sapo import SAPO
 from ._vespo import VESPO
 
-POLICY_LOSSES: Mapping[str, type[AbstractPolicyLoss]] = {
-    "dapo": DAPO,
-    "grpo": GRPO,
-    "bnpo": BNPO,
-    "dr_grpo": DrGRPO,
-    "cispo": CISPO,
-    "sapo": SAPO,
-    "luspo": LUSPO,
-    "vespo": VESPO,
-    "dppo_tv": DPPOTV,
-    "dppo_kl": DPPOKL,
-}
+POLICY_LOSSES = MappingProxyType[str, type[AbstractPolicyLoss]](
+    {
+        "dapo": DAPO,
+        "grpo": GRPO,
+        "bnpo": BNPO,
+        "dr_grpo": DrGRPO,
+        "cispo": CISPO,
+        "sapo": SAPO,
+        "luspo": LUSPO,
+        "vespo": VESPO,
+        "dppo_tv": DPPOTV,
+        "dppo_kl": DPPOKL,
+    }
+)
 
 
 def make_policy_loss(name: str, options: Mapping[str, float | None] | None = None) -> AbstractPolicyLoss:

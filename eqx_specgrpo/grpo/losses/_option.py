@@ -6,7 +6,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Int
 
 _KEY = "loss_option"
 
@@ -25,13 +25,13 @@ class LossOption:
 
     default: float | None
     description: str
-    gt: float | None = None
-    ge: float | None = None
-    le: float | None = None
+    gt: float | int | None = None
+    ge: float | int | None = None
+    le: float | int | None = None
     complaint: Callable[[float, Mapping[str, float | None]], str | None] | None = None
 
     @property
-    def bounds(self) -> dict[str, float]:
+    def bounds(self) -> dict[str, float | int]:
         """Those that there are, by name."""
         named = (("gt", self.gt), ("ge", self.ge), ("le", self.le))
         return {name: bound for name, bound in named if bound is not None}
@@ -41,9 +41,9 @@ def option(
     default: float | None,
     description: str,
     *,
-    gt: float | None = None,
-    ge: float | None = None,
-    le: float | None = None,
+    gt: float | int | None = None,
+    ge: float | int | None = None,
+    le: float | int | None = None,
     complaint: Callable[[float, Mapping[str, float | None]], str | None] | None = None,
 ) -> Any:
     """A field of a loss that its user may set: an array, so that another value is no other program.
@@ -59,5 +59,5 @@ def options_of(loss: type[eqx.Module]) -> dict[str, LossOption]:
     return {field.name: field.metadata[_KEY] for field in dataclasses.fields(loss) if _KEY in field.metadata}
 
 
-def _array(x: Float[ArrayLike, ""] | int | None) -> Float[Array, ""] | None:
+def _array(x: Float[ArrayLike, ""] | Int[ArrayLike, ""] | None) -> Float[Array, ""] | None:
     return None if x is None else jnp.asarray(x, jnp.float32)
