@@ -67,7 +67,7 @@ def test_ratios_are_constant_weights_where_the_papers_have_them_so():
     lower = dict(loss_type="dppo_tv", advantages=-ADVANTAGES)
     np.testing.assert_allclose(gradient(**lower, options={"dppo_delta": 0.18})[0, 0], 0)
     kept = gradient(**lower, options={"dppo_delta": 0.19, "dppo_delta_high": 0.01})
-    np.testing.assert_allclose(kept, [[0.5 / 3, 0, 3 / 3]], atol=1e-5)
+    np.testing.assert_allclose(kept, [[0.5 / 3, -1 / 3, 3 / 3]], atol=1e-5)
 
 
 def test_dppo_kl_is_outside_only_where_the_advantage_pushes():
