@@ -29,7 +29,7 @@ from eqx_specgrpo.grpo import (
     pass_at_k_advantages,
     policy_loss,
 )
-from eqx_specgrpo.grpo.losses import options_of
+from eqx_specgrpo.grpo.losses import binary_kl, options_of
 
 RATIOS = jnp.array([[0.5, 1.0, 1.5]])
 
@@ -75,6 +75,13 @@ def test_dppo_kl_is_outside_only_where_the_advantage_pushes():
     of = lambda advantages: gradient(loss_type="dppo_kl", advantages=advantages, options={"dppo_delta": 0.01})
     np.testing.assert_allclose(of(ADVANTAGES), [[-0.5 / 3, 1 / 3, 0]], atol=1e-5)
     np.testing.assert_allclose(of(-ADVANTAGES), [[0, -1 / 3, 3 / 3]], atol=1e-5)
+
+
+def test_binary_kl_of_certainties():
+    """0 log 0 is 0; from a token that was not certain to one that is, it is far but finite."""
+    old, new = jnp.array([0.0, 0.0, -1.0]), jnp.array([0.0, -1.0, 0.0])
+    same, left, certain = binary_kl(old, new)
+    assert (same, left) == (0.0, 1.0) and 10 < certain < 1e3
 
 
 def test_slope_of_the_soft_gate():
