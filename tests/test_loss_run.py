@@ -16,6 +16,7 @@ from eqx_specgrpo import train
 from eqx_specgrpo._types import ScoredRollouts
 from eqx_specgrpo.config import make_parts
 from eqx_specgrpo.drafts import NoDraft
+from eqx_specgrpo.errors import UserError
 from eqx_specgrpo.grpo import LossSettings, group_advantages, make_update_batch, policy_entropies, policy_logprobs
 from eqx_specgrpo.records import read_records
 
@@ -140,8 +141,8 @@ def run(folder, out, *settings: str, resume: bool = False) -> list[dict]:
 
 
 def test_what_the_loss_carries_survives_a_resume(tiny_folder, tmp_path, monkeypatch):
-    """A reference that follows the policy and a coefficient that adapts: stopped after two steps of four and resumed,
-    the run is to the bit the one that was not."""
+    """A reference that follows the policy and a coefficient that adapts: ended by an error after two steps of four and
+    resumed, the run is to the bit the one that was not."""
     settings = (
         *EVERYTHING,
         "grpo.sync_ref_model=true",
@@ -150,8 +151,9 @@ def test_what_the_loss_carries_survives_a_resume(tiny_folder, tmp_path, monkeypa
     )
     straight = run(tiny_folder, tmp_path / "straight", *settings)
     with monkeypatch.context() as patch:
-        patch.setenv("TINY_RUN_INTERRUPT_AT", "1")
-        assert len(run(tiny_folder, tmp_path / "stopped", *settings)) == 2
+        patch.setenv("TINY_RUN_RAISE_AT", "2")
+        with pytest.raises(UserError, match="out of order"):
+            run(tiny_folder, tmp_path / "stopped", *settings)
     assert run(tiny_folder, tmp_path / "stopped", *settings, resume=True) == straight
     ends = [tmp_path / name / "checkpoints" / "step-000004" for name in ("straight", "stopped")]
     for tree in ("policy", "reference", "entropy"):
