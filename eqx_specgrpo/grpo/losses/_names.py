@@ -15,6 +15,7 @@ from ._dr_grpo import DrGRPO
 from ._grpo import GRPO
 from ._luspo import LUSPO
 from ._option import options_of
+from ._reinforce import Reinforce
 from ._sapo import SAPO
 from ._vespo import VESPO
 
@@ -30,6 +31,7 @@ POLICY_LOSSES = MappingProxyType[str, type[AbstractPolicyLoss]](
         "vespo": VESPO,
         "dppo_tv": DPPOTV,
         "dppo_kl": DPPOKL,
+        "reinforce": Reinforce,
     }
 )
 
