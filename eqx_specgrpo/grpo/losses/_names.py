@@ -15,7 +15,6 @@ from ._dr_grpo import DrGRPO
 from ._grpo import GRPO
 from ._luspo import LUSPO
 from ._option import options_of
-from ._reinforce import Reinforce
 from ._sapo import SAPO
 from ._vespo import VESPO
 
@@ -31,7 +30,6 @@ POLICY_LOSSES = MappingProxyType[str, type[AbstractPolicyLoss]](
         "vespo": VESPO,
         "dppo_tv": DPPOTV,
         "dppo_kl": DPPOKL,
-        "reinforce": Reinforce,
     }
 )
 
