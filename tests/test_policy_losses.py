@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from loss_cases import ADVANTAGES, ALL, CASES, CURRENT, OLD, kl, one_row, table, value, weights
 
-from eqx_specgrpo.config import load_config
+from eqx_specgrpo.config import check_resume, dump_config, load_config
 from eqx_specgrpo.errors import ConfigError, UserError
 from eqx_specgrpo.grpo import (
     POLICY_LOSSES,
@@ -484,6 +484,18 @@ def test_a_loss_states_its_options_and_the_configuration_has_them():
 def test_what_contradicts_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         load_config(None, [f"grpo.{setting}" for setting in settings])
+
+
+def test_a_run_of_before_does_not_change_its_kl_unasked(tmp_path):
+    """Its config.toml has no `use_bias_correction_kl`, for there was no ratio."""
+    old, new = (tmp_path / name for name in ("old.toml", "new.toml"))
+    new.write_text(dump_config(load_config(None, ["grpo.beta=0.1"])), encoding="utf-8")
+    lines = new.read_text(encoding="utf-8").splitlines()
+    old.write_text("\n".join(line for line in lines if "use_bias_correction_kl" not in line), encoding="utf-8")
+    with pytest.raises(ConfigError, match="use_bias_correction_kl was false in the run to be resumed and is true now"):
+        check_resume(load_config(old), load_config(old))
+    check_resume(load_config(old), load_config(old, ["grpo.use_bias_correction_kl=false"]))
+    check_resume(load_config(new), load_config(new))
 
 
 def test_scale_rewards_may_be_a_boolean():

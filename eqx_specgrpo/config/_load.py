@@ -172,6 +172,8 @@ def check_resume(old: RunConfig, new: RunConfig) -> None:
     `ConfigError` naming the first key that differs, with both values.
     """
     was, is_ = dict(_leaves(old)), dict(_leaves(new))
+    if old.grpo.beta != 0 and "use_bias_correction_kl" not in old.grpo.model_fields_set:
+        was["grpo.use_bias_correction_kl"] = False  # begun by a version that had no such key, and did without the ratio
     for key in [*was, *(key for key in is_ if key not in was)]:
         if key not in _MAY_CHANGE and was.get(key) != is_.get(key):
             raise ConfigError(
