@@ -27,6 +27,7 @@ from eqx_specgrpo.grpo import (
     make_update_batch,
     policy_gradients,
 )
+from eqx_specgrpo.grpo.losses import DAPO
 from eqx_specgrpo.models import load_pretrained
 from eqx_specgrpo.tasks import Arithmetic, collate, load_rewards
 
@@ -51,7 +52,7 @@ acceptance = jnp.zeros(draft.max_length)
 task = Arithmetic(terms=(4, 6), low=2, high=49, operations="+-")
 rewards = load_rewards([], None, task)
 sampling = Sampling(TEMPERATURE)
-settings = LossSettings(temperature=TEMPERATURE, loss_type="dapo", layers=draft.layers)
+settings = LossSettings(temperature=TEMPERATURE, loss=DAPO(), layers=draft.layers)
 root = jr.key(0)
 
 for step in range(arguments.steps):
