@@ -15,8 +15,10 @@ from ._checkpoint import (
     load_tokenizer as load_tokenizer,
     save_model as save_model,
 )
+from ._checkpoint_keys import CHECKPOINT_KEYS as CHECKPOINT_KEYS
 from ._config import LinearRope as LinearRope, Llama3Rope as Llama3Rope, TransformerConfig as TransformerConfig
 from ._dtype import default_cache_dtype as default_cache_dtype, matrix_dtype as matrix_dtype
+from ._keys import CheckpointWarning as CheckpointWarning, KeyRule as KeyRule
 from ._linear import Linear as Linear, matmul as matmul
 from ._locate import could_be_downloaded as could_be_downloaded, locate as locate
 from ._norm import RMSNorm as RMSNorm, rms_normalize as rms_normalize

@@ -16,12 +16,15 @@ from jaxtyping import DTypeLike
 from safetensors import SafetensorError
 
 from ..errors import UserError
+from ._config_keys import FOLDER_FILES
 from ._gguf import GGUFFile
 from ._gguf_tokenizer import tokenizer_from_gguf
 from ._hf_config import config_from_hf, config_to_hf
+from ._keys import check_files
 from ._locate import locate
 from ._safetensors import folder_tensors, read_json, write_tensors
-from ._tokenizer import Tokenizer, check_tokenizer, tokenizer_from_folder
+from ._tokenizer import Tokenizer, check_tokenizer
+from ._tokenizer_files import tokenizer_from_folder
 from ._transformer import Transformer
 from ._weights import fill_model, model_tensors
 
@@ -64,7 +67,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     `CheckpointError` if there is none, or none that can be read.
     """
     path = locate(path)
-    return tokenizer_from_folder(path) if path.is_dir() else tokenizer_from_gguf(GGUFFile(path))
+    if path.is_dir():
+        return tokenizer_from_folder(path)
+    file = GGUFFile(path)
+    file.check_keys()
+    return tokenizer_from_gguf(file)
 
 
 def load_pretrained(path: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Transformer, Tokenizer]:
@@ -82,6 +89,7 @@ def load_pretrained(path: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[T
 
 
 def _model_from_folder(folder: Path, dtype: DTypeLike) -> Transformer:
+    check_files(folder, FOLDER_FILES)
     config = config_from_hf(read_json(folder / "config.json"), folder / "config.json")
     return fill_model(config, folder_tensors(folder), folder, dtype)
 

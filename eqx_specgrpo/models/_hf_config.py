@@ -9,6 +9,8 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ._config import LinearRope, Llama3Rope, RopeScaling, TransformerConfig
+from ._config_keys import CONFIG_KEYS, ROPE_KEYS
+from ._keys import check_keys
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",
@@ -16,7 +18,9 @@ FAMILIES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-_ROPE_TYPES = "default, linear, llama3"
+_ROPE_TYPES = ("default", "linear", "llama3")
+# What transformers' classes take where the key is absent; null means as many as there are query heads.
+_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 
 
 class _Reader:
@@ -79,6 +83,7 @@ def config_from_hf(values: dict[str, Any], origin: Path) -> TransformerConfig:
         raise read.fail(f"hidden_act {values['hidden_act']!r} is not supported; supported is silu")
     if values.get("rope_interleaved"):
         raise read.fail("rope_interleaved is true; only the half-split rotary layout of transformers is supported")
+    check_keys(values, CONFIG_KEYS, origin, family)
 
     num_heads = read.integer("num_attention_heads")
     hidden_size = read.integer("hidden_size")
@@ -92,18 +97,22 @@ def config_from_hf(values: dict[str, Any], origin: Path) -> TransformerConfig:
         qkv_bias, output_bias = True, False
     else:
         qkv_bias = output_bias = family != "mistral" and read.flag("attention_bias")
+    rope = _rope_parameters(read)
     try:
-        return TransformerConfig(
+        config = TransformerConfig(
             vocab_size=read.integer("vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=read.integer("intermediate_size"),
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=read.integer("num_key_value_heads", num_heads),
+            num_kv_heads=read.integer(
+                "num_key_value_heads",
+                num_heads if "num_key_value_heads" in values else _KV_HEADS.get(family, num_heads),
+            ),
             head_dim=head_dim,
             max_position_embeddings=max_positions,
-            rope_theta=_rope_parameters(read).number("rope_theta", 10000.0),
-            rope_scaling=_rope_scaling(_rope_parameters(read), max_positions),
+            rope_theta=rope.number("rope_theta", 10000.0),
+            rope_scaling=_rope_scaling(rope, max_positions),
             norm_eps=read.number("rms_norm_eps", 1e-6),
             qkv_bias=qkv_bias,
             output_bias=output_bias,
@@ -116,21 +125,35 @@ def config_from_hf(values: dict[str, Any], origin: Path) -> TransformerConfig:
         raise
     except ValueError as error:  # What TransformerConfig itself rejects.
         raise read.fail(str(error)) from error
+    _check_architecture(read, family)
+    return config
+
+
+def _check_architecture(read: _Reader, family: str) -> None:
+    """A file for a classifier, or for somebody's own code, may use the family's keys and mean another model."""
+    stated = read.values.get("architectures")
+    if stated and not (isinstance(stated, list) and FAMILIES[family].lower() in [str(name).lower() for name in stated]):
+        raise read.fail(f"architectures is {stated!r}, but a {family} model that can be trained is {FAMILIES[family]}")
 
 
 def _rope_parameters(read: _Reader) -> _Reader:
-    """One flat object from either style, `rope_theta` included."""
-    merged: dict[str, Any] = {}
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if read.values.get(key) is not None:
-            merged[key] = read.values[key]
+    """One flat object from either style, by the precedence of transformers.
+
+    `rope_scaling` as a whole goes before `rope_parameters`. What is missing there comes from the top level, but for
+    `original_max_position_embeddings`, where the top level wins.
+    """
+    values = read.values
     for key in ("rope_parameters", "rope_scaling"):
-        nested = read.values.get(key)
-        if nested is None:
-            continue
-        if not isinstance(nested, dict) or any(isinstance(value, dict) for value in nested.values()):
+        nested = values.get(key)
+        if nested is not None and (
+            not isinstance(nested, dict) or any(isinstance(value, dict) for value in nested.values())
+        ):
             raise read.fail(f"{key} is {nested!r}; only one flat object for all layers is supported")
-        merged.update(nested)
+    stated = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    outer = {key: values[key] for key in ("rope_theta", "partial_rotary_factor") if values.get(key) is not None}
+    merged = {**outer, **{key: value for key, value in stated.items() if value is not None}}
+    if values.get("original_max_position_embeddings") is not None:
+        merged["original_max_position_embeddings"] = values["original_max_position_embeddings"]
     return _Reader(merged, read.origin)
 
 
@@ -138,9 +161,10 @@ def _rope_scaling(rope: _Reader, max_positions: int) -> RopeScaling:
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     if rope.values.get("partial_rotary_factor", 1.0) != 1.0:
         raise rope.fail(f"partial_rotary_factor {rope.values['partial_rotary_factor']!r} is not supported; only 1 is")
+    if kind not in _ROPE_TYPES:
+        raise rope.fail(f"rope type {kind!r} is not supported; supported are {', '.join(_ROPE_TYPES)}")
+    check_keys(rope.values, ROPE_KEYS, f"{rope.origin}, rotary embedding", kind)
     match kind:
-        case "default" | None:
-            return None
         case "linear":
             return LinearRope(rope.number("factor"))
         case "llama3":
@@ -151,15 +175,14 @@ def _rope_scaling(rope: _Reader, max_positions: int) -> RopeScaling:
                 original_max_position_embeddings=rope.integer("original_max_position_embeddings", max_positions),
             )
         case _:
-            raise rope.fail(f"rope type {kind!r} is not supported; supported are {_ROPE_TYPES}")
+            return None
 
 
 def _sliding_window(read: _Reader, family: str, num_layers: int, max_positions: int) -> int | None:
     """The window, where every layer has the same one; `None` where it never cuts anything off."""
     if family == "mistral":
         # The class default holds only where the key is absent; Mistral 7B v0.2 and later write null.
-        absent = "sliding_window" not in read.values
-        window = 4096 if absent else read.values["sliding_window"]
+        window = read.values.get("sliding_window", 4096)
         default_kinds = ["full_attention" if window is None else "sliding_attention"] * num_layers
     elif family in ("qwen2", "qwen3"):
         used = read.flag("use_sliding_window")
@@ -176,6 +199,14 @@ def _sliding_window(read: _Reader, family: str, num_layers: int, max_positions: 
     kinds = read.values.get("layer_types") or default_kinds
     if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
         raise read.fail(f"layer_types is {kinds!r}, but must be a list of names")
+    kinds = ["full_attention" if kind == "attention" else kind for kind in kinds]
+    if len(kinds) != num_layers:
+        raise read.fail(f"layer_types names {len(kinds)} layers, but num_hidden_layers is {num_layers}")
+    if family == "mistral" and kinds != default_kinds:
+        raise read.fail(
+            f"layer_types says {sorted(set(kinds))}, but with sliding_window {window!r} transformers computes "
+            f"{default_kinds[0]} in every layer of a mistral model: delete the one that is wrong"
+        )
     if set(kinds) == {"full_attention"}:
         return None
     if set(kinds) != {"sliding_attention"} or window is None:
