@@ -13,7 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from eqx_specgrpo.errors import CheckpointError
 from eqx_specgrpo.models import CHECKPOINT_KEYS, CheckpointWarning, load_model, load_tokenizer, rope_frequencies
-from eqx_specgrpo.models._hf_config import FAMILIES, config_from_hf
+from eqx_specgrpo.models._hf_config import config_from_hf
+from eqx_specgrpo.models._hf_families import FAMILIES
 from eqx_specgrpo.models._keys import check_keys, rule_of
 
 CONFIG, ROPE = CHECKPOINT_KEYS["`config.json`"], list(CHECKPOINT_KEYS.values())[2]
@@ -213,5 +214,5 @@ def test_gguf_keys(tmp_path):
 def test_rules_by_family():
     table = [rule for rule in CONFIG if "sliding_window" in rule.names]
     check_keys({"sliding_window": 8}, table, "x", "mistral")
-    with pytest.raises(CheckpointError, match="a llama model has no such option"):
+    with pytest.raises(CheckpointError, match="llama has no such option"):
         check_keys({"sliding_window": 8}, table, "x", "llama")

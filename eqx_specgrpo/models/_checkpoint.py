@@ -19,7 +19,9 @@ from ..errors import UserError
 from ._config_keys import FOLDER_FILES
 from ._gguf import GGUFFile
 from ._gguf_tokenizer import tokenizer_from_gguf
-from ._hf_config import config_from_hf, config_to_hf
+from ._hf_config import config_from_hf
+from ._hf_families import FUSED
+from ._hf_write import config_to_hf
 from ._keys import check_files
 from ._locate import locate
 from ._safetensors import folder_tensors, read_json, write_tensors
@@ -36,8 +38,8 @@ def load_model(path: str | Path, dtype: DTypeLike = jnp.float32) -> Transformer:
 
     **Arguments:**
 
-    - `path`: a Hugging Face folder (`config.json` with `model.safetensors` or shards and their index; families `llama`,
-        `mistral`, `qwen2` and `qwen3`), a `.gguf` file (extra `gguf`), or `org/name`, which huggingface_hub downloads.
+    - `path`: a Hugging Face folder (`config.json` with `model.safetensors` or shards and their index; the families are
+        in `docs/checkpoints.md`), a `.gguf` file (extra `gguf`), or `org/name`, which huggingface_hub downloads.
     - `dtype`: of the matrices, whatever they are stored in. Norms and biases are always float32.
 
     **Returns:**
@@ -90,8 +92,9 @@ def load_pretrained(path: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[T
 
 def _model_from_folder(folder: Path, dtype: DTypeLike) -> Transformer:
     check_files(folder, FOLDER_FILES)
-    config = config_from_hf(read_json(folder / "config.json"), folder / "config.json")
-    return fill_model(config, folder_tensors(folder), folder, dtype)
+    values = read_json(folder / "config.json")
+    config = config_from_hf(values, folder / "config.json")
+    return fill_model(config, folder_tensors(folder), folder, dtype, fused=values["model_type"] in FUSED)
 
 
 def _model_from_gguf(file: GGUFFile, dtype: DTypeLike) -> Transformer:
@@ -138,7 +141,7 @@ def save_model(
     if source is not None and (Path(source) / "generation_config.json").is_file():
         generation = read_json(Path(source) / "generation_config.json")
     with _replace_folder(Path(folder)) as aside:
-        write_tensors(model_tensors(model), aside, dtype, shard_bytes)
+        write_tensors(model_tensors(model, fused=config["model_type"] in FUSED), aside, dtype, shard_bytes)
         if tokenizer is not None:
             generation.update(ids)
         for name, values in (("config.json", {**config, **ids}), ("generation_config.json", generation)):

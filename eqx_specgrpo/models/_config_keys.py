@@ -3,6 +3,7 @@
 from ._keys import harmless, read, refused
 
 _QWEN = ("qwen2", "qwen3")
+_GEMMA = ("gemma2", "gemma3_text")
 
 FOLDER_FILES = (
     read("the model", "config.json", "model.safetensors", "model.safetensors.index.json", "model-*"),
@@ -43,18 +44,34 @@ CONFIG_KEYS = (
     read("the longest sequence, and what rope scaling starts from where that is not said", "max_position_embeddings"),
     read("of RMSNorm", "rms_norm_eps"),
     read("which linear layers have a bias; tensors that are not used are an error", "attention_bias", "mlp_bias"),
-    read("silu only", "hidden_act"),
+    read("`silu` or `gelu_pytorch_tanh`; Gemma reads `hidden_activation` in its place", "hidden_act"),
+    read("the activation", "hidden_activation", families=_GEMMA),
     read("whether the unembedding is the embedding", "tie_word_embeddings"),
     read("rotary embedding: see the next table", "rope_parameters", "rope_scaling", "rope_theta"),
     read(
         "of the rope types that scale: as in transformers it wins over the one inside of `rope_parameters`",
         "original_max_position_embeddings",
     ),
-    read("the share of a head that turns: 1 only", "partial_rotary_factor"),
-    read("how far attention sees", "sliding_window", families=("mistral", *_QWEN)),
-    read("whether there is a window, and from which layer", "use_sliding_window", families=_QWEN),
-    harmless("without `use_sliding_window` it means nothing", "max_window_layers"),
-    read("must be one kind for all layers", "layer_types"),
+    read("the share of a head that turns: less than 1 for phi3 only", "partial_rotary_factor"),
+    read("the base of layers with a window", "rope_local_base_freq", families=("gemma3_text",)),
+    read("layers in which nothing turns", "no_rope_layers", "no_rope_layer_interval", families=("smollm3",)),
+    read("how far attention sees", "sliding_window", families=("mistral", "smollm3", "phi3", *_QWEN, *_GEMMA)),
+    read("whether there is a window", "use_sliding_window", families=("smollm3", *_QWEN)),
+    harmless("read for qwen2 and qwen3; without `use_sliding_window` it means nothing", "max_window_layers"),
+    read("which layers have a window, for the families that know a mixture", "layer_types"),
+    read("after how many layers one has no window", "sliding_window_pattern", families=_GEMMA),
+    harmless("transformers writes it beside `layer_types`", "_sliding_window_pattern"),
+    read("a factor on scores, as the number whose root divides them", "query_pre_attn_scalar", families=_GEMMA),
+    read("caps", "attn_logit_softcapping", "final_logit_softcapping", families=_GEMMA),
+    read(
+        "factors on embeddings, residuals and scores; what divides logits",
+        "embedding_multiplier",
+        "residual_multiplier",
+        "attention_multiplier",
+        "logits_scaling",
+        families=("granite",),
+        neutral=(None, False, 1),
+    ),
     read("tokens that end a completion, besides those of the tokenizer", "eos_token_id"),
     harmless("the tokenizer's own are used; padding carries no meaning here", "bos_token_id", "pad_token_id"),
     harmless("sentences are not separated by the model", "sep_token_id", "cls_token_id", "unk_token_id"),
@@ -170,10 +187,6 @@ CONFIG_KEYS = (
     refused("attention in chunks", "attention_chunk_size"),
     refused(
         "scores of attention or logits are capped or scaled",
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
-        "query_pre_attn_scalar",
-        "attention_multiplier",
         "attn_temperature_tuning",
         "attention_sinks",
         "attn_sink",
@@ -185,9 +198,6 @@ CONFIG_KEYS = (
     ),
     refused(
         "a factor on embeddings, residuals or logits",
-        "embedding_multiplier",
-        "residual_multiplier",
-        "logits_scaling",
         "logit_scale",
         "lm_head_multiplier",
         "scale_emb",
@@ -197,10 +207,10 @@ CONFIG_KEYS = (
         "mup_width_scale",
         neutral=(None, False, 1),
     ),
-    refused("layers without rotary embedding", "no_rope_layers", "no_rope_layer_interval"),
+    refused("the unembedding has a bias", "lm_head_bias"),
+    refused("layers of another kind in between", "full_attn_mod", "interpolate_factor", neutral=(None, False, 1)),
     refused(
         "another rotary embedding",
-        "rope_local_base_freq",
         "global_rope_theta",
         "local_rope_theta",
         "use_dynamic_ntk",
@@ -228,8 +238,13 @@ CONFIG_KEYS = (
 ROPE_KEYS = (
     read("the type", "rope_type", "type"),
     read("the base", "rope_theta"),
-    read("the share of a head that turns: 1 only", "partial_rotary_factor"),
-    read("by how much positions are stretched", "factor", families=("linear", "llama3"), neutral=(None, 1)),
+    read("the share of a head that turns: less than 1 for phi3 only", "partial_rotary_factor"),
+    read(
+        "by how much positions are stretched",
+        "factor",
+        families=("linear", "dynamic", "llama3", "yarn", "longrope"),
+        neutral=(None, 1),
+    ),
     read(
         "where frequencies begin and end to be stretched", "low_freq_factor", "high_freq_factor", families=("llama3",)
     ),
@@ -237,21 +252,17 @@ ROPE_KEYS = (
         "the length before stretching; a description where the type has no use for it",
         "original_max_position_embeddings",
     ),
-    harmless("says how the model was trained", "finetuned"),
-    refused(
-        "of rope types that are not supported",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
+    read("a factor on what turns", "attention_factor", families=("yarn", "longrope"), neutral=(None, 1)),
+    read("another way to state that factor", "mscale", "mscale_all_dim", families=("yarn",)),
+    read("where the ramp begins and ends", "beta_fast", "beta_slow", "truncate", families=("yarn",)),
+    read(
+        "divisors of the frequencies; the long ones are kept, and rows stay within the original length",
         "short_factor",
         "long_factor",
-        "mrope_section",
-        "mrope_interleaved",
-        "alpha",
+        families=("longrope",),
     ),
+    harmless("says how the model was trained", "finetuned"),
+    refused("of rope types that are not supported", "mrope_section", "mrope_interleaved", "alpha"),
 )
 
 GENERATION_KEYS = (

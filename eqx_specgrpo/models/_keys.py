@@ -84,7 +84,7 @@ def check_keys(values: Mapping[str, Any], table: Sequence[KeyRule], origin: Path
             if not (_empty(value) or value is False):
                 unknown.append(f"{key!r} ({_short(value)})")
         elif rule.refuses(value, family):
-            why = rule.why if rule.treatment == "refused" else f"a {family} model has no such option"
+            why = rule.why if rule.treatment == "refused" else f"{family} has no such option"
             raise CheckpointError(
                 f"{origin}: {key!r} is {_short(value)}, which is not supported: {why}. Delete the key if you know that "
                 "the model was trained without it"
