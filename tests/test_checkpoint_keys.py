@@ -9,13 +9,16 @@ import pytest
 import torch
 from make_reference import REFERENCE
 from transformers import AutoConfig, GenerationConfig, LlamaConfig
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from eqx_specgrpo.errors import CheckpointError
 from eqx_specgrpo.models import CHECKPOINT_KEYS, CheckpointWarning, load_model, load_tokenizer, rope_frequencies
 from eqx_specgrpo.models._hf_config import config_from_hf
 from eqx_specgrpo.models._hf_families import FAMILIES
 from eqx_specgrpo.models._keys import check_keys, rule_of
+from eqx_specgrpo.models._rope import rope_attention_factor
 
 CONFIG, ROPE = CHECKPOINT_KEYS["`config.json`"], list(CHECKPOINT_KEYS.values())[2]
 GENERATION, GGUF = CHECKPOINT_KEYS["`generation_config.json`"], CHECKPOINT_KEYS["Metadata of `.gguf` files"]
@@ -47,7 +50,8 @@ def test_all_that_transformers_writes_of_a_family(family, tmp_path):
     attributes = [key for key in vars(config) if not key.startswith("_")]
     for key in {*config.to_dict(), *written, *attributes}:
         assert rule_of(key, CONFIG) is not None, f"transformers writes {key} of {family}: read, harmless or refused?"
-    for key in config.rope_parameters:
+    nested = [value for value in config.rope_parameters.values() if isinstance(value, dict)]
+    for key in {key for values in nested or [config.rope_parameters] for key in values}:
         assert rule_of(key, ROPE) is not None, key
     # And its defaults, in full, are a model that loads without a warning.
     with warnings.catch_warnings():
@@ -118,6 +122,12 @@ def test_unknown_keys_are_named_once_and_loading_goes_on():
         ("llama", dict(architectures=["LlamaForSequenceClassification"]), ["LlamaForCausalLM"]),
         ("llama", dict(rope_scaling={"type": "linear", "factor": 2.0, "beta_fast": 32}), ["beta_fast"]),
         ("llama", dict(rope_scaling={"rope_type": "default", "factor": 2.0}), ["factor", "default"]),
+        # transformers takes the type of Gemma 3's from `rope_type` alone.
+        ("gemma3_text", dict(rope_scaling={"type": "linear", "factor": 2.0}), ["factor", "default"]),
+        ("llama", dict(embedding_multiplier=2.0), ["embedding_multiplier", "llama"]),
+        ("qwen3", dict(final_logit_softcapping=30.0), ["final_logit_softcapping", "qwen3"]),
+        ("granite", dict(no_rope_layers=[1, 0]), ["no_rope_layers", "granite"]),
+        ("phi3", dict(sliding_window=9, layer_types=["full_attention"] * 2), ["layer_types", "delete"]),
         ("llama", dict(rope_scaling={"rope_type": "linear", "factor": 2.0, "low_freq_factor": 2}), ["low_freq_factor"]),
     ],
 )
@@ -137,10 +147,19 @@ def test_absent_keys_mean_what_they_mean_in_transformers():
             assert ours.num_kv_heads == theirs.num_key_value_heads
             assert ours.norm_eps == theirs.rms_norm_eps
             assert ours.tie_embeddings == theirs.tie_word_embeddings
+    for family in ("gemma2", "gemma3_text"):
+        values = _values(family)
+        del values["head_dim"]
+        theirs, ours = AutoConfig.for_model(**values), _config(values)
+        assert (ours.head_dim, ours.final_logit_softcapping) == (theirs.head_dim, theirs.final_logit_softcapping)
+        assert ours.attn_logit_softcapping == theirs.attn_logit_softcapping
+        assert (ours.attention_multiplier or ours.head_dim**-0.5) == theirs.query_pre_attn_scalar**-0.5
 
 
 _LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 _LINEAR = dict(type="linear", factor=4.0)
+_YARN = dict(rope_type="yarn", factor=4.0, beta_fast=4.0, original_max_position_embeddings=32)
+_LONG = dict(rope_type="longrope", short_factor=[1.0 + i for i in range(8)], long_factor=[9.0] * 8)
 
 
 @pytest.mark.parametrize(
@@ -158,15 +177,63 @@ _LINEAR = dict(type="linear", factor=4.0)
         dict(rope_scaling=_LINEAR, original_max_position_embeddings=32),
         dict(rope_scaling={}, rope_parameters=_LINEAR),
         dict(rope_scaling=None, rope_theta=700, original_max_position_embeddings=32),
+        dict(rope_scaling=dict(type="dynamic", factor=4.0), rope_theta=700),
+        dict(rope_parameters=_YARN),
+        dict(rope_parameters=_YARN, original_max_position_embeddings=16),
+        dict(rope_scaling=dict(type="yarn", factor=4.0), rope_theta=500),
+        dict(rope_parameters=_YARN | dict(attention_factor=0.75, beta_slow=0.5, truncate=False)),
+        dict(rope_parameters=_YARN | dict(mscale=0.7, mscale_all_dim=1.3)),
+        dict(rope_parameters=_YARN | dict(mscale=0.7)),
+        dict(rope_parameters=_YARN | dict(factor=1.0)),
+        dict(rope_parameters=_LONG | dict(factor=2.0), original_max_position_embeddings=64),
+        dict(rope_parameters=_LONG | dict(original_max_position_embeddings=64)),
+        dict(rope_parameters=_LONG | dict(attention_factor=1.5), rope_theta=500),
     ],
 )
 def test_rope_wherever_it_is_stated(stated):
     """Frequencies like transformers', whichever of the four places says what."""
     values = _values(**json.loads(json.dumps(stated)))
     ours = _config(values)
-    theirs = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(values)))).inv_freq
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(values))))
     found = torch.tensor(rope_frequencies(ours.head_dim, ours.rope_theta, ours.rope_scaling)).float()
-    torch.testing.assert_close(found, theirs, atol=0, rtol=1e-6)
+    torch.testing.assert_close(found, theirs.inv_freq, atol=0, rtol=2e-6)
+    assert rope_attention_factor(ours.rope_scaling) == pytest.approx(theirs.attention_scaling)
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {},
+        dict(rope_theta=5e5, rope_local_base_freq=300.0),
+        dict(rope_theta=5e5, rope_scaling=dict(rope_type="linear", factor=4.0)),
+        dict(rope_parameters=dict(full_attention=dict(rope_type="linear", factor=8.0, rope_theta=100.0))),
+        dict(rope_parameters=dict(sliding_attention=dict(rope_type="default", rope_theta=7.0)), rope_theta=70.0),
+    ],
+)
+def test_both_ropes_of_gemma3(stated):
+    values = _values("gemma3_text", sliding_window=16, **json.loads(json.dumps(stated)))
+    values["layer_types"] = ["sliding_attention", "full_attention"]
+    ours = _config(values)
+    theirs = Gemma3RotaryEmbedding(AutoConfig.for_model(**json.loads(json.dumps(values))))
+    found = [torch.tensor(rope_frequencies(ours.head_dim, *rope)).float() for rope in ours.ropes]
+    torch.testing.assert_close(found[ours.rope(0)], theirs.sliding_attention_inv_freq, atol=0, rtol=2e-6)
+    torch.testing.assert_close(found[ours.rope(1)], theirs.full_attention_inv_freq, atol=0, rtol=2e-6)
+
+
+def test_the_parts_of_a_head_that_turn_in_phi3():
+    short = dict(short_factor=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], long_factor=[8.0] * 6)
+    for stated in (
+        dict(partial_rotary_factor=0.75),
+        dict(rope_parameters=dict(partial_rotary_factor=0.5)),
+        dict(partial_rotary_factor=0.75, rope_scaling=dict(short, type="su"), original_max_position_embeddings=64),
+        dict(partial_rotary_factor=0.75, rope_scaling=dict(short, type="yarn", original_max_position_embeddings=9)),
+    ):
+        values = _values("phi3", max_position_embeddings=8192, **json.loads(json.dumps(stated)))
+        ours = _config(values)
+        theirs = Phi3RotaryEmbedding(AutoConfig.for_model(**json.loads(json.dumps(values))))
+        found = torch.tensor(rope_frequencies(ours.rotary_dim, ours.rope_theta, ours.rope_scaling)).float()
+        torch.testing.assert_close(found, theirs.inv_freq, atol=0, rtol=2e-6)
+        assert rope_attention_factor(ours.rope_scaling) == pytest.approx(theirs.attention_scaling)
 
 
 def test_an_adapter_beside_the_weights_is_refused(tmp_path):

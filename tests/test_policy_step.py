@@ -9,7 +9,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from helpers import TabularModel, quick_compilation, tiny_transformer
+from helpers import EVERY_OPTION, TabularModel, quick_compilation, tiny_transformer
 from tiny_run import tiny_model
 
 from eqx_specgrpo._types import StopReason
@@ -224,9 +224,11 @@ def test_checkpointed_gradients_are_the_same(layers, model, batch):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": 5}], ids=["whole", "sliding window"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"sliding_window": 5}, EVERY_OPTION], ids=["whole", "sliding window", "every option"]
+)
 def test_prompts_computed_once_change_nothing(changes, checkpointing, batch):
-    model = tiny_transformer(vocab_size=VOCAB, qk_norm=True, **changes)
+    model = tiny_transformer(**{"vocab_size": VOCAB, "qk_norm": True, **changes})
     settings = settings_of(layers=(1, 0), gradient_checkpointing=checkpointing)
     # Ratios of 1, none of them clipped.
     own = np.asarray(policy_logprobs(model, batch, settings))

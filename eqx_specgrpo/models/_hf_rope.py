@@ -42,7 +42,8 @@ def _gemma3(read: Reader) -> tuple[Reader, float | None]:
             f"rope_parameters is {nested!r} and rope_scaling {older!r}; Gemma 3 has objects for full_attention and for "
             "sliding_attention in rope_parameters, or rope_scaling for the former"
         )
-    full = {"rope_theta": values["rope_theta"], **_without_null(nested.get("full_attention")), **_without_null(older)}
+    start = {"rope_type": "default", "rope_theta": values["rope_theta"]}
+    full = {**start, **_without_null(nested.get("full_attention")), **_without_null(older)}
     local = {"rope_theta": values["rope_local_base_freq"], **_without_null(nested.get("sliding_attention"))}
     if local.get("rope_type", "default") != "default":
         raise read.fail(f"layers with a window have rope type {local['rope_type']!r}; supported is default")
