@@ -225,7 +225,7 @@ def test_the_parts_of_a_head_that_turn_in_phi3():
     for stated in (
         dict(partial_rotary_factor=0.75),
         dict(rope_parameters=dict(partial_rotary_factor=0.5)),
-        dict(partial_rotary_factor=0.75, rope_scaling=dict(short, type="su"), original_max_position_embeddings=64),
+        dict(partial_rotary_factor=0.75, rope_scaling=dict(short, type="su", original_max_position_embeddings=64)),
         dict(partial_rotary_factor=0.75, rope_scaling=dict(short, type="yarn", original_max_position_embeddings=9)),
     ):
         values = _values("phi3", max_position_embeddings=8192, **json.loads(json.dumps(stated)))

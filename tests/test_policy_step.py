@@ -238,7 +238,8 @@ def test_prompts_computed_once_change_nothing(changes, checkpointing, batch):
         shared, features = policy_gradients(model, part, normalizer_of(part), settings)
         loss, gradients = dense_loss_and_gradients(model, part, "dapo", 0.0)
         np.testing.assert_allclose(shared.loss, loss, rtol=2e-5)
-        assert_close(shared.gradients, gradients)
+        # Twice the layers, and norms behind each: rounding is amplified more.
+        assert_close(shared.gradients, gradients, 5e-5 if changes is EVERY_OPTION else 1e-5)
         ends = part.prompt_lengths + part.completion_mask.sum(1)
         valid = np.arange(part.tokens.shape[1])[None] < ends[:, None]
         expected = eqx.filter_jit(sequence_features)(model, jnp.asarray(part.tokens), layers=(1, 0))
