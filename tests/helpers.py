@@ -35,6 +35,7 @@ from eqx_specgrpo.models import (
     NoCache,
     Transformer,
     TransformerConfig,
+    YarnRope,
     sequence_features,
 )
 
@@ -60,6 +61,29 @@ def make_rounds_long(monkeypatch: pytest.MonkeyPatch) -> None:
 #
 # Targets
 #
+
+
+# Whatever a layer may have that a Llama's has not, at values that show, in three kinds of layers of which one returns.
+EVERY_OPTION: dict[str, Any] = dict(
+    num_layers=4,
+    sliding_window=6,
+    full_attention_layers=(2,),
+    no_rope_layers=(1,),
+    sliding_rope_theta=30.0,
+    rope_scaling=YarnRope(4.0, 8, 0.8, beta_fast=2.0, beta_slow=0.5),
+    rotary_dim=2,
+    qk_norm=True,
+    qk_norm_across_heads=True,
+    norm_placement="around",
+    norm_offset=1.0,
+    activation="gelu_tanh",
+    embedding_multiplier=1.4,
+    residual_multiplier=0.7,
+    attention_multiplier=0.9,
+    logits_scaling=0.6,
+    attn_logit_softcapping=2.0,
+    final_logit_softcapping=8.0,
+)
 
 
 def tiny_transformer(*, seed: int = 0, **changes: Any) -> Transformer:

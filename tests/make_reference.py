@@ -29,6 +29,7 @@ _COMMON = dict(
     tie_word_embeddings=False,
     bos_token_id=None,
     eos_token_id=None,
+    pad_token_id=None,
     attn_implementation="eager",
 )
 _LLAMA3_ROPE = {
@@ -46,7 +47,24 @@ def _linear_rope(theta: float) -> dict:
     return {"rope_type": "linear", "rope_theta": theta, "factor": 4.0}
 
 
-# Each differs from the common part in what sets its family apart. The first seven are committed.
+_YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    # So that some of the few frequencies are kept, some divided and some in between.
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+}
+_LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.5, 3.0],
+    "long_factor": [1.0, 8.0, 32.0],
+}
+_GEMMA = dict(head_dim=8, query_pre_attn_scalar=10, sliding_window=9, tie_word_embeddings=True)
+
+# Each differs from the common part in what sets its family apart. Those in `COMMITTED` are committed.
 CONFIGS = {
     "llama2": ("llama", dict(num_key_value_heads=4)),
     "llama3": ("llama", dict(hidden_size=32, rope_parameters=_LLAMA3_ROPE)),
@@ -68,8 +86,63 @@ CONFIGS = {
     "llama_bias": ("llama", dict(attention_bias=True, mlp_bias=True)),
     "qwen2_window": ("qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=0)),
     "qwen3_bias": ("qwen3", dict(head_dim=8, attention_bias=True)),
+    "gemma2": ("gemma2", dict(_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
+    "gemma3": (
+        "gemma3_text",
+        dict(_GEMMA, num_hidden_layers=3, layer_types=["sliding_attention"] * 2 + ["full_attention"]),
+    ),
+    # A window in all layers, and a sixth of each head turns: more than a pair, and not all.
+    "phi3": ("phi3", dict(sliding_window=20, hidden_size=32, rope_parameters={"partial_rotary_factor": 0.5})),
+    "phi4": (
+        "phi3",
+        dict(
+            hidden_size=32,
+            max_position_embeddings=256,
+            original_max_position_embeddings=64,
+            rope_parameters=dict(_LONG_ROPE, partial_rotary_factor=0.75),
+            tie_word_embeddings=True,
+        ),
+    ),
+    "olmo2": ("olmo2", {}),
+    "granite": (
+        "granite",
+        dict(embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.3, logits_scaling=2.5),
+    ),
+    "smollm3": ("smollm3", dict(num_hidden_layers=3, no_rope_layers=[1, 0, 1], tie_word_embeddings=True)),
+    "qwen3_yarn": ("qwen3", dict(head_dim=16, rope_parameters=_YARN_ROPE)),
+    "smollm3_window": (
+        "smollm3",
+        dict(num_hidden_layers=4, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=8, mlp_bias=True),
+    ),
+    "qwen3_mixed": ("qwen3", dict(head_dim=8, use_sliding_window=True, sliding_window=8, max_window_layers=1)),
+    "llama_dynamic": ("llama", dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})),
+    "llama_yarn": (
+        "llama",
+        dict(
+            hidden_size=64,
+            rope_parameters=dict(_YARN_ROPE, attention_factor=0.8, truncate=False, original_max_position_embeddings=40),
+        ),
+    ),
+    "llama_long": (
+        "llama",
+        dict(rope_parameters=dict(_LONG_ROPE, original_max_position_embeddings=64, factor=3.0)),
+    ),
+    "gemma3_scaled": (
+        "gemma3_text",
+        dict(
+            _GEMMA,
+            num_hidden_layers=7,
+            attention_bias=True,
+            hidden_activation="silu",
+            rope_parameters={
+                "full_attention": _linear_rope(1e5),
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+        ),
+    ),
+    "gemma2_wide": ("gemma2", dict(_GEMMA, query_pre_attn_scalar=8, sliding_window=500, tie_word_embeddings=False)),
 }
-COMMITTED = tuple(CONFIGS)[:7]
+COMMITTED = tuple(CONFIGS)[:7] + (*("gemma2", "gemma3", "phi3", "phi4", "olmo2", "granite", "smollm3", "qwen3_yarn"),)
 
 
 def random_model(name: str, seed: int) -> PreTrainedModel:
@@ -85,7 +158,7 @@ def random_model(name: str, seed: int) -> PreTrainedModel:
             if parameter_name.endswith("bias"):
                 parameter.copy_(0.5 * noise)
             elif parameter.ndim == 1:
-                parameter.copy_(1 + 0.3 * noise)
+                parameter.add_(0.3 * noise)  # To 1, or to Gemma's 0.
             else:
                 parameter.copy_(1.5 * noise / parameter.shape[1] ** 0.5)
     return model

@@ -105,15 +105,21 @@ def test_every_page_is_on_the_map():
         assert page.name == "index.md" or f"({page.relative_to(ROOT / 'docs').as_posix()})" in index, page
 
 
-def test_table_of_keys_is_up_to_date():
-    path = ROOT / "docs" / "make_configuration.py"
-    spec = importlib.util.spec_from_file_location("make_configuration", path)
+@pytest.mark.parametrize(
+    "script, line",
+    [
+        ("make_configuration", "| `draft.fraction` | a number greater than 0 and at most 1 | `0.25` |"),
+        ("make_checkpoints", "| `is_causal` | refused unless `true` | attention would see later tokens |"),
+    ],
+)
+def test_tables_of_keys_are_up_to_date(script, line):
+    spec = importlib.util.spec_from_file_location(script, ROOT / "docs" / f"{script}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     text = module.PAGE.read_text(encoding="utf-8")
-    assert module.page(text) == text, "run: python docs/make_configuration.py"
-    assert "| `draft.fraction` | a number greater than 0 and at most 1 | `0.25` |" in text
+    assert module.page(text) == text, f"run: python docs/{script}.py"
+    assert line in text
 
 
 @pytest.mark.parametrize("task", [Arithmetic, ReasoningGymTask])

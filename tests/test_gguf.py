@@ -1,11 +1,13 @@
 """GGUF files written here, for what SmolLM2's own file does not cover."""
 
+import io
 import json
 
 import gguf
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 from make_reference import REFERENCE, TEXTS
 from safetensors.numpy import load_file
@@ -92,6 +94,12 @@ def test_rope_scaling(tmp_path):
     path = tmp_path / "m.gguf"
     _write_model(path, "llama2", "llama", [("llama.rope.scaling.type", "linear"), ("llama.rope.scaling.factor", 4.0)])
     assert load_model(path).config.rope_scaling == LinearRope(4.0)
+    # As llama.cpp reads them: a factor without a type, also by its old name, is linear.
+    for extra in ([("llama.rope.scaling.factor", 4.0)], [("llama.rope.scale_linear", 4.0)]):
+        _write_model(path, "llama2", "llama", extra)
+        assert load_model(path).config.rope_scaling == LinearRope(4.0)
+    _write_model(path, "llama2", "llama", [("llama.rope.scaling.type", "none"), ("llama.rope.scaling.factor", 4.0)])
+    assert load_model(path).config.rope_scaling is None
     _write_model(path, "llama2", "llama", [("llama.rope.scaling.type", "yarn")])
     with pytest.raises(CheckpointError, match="'yarn' is not supported"):
         load_model(path)
@@ -143,6 +151,9 @@ def test_unknown_tensor_and_architecture(tmp_path):
         load_tokenizer(path)
 
 
+_INST = "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
+
+
 def _write_tokenizer(path, kind, tokens, types, **fields):
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
@@ -162,42 +173,78 @@ def _write_tokenizer(path, kind, tokens, types, **fields):
                 writer.add_token_scores(value)
             case "eot":
                 writer.add_eot_token_id(value)
+            case "space_prefix":
+                writer.add_add_space_prefix(value)
+            case "template":
+                writer.add_chat_template(value)
+            case "bos":
+                writer.add_add_bos_token(value)
+            case "eos":
+                writer.add_add_eos_token(value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
 
 
-def test_sentencepiece_like_transformers(tmp_path):
-    pieces = [
-        "▁",
-        "e",
-        "t",
-        "a",
-        "o",
-        "h",
-        "l",
-        "▁t",
-        "he",
-        "▁the",
-        "ll",
-        "hell",
-        "hello",
-        "▁hell",
-        "lo",
-        "▁hello",
-        "1",
-        "2",
-    ]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-    types = [2, 3, 3, *[6] * 256, *[1] * len(pieces)]
-    scores = [0.0] * 259 + [-float(i) for i in range(len(pieces))]
-    _write_tokenizer(tmp_path / "t.gguf", "llama", tokens, types, scores=scores, eot=5)
-    ours, theirs = load_tokenizer(tmp_path / "t.gguf"), AutoTokenizer.from_pretrained(tmp_path, gguf_file="t.gguf")
+def _trained_sentencepiece(prefix: bool) -> sentencepiece.SentencePieceProcessor:
+    """Of the kind that Llama 2 and Mistral have: bytes for what is not known, and no space taken away."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*TEXTS, "hello the hell the hello Hello world the end INST [INST] [/INST]"] * 4),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=prefix,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_like_sentencepiece(prefix, tmp_path):
+    """Each stretch between special tokens is a text of its own, as in mistral_common and llama.cpp (whose issues 2310
+    and 8584 are about it). transformers' own reader of these files puts no space behind a special token."""
+    theirs = _trained_sentencepiece(prefix)
+    size = theirs.vocab_size()
+    kinds = [(theirs.is_unknown, 2), (theirs.is_control, 3), (theirs.is_byte, 6)]
+    types = [next((kind for test, kind in kinds if test(i)), 1) for i in range(size)]
+    tokens, scores = [theirs.id_to_piece(i) for i in range(size)], [theirs.get_score(i) for i in range(size)]
+    path = tmp_path / "t.gguf"
+    _write_tokenizer(path, "llama", tokens, types, scores=scores, eot=5, space_prefix=prefix, template=_INST)
+    ours = load_tokenizer(path)
     assert ours.eos_ids == (2, 5)
-    for text in [*TEXTS, "hello the hell", " the  loll12\nhello</s> a"]:
-        ids = ours.encode(text)
-        assert ids == theirs(text)["input_ids"] and ids[0] == 1
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    for text in [*TEXTS, "hello the hell", " the  hello12\n", " Hello", "  a ", " ", "", "\u2581x", "<0x0A>"]:
+        assert ours.encode(text) == [1, *theirs.encode(text)]
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text))
+    first, second = theirs.encode("hello the"), theirs.encode(" hell")
+    assert ours.encode("hello the</s> hell<s>") == [1, *first, 2, *second, 1]
+    prompt = [{"role": "user", "content": "Hello the"}]
+    assert ours.encode_prompt(prompt) == [1, *theirs.encode("[INST] Hello the [/INST]")]
+
+    # Saved as a folder, it is the same tokenizer, for transformers too.
+    ours.save(tmp_path / "saved")
+    saved, hugging_face = load_tokenizer(tmp_path / "saved"), AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for text in (*TEXTS, "hello the</s> hell<s>"):
+        assert saved.encode(text) == ours.encode(text) == hugging_face(text)["input_ids"]
+
+
+def test_what_goes_in_front_and_behind(tmp_path):
+    tokens, types = ["<unk>", "<s>", "</s>", "a", "<x>"], [2, 3, 3, 1, 4]
+    for flags, expected in (
+        ({}, [1, 3]),
+        ({"bos": False}, [3]),
+        ({"eos": True}, [1, 3, 2]),
+        ({"bos": False, "eos": True}, [3, 2]),
+    ):
+        _write_tokenizer(tmp_path / "t.gguf", "llama", tokens, types, scores=[0.0] * 5, space_prefix=False, **flags)
+        ours = load_tokenizer(tmp_path / "t.gguf")
+        assert ours.encode("a") == expected
+        assert ours.encode("a<x>a<unk>", add_special_tokens=False) == [3, 4, 3, 0]
+        assert ours.decode([1, 3, 4, 0, 2]) == "a<x>"
 
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "tekken", "gpt-2"])

@@ -15,7 +15,7 @@ from chain_rounds import (
     check_nothing_beyond_the_capacity,
     check_training_logits,
 )
-from helpers import quick_compilation, tabular_model, tiny_transformer
+from helpers import EVERY_OPTION, quick_compilation, tabular_model, tiny_transformer
 from tiny_run import END, tiny_folder as tiny_folder, tiny_tokenizer
 from tokenizers import Tokenizer as Backend, models
 
@@ -33,7 +33,15 @@ from eqx_specgrpo.drafts import (
     save_draft,
 )
 from eqx_specgrpo.errors import CheckpointError
-from eqx_specgrpo.models import LinearRope, Llama3Rope, Tokenizer, load_pretrained, sequence_features
+from eqx_specgrpo.models import (
+    DynamicRope,
+    LinearRope,
+    Llama3Rope,
+    LongRope,
+    Tokenizer,
+    load_pretrained,
+    sequence_features,
+)
 
 LENGTH, NEW, CONTEXT = 3, 21, 40
 # The first has room for its 21 tokens; the others end where the model's context does.
@@ -188,16 +196,29 @@ def test_everything_of_the_draft_learns_and_nothing_of_the_target():
 #
 
 
-@pytest.mark.parametrize("rope", [None, LinearRope(2.0), Llama3Rope(8.0, 1.0, 4.0, 16)])
-def test_a_saved_draft_comes_back_to_the_bit(tmp_path, rope):
-    model = tiny_transformer(seed=1, num_layers=1, rope_scaling=rope, tie_embeddings=rope is None, qk_norm=True)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(num_layers=1, rope_scaling=rope, tie_embeddings=rope is None, qk_norm=True)
+        for rope in (
+            *(None, LinearRope(2.0), Llama3Rope(8.0, 1.0, 4.0, 16), DynamicRope(2.0)),
+            LongRope((1.0, 3.0), (2.0, 9.0), 24, 1.25),
+        )
+    ]
+    + [EVERY_OPTION],
+)
+def test_a_saved_draft_comes_back_to_the_bit(tmp_path, changes):
+    model = tiny_transformer(seed=1, **changes)
     draft = ModelDraft(model, 2)
     save_draft(tmp_path, draft, TARGET, "tiny")
     assert eqx.tree_equal(load_draft(tmp_path, TARGET), draft, typematch=True)
     assert json.loads((tmp_path / "draft.json").read_text())["kind"] == draft_kind(draft) == "model"
 
 
-@pytest.mark.parametrize("change", [{"rope_scaling": {"type": "yarn"}}, {"num_layers": "two"}, {"depth": 3}])
+@pytest.mark.parametrize(
+    "change",
+    [{"rope_scaling": {"type": "yarn"}}, {"rope_scaling": {"type": "ntk"}}, {"num_layers": "two"}, {"depth": 3}],
+)
 def test_settings_that_make_no_sense_are_refused(tmp_path, change):
     save_draft(tmp_path, DRAFTS["another"], TARGET, "tiny")
     about = json.loads((tmp_path / "draft.json").read_text())

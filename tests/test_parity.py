@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from helpers import quick_compilation
 from make_reference import (
     COMMITTED,
     CONFIGS,
@@ -22,6 +23,12 @@ from make_reference import (
 from transformers import AutoModelForCausalLM
 
 from eqx_specgrpo.models import cast_weights, load_model, save_model, sequence_features
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with quick_compilation():
+        yield
 
 
 @eqx.filter_jit
@@ -97,9 +104,10 @@ def test_live_and_back(name, tmp_path):
     )
 
 
-def test_every_parameter_matters():
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "olmo2"])
+def test_every_parameter_matters(name):
     # What makes the tests above able to fail: a change of any array of the model shows.
-    model = load_model(REFERENCE / "qwen3")
+    model = load_model(REFERENCE / name)
     tokens = jnp.asarray(random_tokens(VOCAB, seed=0))
     before = _logprobs(model, tokens)
     leaves, structure = jax.tree.flatten(model)

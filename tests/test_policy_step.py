@@ -9,7 +9,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from helpers import TabularModel, quick_compilation, tiny_transformer
+from helpers import EVERY_OPTION, TabularModel, quick_compilation, tiny_transformer
 from tiny_run import tiny_model
 
 from eqx_specgrpo._types import StopReason
@@ -229,9 +229,11 @@ def test_checkpointed_gradients_are_the_same(layers, model, batch):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": 5}], ids=["whole", "sliding window"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"sliding_window": 5}, EVERY_OPTION], ids=["whole", "sliding window", "every option"]
+)
 def test_prompts_computed_once_change_nothing(changes, checkpointing, batch):
-    model = tiny_transformer(vocab_size=VOCAB, qk_norm=True, **changes)
+    model = tiny_transformer(**{"vocab_size": VOCAB, "qk_norm": True, **changes})
     settings = settings_of(layers=(1, 0), gradient_checkpointing=checkpointing)
     # Ratios of 1, none of them clipped.
     own = np.asarray(policy_logprobs(model, batch, settings))
@@ -241,7 +243,8 @@ def test_prompts_computed_once_change_nothing(changes, checkpointing, batch):
         shared, features = policy_gradients(model, part, normalizer_of(part), settings)
         loss, gradients = dense_loss_and_gradients(model, part, "dapo", 0.0)
         np.testing.assert_allclose(shared.loss, loss, rtol=2e-5)
-        assert_close(shared.gradients, gradients)
+        # Twice the layers, and norms behind each: rounding is amplified more.
+        assert_close(shared.gradients, gradients, 5e-5 if changes is EVERY_OPTION else 1e-5)
         ends = part.prompt_lengths + part.completion_mask.sum(1)
         valid = np.arange(part.tokens.shape[1])[None] < ends[:, None]
         expected = eqx.filter_jit(sequence_features)(model, jnp.asarray(part.tokens), layers=(1, 0))

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from eqx_specgrpo.errors import CheckpointError, UserError
 from eqx_specgrpo.models import (
+    CheckpointWarning,
     Tokenizer,
     Transformer,
     TransformerConfig,
@@ -178,6 +179,113 @@ def test_bad_folders(backend, tmp_path):
         load_tokenizer(tmp_path)
 
 
+def _beside(folder, **files):
+    """A tokenizer's folder with files changed: objects are merged into what is there."""
+    for name, values in files.items():
+        path = folder / f"{name}.json"
+        old = json.loads(path.read_text()) if path.is_file() and name == "tokenizer_config" else {}
+        path.write_text(json.dumps({**old, **values}))
+
+
+def _added(content, **options):
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": False}
+    return {"content": content, **flags, **options}
+
+
+_TOKENS_BESIDE = {
+    "added_tokens_decoder": dict(tokenizer_config={"added_tokens_decoder": {"297": _added("<think>")}}),
+    "two, with options": dict(
+        tokenizer_config={
+            "added_tokens_decoder": {"298": _added("<b>", special=True), "297": _added("<think>", lstrip=True)}
+        }
+    ),
+    "other options": dict(
+        tokenizer_config={"added_tokens_decoder": {"3": _added("<|end|>", lstrip=True, special=True)}}
+    ),
+    "added_tokens.json": dict(added_tokens={"<think>": 297}),
+    "additional_special_tokens": dict(tokenizer_config={"additional_special_tokens": ["<think>"]}),
+    "extra_special_tokens": dict(tokenizer_config={"extra_special_tokens": ["<think>", "<b>"]}),
+    "by name": dict(tokenizer_config={"image_token": "<think>", "extra_special_tokens": {"boi_token": "<b>"}}),
+    "special_tokens_map.json": dict(
+        special_tokens_map={"additional_special_tokens": ["<think>"], "eos_token": _added("<|end|>")}
+    ),
+    "the map where it does not count": dict(
+        tokenizer_config={"added_tokens_decoder": {}}, special_tokens_map={"eos_token": "<|end|>", "sep_token": "<b>"}
+    ),
+    "a word of the vocabulary": dict(tokenizer_config={"sep_token": "what", "mask_token": "<think>"}),
+    "split": dict(tokenizer_config={"split_special_tokens": True}),
+    "all at once": dict(
+        tokenizer_config={"sep_token": "<b>", "additional_special_tokens": ["<think>", "<c>"]},
+        added_tokens={"<think>": 297, "<d>": 298},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", _TOKENS_BESIDE)
+def test_tokens_beside_tokenizer_json_like_transformers(case, backend, tmp_path):
+    _tokenizer(backend, TEMPLATES["controls"] + "{{ image_token }}{{ boi_token }}{{ sep_token }}").save(tmp_path)
+    _beside(tmp_path, **_TOKENS_BESIDE[case])
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ours.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    for text in ("x<think>y", "what <think>  is</s> <b><c><d>", "a <|end|> b", "unlike what"):
+        ids = ours.encode(text)
+        assert ids == theirs(text)["input_ids"] == again.encode(text)
+        for skip in (True, False):
+            assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+    assert theirs.eos_token_id in ours.eos_ids
+    assert ours.apply_chat_template(CHAT) == theirs.apply_chat_template(
+        CHAT, add_generation_prompt=True, tokenize=False
+    )
+
+
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        # What transformers does without a word: another id than the one stated.
+        (dict(tokenizer_config={"added_tokens_decoder": {"305": _added("<think>")}}), ["'<think>'", "305", "297"]),
+        (dict(tokenizer_config={"added_tokens_decoder": {"1": _added("</s>")}}), ["'</s>'", "id 1", "2"]),
+        (dict(added_tokens={"<think>": 296}), ["added_tokens.json", "296", "297"]),
+        (
+            dict(tokenizer_config={"added_tokens_decoder": {}}, added_tokens={"<think>": 297}),
+            ["added_tokens.json", "'<think>'", "None"],
+        ),
+        (dict(tokenizer_config={"added_tokens_decoder": {"297": 7}}), ["added_tokens_decoder", "7"]),
+        (dict(tokenizer_config={"added_tokens_decoder": {"297": _added("x", color=1)}}), ["unknown options", "color"]),
+        (dict(tokenizer_config={"added_tokens_decoder": ["x"]}), ["object from ids to tokens"]),
+        (dict(tokenizer_config={"extra_special_tokens": "x"}), ["extra_special_tokens", "list"]),
+        (dict(added_tokens={"<think>": "297"}), ["added_tokens.json", "from tokens to ids"]),
+        (dict(tokenizer_config={"pad_token": "[PAD]"}), ["pad_token is '[PAD]'", "not in its vocabulary"]),
+        (dict(tokenizer_config={"auto_map": {"AutoTokenizer": ["x.Y", None]}}), ["auto_map", "never run"]),
+        (dict(tokenizer_config={"do_lower_case": True}), ["do_lower_case"]),
+        (dict(tokenizer_config={"fix_mistral_regex": True}), ["fix_mistral_regex"]),
+    ],
+)
+def test_tokenizer_files_that_contradict(files, words, backend, tmp_path):
+    _tokenizer(backend).save(tmp_path)
+    _beside(tmp_path, **files)
+    with pytest.raises(CheckpointError) as caught:
+        load_tokenizer(tmp_path)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_tokenizers_that_are_not_what_they_say(backend, tmp_path):
+    _tokenizer(backend).save(tmp_path)
+    _beside(tmp_path, tokenizer_config={"add_prefix_space": True, "new_key": 3, "new_flag": False, "nothing": None})
+    with pytest.warns(CheckpointWarning) as caught:
+        load_tokenizer(tmp_path)
+    about_key, about_space = [str(warning.message) for warning in caught]
+    assert "'new_key' (3)" in about_key and "new_flag" not in about_key and "nothing" not in about_key
+    assert "add_prefix_space is true" in about_space and "puts no space" in about_space
+
+    values = json.loads(backend)
+    values["model"]["dropout"] = 0.1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="dropout is 0.1"):
+        load_tokenizer(tmp_path)
+
+
 def test_pairs_that_do_not_fit(backend, tmp_path):
     tokenizer = _tokenizer(backend)
 
@@ -186,7 +294,7 @@ def test_pairs_that_do_not_fit(backend, tmp_path):
 
     small, big = model(tokenizer.vocab_size - 1), model(tokenizer.vocab_size + 5)
     check_tokenizer(big, tokenizer)
-    with pytest.raises(UserError, match="ids up to"):
+    with pytest.raises(UserError, match="ids up to 296.* 296 entries, none for 'Ġassistant'"):
         check_tokenizer(small, tokenizer)
     with pytest.raises(UserError, match="end-of-sequence id 999"):
         check_tokenizer(big, _tokenizer(backend, eos_ids=[999]))

@@ -17,8 +17,7 @@ from ..models import (
     RopeTable,
     TransformerConfig,
     rms_normalize,
-    rope_frequencies,
-    rope_table,
+    rope_tables,
 )
 
 KeysAndValues = tuple[Float[Array, "rows kv_heads seq head_dim"], Float[Array, "rows kv_heads seq head_dim"]]
@@ -113,9 +112,8 @@ class EagleLayer(eqx.Module):
     ) -> Float[Array, "rows seq width"]:
         return self.enter(jnp.concatenate([rms_normalize(states), rms_normalize(embeddings)], axis=-1))
 
-    def _rope(self, positions: Int[Array, "rows seq"]) -> RopeTable:
-        config = self.block.attention.config
-        return rope_table(positions, rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
+    def _rope(self, positions: Int[Array, "rows seq"]) -> tuple[RopeTable, ...]:
+        return rope_tables(positions, self.block.attention.config)
 
     def _project(self, x: Float[Array, "rows seq width"], positions: Int[Array, "rows seq"]):
         return self.block.attention.project(self.block.attention_norm(x), self._rope(positions))

@@ -12,12 +12,15 @@ from jaxtyping import Array, Float, Int
 
 from ..models import (
     AbstractLanguageModel,
+    DynamicRope,
     Features,
     LinearRope,
     Llama3Rope,
+    LongRope,
     Tokenizer,
     Transformer,
     TransformerConfig,
+    YarnRope,
     load_pretrained,
     sequence_features,
 )
@@ -172,24 +175,29 @@ def _tokens_by_id(tokenizer: Tokenizer) -> dict[int, str]:
     return {i: token for token, i in vocabulary.items() if i not in special}
 
 
+# By the names that transformers gives them.
+_ROPES = {"linear": LinearRope, "dynamic": DynamicRope, "llama3": Llama3Rope, "yarn": YarnRope, "longrope": LongRope}
+
+
 def _config_to_settings(config: TransformerConfig) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
-    match config.rope_scaling:
-        case LinearRope():
-            settings["rope_scaling"]["type"] = "linear"
-        case Llama3Rope():
-            settings["rope_scaling"]["type"] = "llama3"
+    for name, kind in _ROPES.items():
+        if isinstance(config.rope_scaling, kind):
+            settings["rope_scaling"]["type"] = name
     return settings
 
 
 def _config_from_settings(settings: dict[str, Any]) -> TransformerConfig:
-    match settings["rope_scaling"]:
-        case None:
-            rope = None
-        case {"type": "linear", **values}:
-            rope = LinearRope(**values)
-        case {"type": "llama3", **values}:
-            rope = Llama3Rope(**values)
-        case other:
-            raise ValueError(f"rope_scaling {other!r} is of no known type")
-    return TransformerConfig(**{**settings, "rope_scaling": rope})
+    """The inverse, also of what JSON has made of it: its lists were tuples."""
+    rope = None
+    if settings["rope_scaling"] is not None:
+        values = {**settings["rope_scaling"]}
+        kind = values.pop("type", None)
+        if kind not in _ROPES:
+            raise ValueError(f"rope_scaling {settings['rope_scaling']!r} is of no known type")
+        rope = _ROPES[kind](**_tuples(values))
+    return TransformerConfig(**{**_tuples(settings), "rope_scaling": rope})
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

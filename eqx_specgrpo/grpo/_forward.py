@@ -9,12 +9,11 @@ from jaxtyping import Array, Float, Int, PyTree
 from ..errors import UserError
 from ..models import (
     AbstractLanguageModel,
+    Block,
     Features,
     PrefixPass,
-    RopeTable,
     Transformer,
-    rope_frequencies,
-    rope_table,
+    rope_tables,
     sequence_features,
     take_rows,
 )
@@ -80,6 +79,12 @@ def _predicting(features: Features, batch: UpdateBatch) -> Float[Array, "rows ne
     return features.last[jnp.arange(rows)[:, None], within]
 
 
+def _period(blocks: tuple[Block, ...]) -> int:
+    """After how many layers their kinds repeat: 1 if all are alike, 6 where each sixth has no window."""
+    kinds = [jax.tree.structure(block) for block in blocks]
+    return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[: len(kinds) - n])
+
+
 def _joined(
     prompts: Float[Array, "rows prompt hidden"],
     completions: Float[Array, "rows new hidden"],
@@ -125,29 +130,43 @@ def _unrolled(model: Transformer, layout: _Layout, layers: tuple[int, ...]) -> t
 
 def _checkpointed(model: Transformer, layout: _Layout, layers: tuple[int, ...]) -> tuple[Features, Features]:
     """As `_unrolled`, keeping nothing but each layer's input for the backward pass."""
-    config = model.config
-
-    def rope(positions: Int[Array, "batch seq"]) -> RopeTable:
-        return rope_table(positions, rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
-
     # A loop over stacked weights: of unrolled layers XLA's CPU compiler merges the second computation with the first,
     # barriers or not, and nothing is saved. The copy that stacking makes is small beside the arithmetic here.
-    arrays, static = zip(*(eqx.partition(block, eqx.is_array) for block in model.blocks), strict=True)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays)
-    prompt_rope, row_rope = rope(layout.prompt_positions), rope(layout.positions)
+    prompt_ropes, row_ropes = (
+        rope_tables(positions, model.config) for positions in (layout.prompt_positions, layout.positions)
+    )
 
     @jax.checkpoint
-    def through(x: PyTree, weights: PyTree) -> PyTree:
-        (prompts, own), layer = x, eqx.combine(weights, static[0])
-        prompts, cache = layer(prompts, layout.prompt_positions, prompt_rope, PrefixPass(layout.prompt_lengths))
+    def through(x: PyTree, layer: Block) -> PyTree:
+        prompts, own = x
+        prompts, cache = layer(prompts, layout.prompt_positions, prompt_ropes, PrefixPass(layout.prompt_lengths))
         (cache,) = take_rows((cache,), layout.prompt_of_row)
-        return prompts, layer(own, layout.positions, row_rope, cache)[0]
+        return prompts, layer(own, layout.positions, row_ropes, cache)[0]
 
-    def body(x: PyTree, weights: PyTree):
-        x = through(x, weights)
-        return x, x if layers else ((), ())
+    def scan(x: PyTree, blocks: tuple[Block, ...], period: int) -> tuple[PyTree, PyTree]:
+        """Through layers, as many at a time as it takes until the first kind of layer comes again."""
+        arrays, static = zip(*(eqx.partition(block, eqx.is_array) for block in blocks), strict=True)
+        stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays[i::period]) for i in range(period)]
 
-    last, every = lax.scan(body, (model.embed(layout.prompts), model.embed(layout.completions)), stacked)
+        def body(x: PyTree, weights: list[PyTree]):
+            outputs = []
+            for kind, layer in zip(static, weights, strict=False):
+                x = through(x, eqx.combine(layer, kind))
+                outputs.append(x)
+            return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs) if layers else ((), ())
+
+        x, every = lax.scan(body, x, stacked)
+        return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), every)
+
+    period = _period(model.blocks)
+    whole = len(model.blocks) // period * period
+    last = model.embed(layout.prompts), model.embed(layout.completions)
+    parts = []
+    for blocks, size in ((model.blocks[:whole], period), (model.blocks[whole:], len(model.blocks) - whole)):
+        if blocks:
+            last, outputs = scan(last, blocks, size)
+            parts.append(outputs)
+    every = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
     prompts, own = (
         Features(last=model.norm(x), layers=tuple(outputs[layer] for layer in layers))
         for x, outputs in zip(last, every, strict=True)

@@ -15,17 +15,31 @@ from ._checkpoint import (
     load_tokenizer as load_tokenizer,
     save_model as save_model,
 )
-from ._config import LinearRope as LinearRope, Llama3Rope as Llama3Rope, TransformerConfig as TransformerConfig
+from ._checkpoint_keys import CHECKPOINT_KEYS as CHECKPOINT_KEYS
+from ._config import (
+    DynamicRope as DynamicRope,
+    LinearRope as LinearRope,
+    Llama3Rope as Llama3Rope,
+    LongRope as LongRope,
+    RopeScaling as RopeScaling,
+    TransformerConfig as TransformerConfig,
+    YarnRope as YarnRope,
+)
 from ._dtype import default_cache_dtype as default_cache_dtype, matrix_dtype as matrix_dtype
+from ._keys import CheckpointWarning as CheckpointWarning, KeyRule as KeyRule
 from ._linear import Linear as Linear, matmul as matmul
 from ._locate import could_be_downloaded as could_be_downloaded, locate as locate
 from ._norm import RMSNorm as RMSNorm, rms_normalize as rms_normalize
-from ._rope import rope_frequencies as rope_frequencies, rope_table as rope_table
+from ._rope import (
+    RopeTable as RopeTable,
+    rope_frequencies as rope_frequencies,
+    rope_table as rope_table,
+    rope_tables as rope_tables,
+)
 from ._shared_prompt import SharedPromptCache as SharedPromptCache
 from ._tokenizer import Tokenizer as Tokenizer, check_tokenizer as check_tokenizer
 from ._transformer import (
     Block as Block,
-    RopeTable as RopeTable,
     Transformer as Transformer,
     cast_weights as cast_weights,
     sequence_features as sequence_features,

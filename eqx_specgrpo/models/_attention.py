@@ -48,15 +48,24 @@ def causal_mask(
     return mask if sliding_window is None else mask & (distance < sliding_window)
 
 
+def soft_capped(
+    scores: Float[Array, "batch kv_heads folded slots"], cap: float | None
+) -> Float[Array, "batch kv_heads folded slots"]:
+    """`cap * tanh(scores / cap)`, which stays within the cap (Gemma 2, Riviere et al. 2024, section 2); `None`: as they
+    are."""
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+
 def attention(
     queries: Float[Array, "batch seq heads head_dim"],
     keys: Float[Array, "batch kv_heads slots head_dim"],
     values: Float[Array, "batch kv_heads slots head_dim"],
     mask: Bool[Array, "batch_or_1 seq slots"],
+    softcap: float | None = None,
 ) -> Float[Array, "batch seq heads*head_dim"]:
     """Grouped-query attention (Ainslie et al. 2023), softmax in float32."""
     folded = fold_queries(queries, keys.shape[1])
     scores = jnp.einsum("bkqd,bksd->bkqs", folded.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
-    weights = masked_softmax(scores, mask)
+    weights = masked_softmax(soft_capped(scores, softcap), mask)
     mixed = jnp.einsum("bkqs,bksd->bkqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     return unfold_heads(mixed, queries.shape[1])

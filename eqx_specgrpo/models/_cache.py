@@ -32,6 +32,7 @@ class AbstractLayerCache(eqx.Module):
         values: Float[Array, "batch kv_heads block head_dim"],
         positions: Int[Array, "batch block"],
         sliding_window: int | None,
+        softcap: float | None = None,
     ) -> tuple[Float[Array, "batch block heads*head_dim"], "AbstractLayerCache"]:
         """Takes the block in, and lets its queries attend to all that is there, causally.
 
@@ -40,6 +41,7 @@ class AbstractLayerCache(eqx.Module):
         - `queries`, `keys`, `values`: of the block, turned to their positions.
         - `positions`: absolute positions; consecutive within a row.
         - `sliding_window`: how many positions a query sees, its own included; `None` for all.
+        - `softcap`: what scores are capped at, smoothly; `None` for no cap.
 
         **Returns:**
 
@@ -74,9 +76,10 @@ class AbstractSlotCache(AbstractLayerCache):
         The keys and values to attend to, the absolute position of each slot, and the updated cache.
         """
 
-    def attend(self, queries, keys, values, positions, sliding_window):
+    def attend(self, queries, keys, values, positions, sliding_window, softcap=None):
         keys, values, slot_positions, cache = self.update(keys, values, positions)
-        return attention(queries, keys, values, causal_mask(positions, slot_positions, sliding_window)), cache
+        mask = causal_mask(positions, slot_positions, sliding_window)
+        return attention(queries, keys, values, mask, softcap), cache
 
 
 class NoCache(AbstractSlotCache):
@@ -153,10 +156,10 @@ class KVCache(AbstractLayerCache):
             write_rows(self.values, values, start, axis=1),
         )
 
-    def attend(self, queries, keys, values, positions, sliding_window):
+    def attend(self, queries, keys, values, positions, sliding_window, softcap=None):
         cache = self.write(keys, values, positions)
         folded = fold_queries(queries, keys.shape[1]).astype(cache.values.dtype)
-        sums = cache.attend_on(PartialAttention.of_nothing(folded), folded, positions, sliding_window)
+        sums = cache.attend_on(PartialAttention.of_nothing(folded), folded, positions, sliding_window, softcap)
         return unfold_heads(sums.result(), positions.shape[1]), cache
 
     def attend_on(
@@ -165,10 +168,11 @@ class KVCache(AbstractLayerCache):
         folded_queries: Float[Array, "batch kv_heads folded head_dim"],
         positions: Int[Array, "batch block"],
         sliding_window: int | None,
+        softcap: float | None = None,
     ) -> PartialAttention:
         """Adds what is in the cache, the block included, to what queries have seen elsewhere."""
         keys, values = self.transposed_keys, self.values
-        return attend_to_filled(before, folded_queries, keys, values, positions, sliding_window)
+        return attend_to_filled(before, folded_queries, keys, values, positions, sliding_window, softcap)
 
 
 def write_rows(

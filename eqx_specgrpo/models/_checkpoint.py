@@ -16,12 +16,17 @@ from jaxtyping import DTypeLike
 from safetensors import SafetensorError
 
 from ..errors import UserError
+from ._config_keys import FOLDER_FILES
 from ._gguf import GGUFFile
 from ._gguf_tokenizer import tokenizer_from_gguf
-from ._hf_config import config_from_hf, config_to_hf
+from ._hf_config import config_from_hf
+from ._hf_families import FUSED
+from ._hf_write import config_to_hf
+from ._keys import check_files
 from ._locate import locate
 from ._safetensors import folder_tensors, read_json, write_tensors
-from ._tokenizer import Tokenizer, check_tokenizer, tokenizer_from_folder
+from ._tokenizer import Tokenizer, check_tokenizer
+from ._tokenizer_files import tokenizer_from_folder
 from ._transformer import Transformer
 from ._weights import fill_model, model_tensors
 
@@ -33,8 +38,8 @@ def load_model(path: str | Path, dtype: DTypeLike = jnp.float32) -> Transformer:
 
     **Arguments:**
 
-    - `path`: a Hugging Face folder (`config.json` with `model.safetensors` or shards and their index; families `llama`,
-        `mistral`, `qwen2` and `qwen3`), a `.gguf` file (extra `gguf`), or `org/name`, which huggingface_hub downloads.
+    - `path`: a Hugging Face folder (`config.json` with `model.safetensors` or shards and their index; the families are
+        in `docs/checkpoints.md`), a `.gguf` file (extra `gguf`), or `org/name`, which huggingface_hub downloads.
     - `dtype`: of the matrices, whatever they are stored in. Norms and biases are always float32.
 
     **Returns:**
@@ -64,7 +69,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     `CheckpointError` if there is none, or none that can be read.
     """
     path = locate(path)
-    return tokenizer_from_folder(path) if path.is_dir() else tokenizer_from_gguf(GGUFFile(path))
+    if path.is_dir():
+        return tokenizer_from_folder(path)
+    file = GGUFFile(path)
+    file.check_keys()
+    return tokenizer_from_gguf(file)
 
 
 def load_pretrained(path: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Transformer, Tokenizer]:
@@ -82,8 +91,10 @@ def load_pretrained(path: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[T
 
 
 def _model_from_folder(folder: Path, dtype: DTypeLike) -> Transformer:
-    config = config_from_hf(read_json(folder / "config.json"), folder / "config.json")
-    return fill_model(config, folder_tensors(folder), folder, dtype)
+    check_files(folder, FOLDER_FILES)
+    values = read_json(folder / "config.json")
+    config = config_from_hf(values, folder / "config.json")
+    return fill_model(config, folder_tensors(folder), folder, dtype, fused=values["model_type"] in FUSED)
 
 
 def _model_from_gguf(file: GGUFFile, dtype: DTypeLike) -> Transformer:
@@ -130,7 +141,7 @@ def save_model(
     if source is not None and (Path(source) / "generation_config.json").is_file():
         generation = read_json(Path(source) / "generation_config.json")
     with _replace_folder(Path(folder)) as aside:
-        write_tensors(model_tensors(model), aside, dtype, shard_bytes)
+        write_tensors(model_tensors(model, fused=config["model_type"] in FUSED), aside, dtype, shard_bytes)
         if tokenizer is not None:
             generation.update(ids)
         for name, values in (("config.json", {**config, **ids}), ("generation_config.json", generation)):

@@ -10,6 +10,8 @@ import numpy as np
 
 from ..errors import CheckpointError
 from ._config import LinearRope, Llama3Rope, RopeScaling, TransformerConfig
+from ._gguf_keys import GGUF_KEYS
+from ._keys import check_keys, rule_of
 from ._rope import rope_frequencies
 from ._safetensors import StoredTensor
 
@@ -75,6 +77,18 @@ class GGUFFile:
             raise CheckpointError(f"{self.path} has no metadata key {key!r}, so the model can't be rebuilt from it")
         return value
 
+    def check_keys(self) -> None:
+        """Raises a `CheckpointError` for metadata that are not supported, and warns of unknown ones."""
+        architecture = str(self.get("general.architecture", ""))
+        values = {}
+        for key in self.reader.fields:
+            name = key.replace(f"{architecture}.", "{arch}.", 1) if key.startswith(f"{architecture}.") else key
+            rule = rule_of(name, GGUF_KEYS)
+            # Reading the others would copy the vocabulary out of the file.
+            if rule is None or rule.treatment == "refused":
+                values[name] = self.get(key)
+        check_keys(values, GGUF_KEYS, self.path)
+
     def config(self) -> TransformerConfig:
         """The model's shape, from metadata and from which tensors there are."""
         architecture = self.require("general.architecture")
@@ -86,8 +100,7 @@ class GGUFFile:
         shapes = {tensor.name: tuple(int(n) for n in tensor.shape) for tensor in self.reader.tensors}
         if "token_embd.weight" not in shapes:
             raise CheckpointError(f"{self.path} has no tensor 'token_embd.weight': it is not a whole model")
-        if self.get(f"{architecture}.expert_count", 0):
-            raise CheckpointError(f"{self.path} is a mixture of experts, which is not supported; use a dense model")
+        self.check_keys()
 
         def need(key: str) -> Any:
             return self.require(f"{architecture}.{key}")
@@ -140,11 +153,12 @@ class GGUFFile:
                     f"{self.path}: {_ROPE_FACTORS} holds a rotary scaling other than Llama 3's, which is not supported"
                 )
             return scaling
-        kind = self.get(f"{architecture}.rope.scaling.type", "none")
+        factor = self.get(f"{architecture}.rope.scaling.factor") or self.get(f"{architecture}.rope.scale_linear") or 0
+        kind = self.get(f"{architecture}.rope.scaling.type", "linear" if factor else "none")
         if kind == "none":
             return None
         if kind == "linear":
-            return LinearRope(float(self.require(f"{architecture}.rope.scaling.factor")))
+            return LinearRope(float(factor or self.require(f"{architecture}.rope.scaling.factor")))
         raise CheckpointError(
             f"{self.path}: rope type {kind!r} is not supported; supported are none, linear and llama3"
         )

@@ -33,27 +33,27 @@ _SPLITS = {
     "tekken": _TEKKEN,
 }
 _GPT2, _DIGITS = ("gpt-2", "default"), ("smollm", "starcoder")
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # Token types of llama.cpp.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # Token types of llama.cpp.
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
     """See `load_tokenizer`."""
     tokens: list[str] = file.require("tokenizer.ggml.tokens")
+    types: list[int] = file.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     kind = file.require("tokenizer.ggml.model")
     if kind == "gpt2":
         backend = _byte_level(file, tokens)
         add_bos = file.get("tokenizer.ggml.pre") in _WHOLE_WORDS_FIRST
     elif kind == "llama":
-        backend = _sentencepiece(file, tokens)
+        backend = _sentencepiece(file, tokens, types)
         add_bos = True
     else:
         raise CheckpointError(
             f"{file.path}: tokenizer type {kind!r} is not supported; supported are gpt2 and llama: use a safetensors "
             "folder with its tokenizer.json"
         )
-    types = file.get("tokenizer.ggml.token_type", [])
-    special = [token for token, token_type in zip(tokens, types, strict=False) if token_type == _CONTROL]
+    special = [token for token, token_type in zip(tokens, types, strict=False) if token_type in (_UNKNOWN, _CONTROL)]
     plain = [token for token, token_type in zip(tokens, types, strict=False) if token_type == _USER_DEFINED]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in plain])
@@ -65,10 +65,15 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
             if not 0 <= token_id < len(tokens):
                 raise CheckpointError(f"{file.path}: {key}_token_id {token_id} lies outside of {len(tokens)} tokens")
             settings[f"{name}_token"] = tokens[token_id]
-    if file.get("tokenizer.ggml.add_bos_token", add_bos) and "bos_token" in settings:
-        bos = settings["bos_token"]
+    front = (
+        [settings["bos_token"]] if file.get("tokenizer.ggml.add_bos_token", add_bos) and "bos_token" in settings else []
+    )
+    behind = [settings["eos_token"]] if file.get("tokenizer.ggml.add_eos_token") and "eos_token" in settings else []
+    if front or behind:
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokens.index(bos))]
+            single=[*front, "$A", *behind],
+            pair=[*front, "$A", *behind, *front, "$B", *behind],
+            special_tokens=[(token, tokens.index(token)) for token in {*front, *behind}],
         )
     # A chat model may end its turn with another token than a document.
     ends = [file.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
@@ -110,33 +115,40 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> tokenizers.Tokenizer:
     return backend
 
 
-def _sentencepiece(file: GGUFFile, tokens: list[str]) -> tokenizers.Tokenizer:
+def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
+    """Byte-pair encoding over whole texts (Kudo and Richardson 2018), spaces turned into a letter.
+
+    A space is put in front of a text, whether it begins with one or not, and in front of what follows a special token:
+    SentencePiece encodes each stretch between special tokens by itself, and llama.cpp does the same.
+    """
     vocabulary = _vocabulary(tokens)
     unknown = file.get("tokenizer.ggml.unknown_token_id")
+    # Special tokens and bytes are never made of smaller pieces.
+    made = {token for token, kind in zip(tokens, types, strict=False) if kind in (_NORMAL, _UNUSED)}
     backend = tokenizers.Tokenizer(
         models.BPE(
             vocab=vocabulary,
-            merges=_merges(vocabulary, file.require("tokenizer.ggml.scores")),
+            merges=_merges(vocabulary, made, file.require("tokenizer.ggml.scores")),
             unk_token=None if unknown is None else tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
         )
     )
     prefix = file.get("tokenizer.ggml.add_space_prefix", True)
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement=_SPACE, prepend_scheme="first" if prefix else "never", split=False
-    )
+    spaces = normalizers.Replace(" ", _SPACE)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefix else spaces
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     return backend
 
 
-def _merges(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+def _merges(vocabulary: dict[str, int], made: set[str], scores: list[float]) -> list[tuple[str, str]]:
     """SentencePiece stores a score a piece instead of merges: the pair whose union scores highest goes first."""
     merges = []
-    for piece, index in vocabulary.items():
+    for piece in made:
+        index = vocabulary[piece]
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
-            if left in vocabulary and right in vocabulary:
+            if left in made and right in made:
                 merges.append((-scores[index], vocabulary[left], vocabulary[right], left, right))
     return [(left, right) for *_, left, right in sorted(merges)]

@@ -1,57 +1,26 @@
-"""`config.json` of Hugging Face checkpoints <-> `TransformerConfig`.
+"""From `config.json` of Hugging Face checkpoints to `TransformerConfig`; `_hf_write` goes the other way.
 
 Keys that are absent mean what they mean in transformers, both in files that its version 5 writes (`rope_parameters`,
 `dtype`, `layer_types`) and in older ones (`rope_theta` and `rope_scaling` at the top level).
 """
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import CheckpointError
-from ._config import LinearRope, Llama3Rope, RopeScaling, TransformerConfig
+from ._config import TransformerConfig
+from ._config_keys import CONFIG_KEYS
+from ._hf_families import DEFAULTS, FAMILIES, GEMMA, Reader
+from ._hf_layers import no_rope_layers, windows
+from ._hf_rope import rope_parameters, rope_scaling, rotary_dim
+from ._keys import check_keys
 
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+_ACTIVATIONS: dict[Any, Literal["silu", "gelu_tanh"]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
 }
-_ROPE_TYPES = "default, linear, llama3"
-
-
-class _Reader:
-    """Typed access to a parsed JSON object, with the file's name in every complaint."""
-
-    def __init__(self, values: dict[str, Any], origin: Path):
-        self.values = values
-        self.origin = origin
-
-    def fail(self, message: str) -> CheckpointError:
-        return CheckpointError(f"{self.origin}: {message}")
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise self.fail(f"no {key!r}; a config.json of a causal language model states it")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.fail(f"{key!r} is {value!r}, but must be a positive integer")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.values.get(key)
-        if value is None:
-            value = default
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise self.fail(f"{key!r} is {value!r}, but must be a positive number")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise self.fail(f"{key!r} is {value!r}, but must be true or false")
-        return bool(value)
 
 
 def config_from_hf(values: dict[str, Any], origin: Path) -> TransformerConfig:
@@ -66,8 +35,8 @@ def config_from_hf(values: dict[str, Any], origin: Path) -> TransformerConfig:
 
     `CheckpointError` for whatever `Transformer` cannot represent: no model is better than a wrong one.
     """
-    read = _Reader(values, origin)
     family = values.get("model_type")
+    read = Reader({**DEFAULTS.get(str(family), {}), **values}, origin)
     if family not in FAMILIES:
         raise read.fail(f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
     if values.get("quantization_config"):
@@ -75,193 +44,86 @@ def config_from_hf(values: dict[str, Any], origin: Path) -> TransformerConfig:
             "the weights are quantized (quantization_config); only float32, float16 and bfloat16 safetensors are "
             "supported: use the unquantized checkpoint, or a .gguf file"
         )
-    if values.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise read.fail(f"hidden_act {values['hidden_act']!r} is not supported; supported is silu")
     if values.get("rope_interleaved"):
         raise read.fail("rope_interleaved is true; only the half-split rotary layout of transformers is supported")
-
-    num_heads = read.integer("num_attention_heads")
-    hidden_size = read.integer("hidden_size")
-    num_layers = read.integer("num_hidden_layers")
-    max_positions = read.integer("max_position_embeddings", 2048 if family == "llama" else None)
-    if "head_dim" not in values and family == "qwen3":
-        head_dim = 128  # Qwen3's default is a number, not hidden_size / num_attention_heads.
-    else:
-        head_dim = read.integer("head_dim", hidden_size // num_heads)
-    if family == "qwen2":
-        qkv_bias, output_bias = True, False
-    else:
-        qkv_bias = output_bias = family != "mistral" and read.flag("attention_bias")
+    check_keys(values, CONFIG_KEYS, origin, family)
     try:
-        return TransformerConfig(
-            vocab_size=read.integer("vocab_size"),
-            hidden_size=hidden_size,
-            intermediate_size=read.integer("intermediate_size"),
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_kv_heads=read.integer("num_key_value_heads", num_heads),
-            head_dim=head_dim,
-            max_position_embeddings=max_positions,
-            rope_theta=_rope_parameters(read).number("rope_theta", 10000.0),
-            rope_scaling=_rope_scaling(_rope_parameters(read), max_positions),
-            norm_eps=read.number("rms_norm_eps", 1e-6),
-            qkv_bias=qkv_bias,
-            output_bias=output_bias,
-            mlp_bias=family == "llama" and read.flag("mlp_bias"),
-            qk_norm=family == "qwen3",
-            tie_embeddings=read.flag("tie_word_embeddings"),
-            sliding_window=_sliding_window(read, family, num_layers, max_positions),
-        )
+        config = _translate(read, family)
     except CheckpointError:
         raise
     except ValueError as error:  # What TransformerConfig itself rejects.
         raise read.fail(str(error)) from error
+    _check_architecture(read, family)
+    return config
 
 
-def _rope_parameters(read: _Reader) -> _Reader:
-    """One flat object from either style, `rope_theta` included."""
-    merged: dict[str, Any] = {}
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if read.values.get(key) is not None:
-            merged[key] = read.values[key]
-    for key in ("rope_parameters", "rope_scaling"):
-        nested = read.values.get(key)
-        if nested is None:
-            continue
-        if not isinstance(nested, dict) or any(isinstance(value, dict) for value in nested.values()):
-            raise read.fail(f"{key} is {nested!r}; only one flat object for all layers is supported")
-        merged.update(nested)
-    return _Reader(merged, read.origin)
-
-
-def _rope_scaling(rope: _Reader, max_positions: int) -> RopeScaling:
-    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
-    if rope.values.get("partial_rotary_factor", 1.0) != 1.0:
-        raise rope.fail(f"partial_rotary_factor {rope.values['partial_rotary_factor']!r} is not supported; only 1 is")
-    match kind:
-        case "default" | None:
-            return None
-        case "linear":
-            return LinearRope(rope.number("factor"))
-        case "llama3":
-            return Llama3Rope(
-                factor=rope.number("factor"),
-                low_freq_factor=rope.number("low_freq_factor"),
-                high_freq_factor=rope.number("high_freq_factor"),
-                original_max_position_embeddings=rope.integer("original_max_position_embeddings", max_positions),
-            )
-        case _:
-            raise rope.fail(f"rope type {kind!r} is not supported; supported are {_ROPE_TYPES}")
-
-
-def _sliding_window(read: _Reader, family: str, num_layers: int, max_positions: int) -> int | None:
-    """The window, where every layer has the same one; `None` where it never cuts anything off."""
-    if family == "mistral":
-        # The class default holds only where the key is absent; Mistral 7B v0.2 and later write null.
-        absent = "sliding_window" not in read.values
-        window = 4096 if absent else read.values["sliding_window"]
-        default_kinds = ["full_attention" if window is None else "sliding_attention"] * num_layers
-    elif family in ("qwen2", "qwen3"):
-        used = read.flag("use_sliding_window")
-        window = read.values.get("sliding_window", 4096) if used else None
-        first = read.values.get("max_window_layers", 28)
-        if not isinstance(first, int):
-            raise read.fail(f"max_window_layers is {first!r}, but must be an integer")
-        default_kinds = [
-            "sliding_attention" if window is not None and layer >= first else "full_attention"
-            for layer in range(num_layers)
-        ]
+def _translate(read: Reader, family: str) -> TransformerConfig:
+    num_heads = read.integer("num_attention_heads")
+    hidden_size = read.integer("hidden_size")
+    num_layers = read.integer("num_hidden_layers")
+    max_positions = read.integer("max_position_embeddings")
+    head_dim = read.integer("head_dim", hidden_size // num_heads)
+    if family == "qwen2":
+        qkv_bias, output_bias = True, False
     else:
-        window, default_kinds = None, ["full_attention"] * num_layers
-    kinds = read.values.get("layer_types") or default_kinds
-    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
-        raise read.fail(f"layer_types is {kinds!r}, but must be a list of names")
-    if set(kinds) == {"full_attention"}:
-        return None
-    if set(kinds) != {"sliding_attention"} or window is None:
-        raise read.fail(
-            f"attention differs between layers (layer_types or max_window_layers give {sorted(set(kinds))} with "
-            f"sliding_window {window!r}); supported is one kind for all: full, or sliding with one window"
-        )
-    window = _Reader({"sliding_window": window}, read.origin).integer("sliding_window")
-    return None if window >= max_positions else window
+        qkv_bias = output_bias = family not in ("mistral", "phi3") and read.flag("attention_bias")
+    rope, sliding_theta = rope_parameters(read, family)
+    no_rope = no_rope_layers(read, family, num_layers)
+    window, full = windows(read, family, num_layers, no_rope)
+    if window is None or (window >= max_positions and sliding_theta is None):
+        window, full, sliding_theta = None, (), None  # It never cuts anything off.
+    return TransformerConfig(
+        vocab_size=read.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=read.integer("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=read.integer("num_key_value_heads", num_heads),
+        head_dim=head_dim,
+        max_position_embeddings=max_positions,
+        rope_theta=rope.number("rope_theta", 10000.0),
+        rope_scaling=rope_scaling(rope, family, max_positions),
+        norm_eps=read.number("rms_norm_eps", 1e-6),
+        qkv_bias=qkv_bias,
+        output_bias=output_bias,
+        mlp_bias=family in ("llama", "granite", "smollm3") and read.flag("mlp_bias"),
+        qk_norm=family in ("qwen3", "olmo2", "gemma3_text"),
+        tie_embeddings=read.flag("tie_word_embeddings"),
+        sliding_window=window,
+        full_attention_layers=full,
+        sliding_rope_theta=sliding_theta,
+        no_rope_layers=no_rope,
+        rotary_dim=rotary_dim(rope, family, head_dim),
+        qk_norm_across_heads=family == "olmo2",
+        norm_placement="around" if family in GEMMA else "after" if family == "olmo2" else "before",
+        norm_offset=1.0 if family in GEMMA else 0.0,
+        activation=_activation(read, family),
+        embedding_multiplier=math.sqrt(hidden_size) if family in GEMMA else read.number("embedding_multiplier", 1.0),
+        residual_multiplier=read.number("residual_multiplier", 1.0),
+        attention_multiplier=_attention_multiplier(read, family, head_dim),
+        logits_scaling=read.number("logits_scaling", 1.0),
+        attn_logit_softcapping=read.optional_number("attn_logit_softcapping"),
+        final_logit_softcapping=read.optional_number("final_logit_softcapping"),
+    )
 
 
-def family_of(config: TransformerConfig) -> str:
-    """The transformers family that represents `config`.
-
-    The configuration does not remember where it came from, and need not: families differ in options only. So a Mistral
-    without a window is written as the Llama that it computes.
-    """
-    if config.qk_norm:
-        supported, family = config.qkv_bias == config.output_bias and not config.mlp_bias, "qwen3"
-    elif config.qkv_bias and not config.output_bias:
-        supported, family = not config.mlp_bias, "qwen2"
-    elif config.sliding_window is not None or config.hidden_size % config.num_heads != 0:
-        supported, family = not (config.qkv_bias or config.output_bias or config.mlp_bias), "mistral"
-    else:
-        supported, family = config.qkv_bias == config.output_bias, "llama"
-    if not supported:
-        raise CheckpointError(
-            f"transformers has no family with qkv_bias={config.qkv_bias}, output_bias={config.output_bias}, "
-            f"mlp_bias={config.mlp_bias}, qk_norm={config.qk_norm} and sliding_window={config.sliding_window}, so this "
-            f"model can't be written as a Hugging Face folder; the families are {', '.join(FAMILIES)}"
-        )
-    return family
+def _activation(read: Reader, family: str) -> Literal["silu", "gelu_tanh"]:
+    key = "hidden_activation" if family in GEMMA else "hidden_act"
+    stated = read.values.get(key, "silu")
+    if stated not in _ACTIVATIONS:
+        raise read.fail(f"{key} {stated!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[stated]
 
 
-def config_to_hf(config: TransformerConfig, dtype: str) -> dict[str, Any]:
-    """The `config.json` from which transformers builds the same function.
+def _attention_multiplier(read: Reader, family: str, head_dim: int) -> float | None:
+    if family in GEMMA:
+        scalar = read.number("query_pre_attn_scalar")
+        return None if scalar == head_dim else scalar**-0.5
+    return read.optional_number("attention_multiplier")
 
-    **Arguments:**
 
-    - `dtype`: of the stored matrices, `"float32"` or `"bfloat16"`.
-    """
-    family = family_of(config)
-    # Both styles at once: version 5 of transformers reads rope_parameters, older ones rope_theta and rope_scaling.
-    rope: dict[str, Any] = {"rope_type": "default"}
-    match config.rope_scaling:
-        case LinearRope(factor):
-            rope = {"rope_type": "linear", "factor": factor}
-        case Llama3Rope(factor, low, high, original):
-            rope = {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": original,
-            }
-    values: dict[str, Any] = {
-        "architectures": [FAMILIES[family]],
-        "model_type": family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None if config.rope_scaling is None else rope,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": "silu",
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_dropout": 0.0,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
-    if family in ("llama", "qwen3"):
-        values["attention_bias"] = config.qkv_bias
-    if family == "llama":
-        values["mlp_bias"] = config.mlp_bias
-    if family == "mistral":
-        values["sliding_window"] = config.sliding_window
-    if family in ("qwen2", "qwen3"):
-        windowed = config.sliding_window is not None
-        values["use_sliding_window"] = windowed
-        values["sliding_window"] = config.sliding_window
-        values["max_window_layers"] = 0 if windowed else config.num_layers
-        values["layer_types"] = ["sliding_attention" if windowed else "full_attention"] * config.num_layers
-    return values
+def _check_architecture(read: Reader, family: str) -> None:
+    """A file for a classifier, or for somebody's own code, may use the family's keys and mean another model."""
+    stated = read.values.get("architectures")
+    if stated and not (isinstance(stated, list) and FAMILIES[family].lower() in [str(name).lower() for name in stated]):
+        raise read.fail(f"architectures is {stated!r}, but a {family} model that can be trained is {FAMILIES[family]}")

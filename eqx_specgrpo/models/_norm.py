@@ -13,16 +13,20 @@ def rms_normalize(x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]
 
 
 class RMSNorm(eqx.Module):
-    """`x / rms(x) * weight` over the last axis."""
+    """`x / rms(x) * (weight + offset)` over the last axis."""
 
     weight: Float[Array, " size"]
     eps: float = eqx.field(static=True)
+    offset: float = eqx.field(static=True)
 
-    def __init__(self, size: int, eps: float):
-        self.weight = jnp.ones(size)
+    def __init__(self, size: int, eps: float, offset: float = 0.0):
+        self.weight = jnp.full(size, 1.0 - offset)
         self.eps = eps
+        self.offset = offset
 
     @jax.named_scope("RMSNorm")
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
         scale = lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return x * scale * jnp.broadcast_to(self.weight.astype(jnp.float32), x.shape)
+        weight = self.weight.astype(jnp.float32)
+        weight = weight + self.offset if self.offset else weight
+        return x * scale * jnp.broadcast_to(weight, x.shape)

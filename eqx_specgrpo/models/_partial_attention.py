@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ._attention import causal_mask
+from ._attention import causal_mask, soft_capped
 
 _SHORT_CACHE = 192
 
@@ -88,6 +88,7 @@ def attend_to_filled(
     values: Float[Array, "batch kv_heads slots head_dim"],
     positions: Int[Array, "batch seq"],
     sliding_window: int | None,
+    softcap: float | None = None,
 ) -> PartialAttention:
     """Adds the slots of a cache in which slot and position are the same, up to the last position that is asked for.
 
@@ -100,19 +101,21 @@ def attend_to_filled(
     - `before`: what was seen already.
     - `positions`: of the queries.
     - `sliding_window`: how many positions a query sees, its own included; `None` for all.
+    - `softcap`: what scores are capped at, smoothly; `None` for no cap.
     """
+    attend = partial(_attend_in_pieces, sliding_window=sliding_window, softcap=softcap)
     slots = values.shape[2]
     piece = _piece_length(positions.shape[1], slots)
     if piece >= slots:
-        return _attend_in_pieces(before, folded_queries, transposed_keys, values, positions, sliding_window, slots)
+        return attend(before, folded_queries, transposed_keys, values, positions, piece=slots)
     return lax.platform_dependent(
         before,
         folded_queries,
         transposed_keys,
         values,
         positions,
-        cpu=partial(_attend_in_pieces, sliding_window=sliding_window, piece=piece),
-        default=partial(_attend_in_pieces, sliding_window=sliding_window, piece=slots),
+        cpu=partial(attend, piece=piece),
+        default=partial(attend, piece=slots),
     )
 
 
@@ -126,7 +129,7 @@ def _piece_length(seq: int, slots: int) -> int:
     return slots if slots <= _SHORT_CACHE else max(128, min(seq, 512))
 
 
-def _attend_in_pieces(before, folded_queries, transposed_keys, values, positions, sliding_window, piece):
+def _attend_in_pieces(before, folded_queries, transposed_keys, values, positions, *, sliding_window, softcap, piece):
     slots = values.shape[2]
 
     def add(index, sums):
@@ -141,7 +144,7 @@ def _attend_in_pieces(before, folded_queries, transposed_keys, values, positions
             return jnp.einsum("bkqs,bksd->bkqd", weights.astype(part.dtype), part, preferred_element_type=jnp.float32)
 
         scores = jnp.einsum("bkqd,bkds->bkqs", folded_queries, keys, preferred_element_type=jnp.float32)
-        return sums.add(scores, mask, mix)
+        return sums.add(soft_capped(scores, softcap), mask, mix)
 
     if piece == slots:
         return add(0, before)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from ._attention import causal_mask, fold_queries, unfold_heads
+from ._attention import causal_mask, fold_queries, soft_capped, unfold_heads
 from ._cache import AbstractLayerCache, KVCache, write_rows
 from ._partial_attention import PartialAttention
 
@@ -29,7 +29,7 @@ class SharedPromptCache(AbstractLayerCache):
     lengths: Int[Array, " prompts"]
     rows: KVCache
 
-    def attend(self, queries, keys, values, positions, sliding_window):
+    def attend(self, queries, keys, values, positions, sliding_window, softcap=None):
         batch, kv_heads, seq, _ = keys.shape
         num_prompts, _, width, _ = self.prompts.values.shape
         samples = batch // num_prompts
@@ -53,10 +53,11 @@ class SharedPromptCache(AbstractLayerCache):
         place = jnp.arange(width, dtype=positions.dtype)[None]
         in_prompt = jnp.where(place < starts, place, jnp.iinfo(positions.dtype).max)
         scores = by_row(_product("pkqd,pkds->pkqs", by_prompt(folded), self.prompts.transposed_keys))
+        scores = soft_capped(scores, softcap)
         sums = PartialAttention.of_nothing(folded).add(scores, causal_mask(positions, in_prompt, sliding_window), mix)
         # A row's own slots are counted from its prompt's end.
         rows = self.rows.write(keys, values, positions - starts)
-        sums = rows.attend_on(sums, folded, positions - starts, sliding_window)
+        sums = rows.attend_on(sums, folded, positions - starts, sliding_window, softcap)
         return unfold_heads(sums.result(), seq), SharedPromptCache(self.prompts, self.lengths, rows)
 
     def unshared(self, chosen: Int[Array, " chosen"]) -> KVCache:

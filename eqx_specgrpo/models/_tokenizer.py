@@ -11,9 +11,9 @@ from .._types import Message
 from ..errors import CheckpointError, UserError
 from ._base import AbstractLanguageModel
 from ._chat_template import render_chat
-from ._safetensors import read_json
+from ._safetensors import listing, read_json
 
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -152,60 +152,25 @@ class Tokenizer:
 
 def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
     """Those that `tokenizer_config.json` states, as templates name them."""
-    tokens = {}
-    for name in _SPECIAL:
-        value = settings.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            tokens[name] = value
+    stated = {name: settings.get(name) for name in SPECIAL_TOKENS} | further_special_tokens(settings)
+    tokens = {name: value.get("content") if isinstance(value, dict) else value for name, value in stated.items()}
+    return {name: token for name, token in tokens.items() if isinstance(token, str)}
+
+
+def further_special_tokens(settings: dict[str, Any]) -> dict[str, Any]:
+    """A model's own special tokens by name (`image_token`, ...), from the three places where transformers finds them.
+
+    Every key that ends in `_token` and is a string counts.
+    """
+    tokens = {
+        name: value
+        for name, value in settings.items()
+        if name.endswith("_token") and name not in SPECIAL_TOKENS and isinstance(value, str)
+    }
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        value = settings.get(key)
+        tokens |= value if isinstance(value, dict) else {}
     return tokens
-
-
-def tokenizer_from_folder(folder: Path) -> Tokenizer:
-    """See `load_tokenizer`."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        others = [p.name for p in folder.iterdir() if p.name in ("tokenizer.model", "vocab.json", "spiece.model")]
-        hint = (
-            f"it has only {others[0]}: load it once with transformers' AutoTokenizer and save_pretrained it"
-            if others
-            else "copy tokenizer.json and tokenizer_config.json of the model next to its weights"
-        )
-        raise CheckpointError(f"{folder} has no tokenizer (tokenizer.json); {hint}")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # The library raises bare Exception for every fault in the file.
-        raise CheckpointError(f"{path} can't be read as a tokenizer ({error}); download or copy it again") from error
-
-    settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            settings.update({key: value for key, value in read_json(folder / name).items() if value is not None})
-
-    eos_ids: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            eos_ids.extend(_eos_ids(read_json(folder / name).get("eos_token_id"), folder / name))
-    return Tokenizer(backend, settings, _chat_template(folder, settings), eos_ids)
-
-
-def _eos_ids(value: Any, origin: Path) -> list[int]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise CheckpointError(f"{origin}: eos_token_id is {value!r}, but must be a token id or a list of them")
-    return ids
-
-
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # Several by name, an older style.
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -215,13 +180,16 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 def check_tokenizer(model: AbstractLanguageModel, tokenizer: Tokenizer) -> None:
     """Raises a `UserError` if the tokenizer has ids that the model has no embedding for."""
     if tokenizer.vocab_size > model.vocab_size:
+        vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+        beyond = sorted(token for token, index in vocabulary.items() if index >= model.vocab_size)
         raise UserError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model's vocabulary has "
-            f"{model.vocab_size} entries: they do not belong together; use the model's own tokenizer"
+            f"{model.vocab_size} entries, none for {listing([repr(token) for token in beyond])}: they do not belong "
+            "together; use the model's own tokenizer"
         )
-    beyond = [i for i in tokenizer.eos_ids if i >= model.vocab_size]
-    if beyond:
+    ends = [i for i in tokenizer.eos_ids if i >= model.vocab_size]
+    if ends:
         raise UserError(
-            f"end-of-sequence id {beyond[0]} lies outside the model's vocabulary of {model.vocab_size} entries: mend "
+            f"end-of-sequence id {ends[0]} lies outside the model's vocabulary of {model.vocab_size} entries: mend "
             "eos_token_id in generation_config.json or config.json"
         )

@@ -1,7 +1,8 @@
-"""One decoder-only transformer for Llama 2/3, SmolLM2, Mistral, Qwen2/2.5 and Qwen3."""
+"""One decoder-only transformer for Llama, SmolLM, Mistral, Qwen, Gemma, Phi, OLMo 2 and Granite."""
 
 import dataclasses
-from typing import TypeVar
+import math
+from typing import Literal, TypeVar
 
 import equinox as eqx
 import jax
@@ -14,10 +15,9 @@ from ._cache import AbstractLayerCache, Cache, KVCache, NoCache
 from ._config import TransformerConfig
 from ._linear import Linear, gather, matmul
 from ._norm import RMSNorm
-from ._rope import apply_rope, rope_frequencies, rope_table
+from ._rope import RopeTable, apply_rope, rope_tables
 
 Module = TypeVar("Module")
-RopeTable = tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]
 
 
 class Attention(eqx.Module):
@@ -28,32 +28,42 @@ class Attention(eqx.Module):
     query_norm: RMSNorm | None
     key_norm: RMSNorm | None
     config: TransformerConfig = eqx.field(static=True)
+    sliding_window: int | None = eqx.field(static=True)
+    rope: int | None = eqx.field(static=True)
 
-    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
+    def __init__(self, config: TransformerConfig, layer: int = 0, *, key: PRNGKeyArray):
         qkv_key, output_key = jr.split(key)
         self.config = config
+        # Not the layer's number: layers that are alike in these are the same function, and compiled as one.
+        self.sliding_window = config.window(layer)
+        self.rope = config.rope(layer)
         qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.qkv = Linear(config.hidden_size, qkv_size, use_bias=config.qkv_bias, key=qkv_key)
         self.output = Linear(
             config.num_heads * config.head_dim, config.hidden_size, use_bias=config.output_bias, key=output_key
         )
-        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.query_norm = self.key_norm = None
+        if config.qk_norm:
+            heads = (config.num_heads, config.num_kv_heads) if config.qk_norm_across_heads else (1, 1)
+            self.query_norm, self.key_norm = (
+                RMSNorm(count * config.head_dim, config.norm_eps, config.norm_offset) for count in heads
+            )
 
     @jax.named_scope("Attention")
     def __call__(
         self,
         x: Float[Array, "batch seq hidden"],
         positions: Int[Array, "batch seq"],
-        rope: RopeTable,
+        ropes: tuple[RopeTable, ...],
         cache: AbstractLayerCache,
     ) -> tuple[Float[Array, "batch seq hidden"], AbstractLayerCache]:
-        queries, keys, values = self.project(x, rope)
-        mixed, cache = cache.attend(queries, keys, values, positions, self.config.sliding_window)
+        queries, keys, values = self.project(x, ropes)
+        cap = self.config.attn_logit_softcapping
+        mixed, cache = cache.attend(queries, keys, values, positions, self.sliding_window, cap)
         return self.output(mixed), cache
 
     def project(
-        self, x: Float[Array, "batch seq hidden"], rope: RopeTable
+        self, x: Float[Array, "batch seq hidden"], ropes: tuple[RopeTable, ...]
     ) -> tuple[
         Float[Array, "batch seq heads head_dim"],
         Float[Array, "batch kv_heads seq head_dim"],
@@ -65,19 +75,37 @@ class Attention(eqx.Module):
         heads = self.qkv(x).reshape(batch, seq, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
         queries, keys, values = jnp.split(heads, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
         if self.query_norm is not None and self.key_norm is not None:
-            queries, keys = self.query_norm(queries), self.key_norm(keys)
-        queries, keys = apply_rope(queries, rope), apply_rope(keys, rope)
+            queries, keys = _normalize_heads(self.query_norm, queries), _normalize_heads(self.key_norm, keys)
+        if self.rope is not None:
+            queries, keys = apply_rope(queries, ropes[self.rope]), apply_rope(keys, ropes[self.rope])
+        if config.attention_multiplier is not None:
+            # Attention itself divides by the root of the head's size.
+            queries = queries * (config.attention_multiplier * math.sqrt(config.head_dim))
         return queries, keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
 
 
+def _normalize_heads(
+    norm: RMSNorm, x: Float[Array, "batch seq heads head_dim"]
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Each head by itself, or all of them at once, by the size of the norm."""
+    size = norm.weight.shape[0]
+    return norm(x.reshape(*x.shape[:2], -1, size)).reshape(x.shape)
+
+
+def _times(factor: float, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+    return x if factor == 1 else factor * x
+
+
 class MLP(eqx.Module):
-    """SwiGLU (Shazeer 2020); gate and up projections come out of one product."""
+    """SwiGLU or GeGLU (Shazeer 2020); gate and up projections come out of one product."""
 
     gate_up: Linear
     down: Linear
+    activation: Literal["silu", "gelu_tanh"] = eqx.field(static=True)
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
         gate_up_key, down_key = jr.split(key)
+        self.activation = config.activation
         self.gate_up = Linear(
             config.hidden_size, 2 * config.intermediate_size, use_bias=config.mlp_bias, key=gate_up_key
         )
@@ -86,34 +114,44 @@ class MLP(eqx.Module):
     @jax.named_scope("MLP")
     def __call__(self, x: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq hidden"]:
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up)
+        gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        return self.down(gate * up)
 
 
 class Block(eqx.Module):
-    """Pre-norm residual block."""
+    """Residual block, with norms before attention and MLP, after them, or both."""
 
-    attention_norm: RMSNorm
+    attention_norm: RMSNorm | eqx.nn.Identity
     attention: Attention
-    mlp_norm: RMSNorm
+    attention_post_norm: RMSNorm | eqx.nn.Identity
+    mlp_norm: RMSNorm | eqx.nn.Identity
     mlp: MLP
+    mlp_post_norm: RMSNorm | eqx.nn.Identity
+    residual_multiplier: float = eqx.field(static=True)
 
-    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
+    def __init__(self, config: TransformerConfig, layer: int = 0, *, key: PRNGKeyArray):
         attention_key, mlp_key = jr.split(key)
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, key=attention_key)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+        def norm(wanted: bool) -> RMSNorm | eqx.nn.Identity:
+            return RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset) if wanted else eqx.nn.Identity()
+
+        before, after = config.norm_placement != "after", config.norm_placement != "before"
+        self.attention_norm, self.attention_post_norm = norm(before), norm(after)
+        self.attention = Attention(config, layer, key=attention_key)
+        self.mlp_norm, self.mlp_post_norm = norm(before), norm(after)
         self.mlp = MLP(config, key=mlp_key)
+        self.residual_multiplier = config.residual_multiplier
 
     def __call__(
         self,
         x: Float[Array, "batch seq hidden"],
         positions: Int[Array, "batch seq"],
-        rope: RopeTable,
+        ropes: tuple[RopeTable, ...],
         cache: AbstractLayerCache,
     ) -> tuple[Float[Array, "batch seq hidden"], AbstractLayerCache]:
-        attended, cache = self.attention(self.attention_norm(x), positions, rope, cache)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), cache
+        attended, cache = self.attention(self.attention_norm(x), positions, ropes, cache)
+        x = x + _times(self.residual_multiplier, self.attention_post_norm(attended))
+        return x + _times(self.residual_multiplier, self.mlp_post_norm(self.mlp(self.mlp_norm(x)))), cache
 
 
 class Transformer(AbstractLanguageModel):
@@ -139,8 +177,8 @@ class Transformer(AbstractLanguageModel):
         shape = (config.vocab_size, config.hidden_size)
         self.config = config
         self.embedding = 0.02 * jr.normal(embedding_key, shape)
-        self.blocks = tuple(Block(config, key=block_key) for block_key in block_keys)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.blocks = tuple(Block(config, layer, key=block_key) for layer, block_key in enumerate(block_keys))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
         self.unembedding = None if config.tie_embeddings else 0.02 * jr.normal(unembedding_key, shape)
 
     @property
@@ -153,7 +191,7 @@ class Transformer(AbstractLanguageModel):
 
     @property
     def max_length(self) -> int:
-        return self.config.max_position_embeddings
+        return self.config.max_length
 
     def init_cache(self, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
         config = self.config
@@ -177,7 +215,7 @@ class Transformer(AbstractLanguageModel):
         )
 
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:
-        return gather(self.embedding, tokens)
+        return _times(self.config.embedding_multiplier, gather(self.embedding, tokens))
 
     @jax.named_scope("Transformer.hidden")
     def hidden(
@@ -188,12 +226,11 @@ class Transformer(AbstractLanguageModel):
         *,
         layers: tuple[int, ...] = (),
     ) -> tuple[Features, Cache]:
-        config = self.config
-        rope = rope_table(positions, rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
+        ropes = rope_tables(positions, self.config)
         x = self.embed(tokens)
         outputs, new_cache = [], []
         for block, layer_cache in zip(self.blocks, cache, strict=True):
-            x, layer_cache = _apply_block(block, x, positions, rope, layer_cache)
+            x, layer_cache = _apply_block(block, x, positions, ropes, layer_cache)
             outputs.append(x)
             new_cache.append(layer_cache)
         features = Features(last=self.norm(x), layers=tuple(outputs[layer] for layer in layers))
@@ -207,7 +244,10 @@ class Transformer(AbstractLanguageModel):
         if ids is not None:
             # In a loop XLA takes this look-up out, so that it is made once a segment; see tests/test_vocabulary.py.
             weight = gather(weight, ids).astype(weight.dtype)
-        return matmul(hidden, weight)
+        logits = matmul(hidden, weight)
+        logits = logits if self.config.logits_scaling == 1 else logits / self.config.logits_scaling
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 @eqx.filter_jit
@@ -215,12 +255,12 @@ def _apply_block(
     block: Block,
     x: Float[Array, "batch seq hidden"],
     positions: Int[Array, "batch seq"],
-    rope: RopeTable,
+    ropes: tuple[RopeTable, ...],
     cache: AbstractLayerCache,
 ) -> tuple[Float[Array, "batch seq hidden"], AbstractLayerCache]:
-    """A block as a function of its own: JAX traces, differentiates and lowers it once for all layers, which are alike.
+    """A block as a function of its own: JAX traces, differentiates and lowers it once for all layers that are alike.
     XLA puts it back where it is called, so that what runs is the same."""
-    return block(x, positions, rope, cache)
+    return block(x, positions, ropes, cache)
 
 
 def cast_weights(model: Module, dtype: DTypeLike) -> Module:

@@ -30,7 +30,20 @@ class _Slot:
     parts: dict[str, tuple[int, ...]]
 
 
-def _slots(config: TransformerConfig) -> list[_Slot]:
+# What the norms of a block are called, by where it has them: before attention, after it, before the MLP, after it.
+_NORMS = {
+    "before": ("input_layernorm", None, "post_attention_layernorm", None),
+    "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "around": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+
+
+def _slots(config: TransformerConfig, fused: bool) -> list[_Slot]:
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     slots = [
@@ -51,22 +64,38 @@ def _slots(config: TransformerConfig) -> list[_Slot]:
     def norm(i: int, module: Callable, name: str, size: int) -> None:
         slots.append(_Slot(lambda m: module(m.blocks[i]).weight, {f"model.layers.{i}.{name}.weight": (size,)}))
 
+    qkv = {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
+    gate_up = {"mlp.gate_proj": inner, "mlp.up_proj": inner}
+    if fused:
+        qkv, gate_up = {"self_attn.qkv_proj": queries + 2 * keys}, {"mlp.gate_up_proj": 2 * inner}
+    norms: tuple[Callable[[Any], Any], ...] = (
+        lambda b: b.attention_norm,
+        lambda b: b.attention_post_norm,
+        lambda b: b.mlp_norm,
+        lambda b: b.mlp_post_norm,
+    )
     for i in range(config.num_layers):
-        norm(i, lambda b: b.attention_norm, "input_layernorm", hidden)
-        qkv = {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
+        for module, name in zip(norms, _NORMS[config.norm_placement], strict=True):
+            if name is not None:
+                norm(i, module, name, hidden)
         linear(i, lambda b: b.attention.qkv, config.qkv_bias, hidden, qkv)
         linear(i, lambda b: b.attention.output, config.output_bias, queries, {"self_attn.o_proj": hidden})
         if config.qk_norm:
-            norm(i, lambda b: b.attention.query_norm, "self_attn.q_norm", config.head_dim)
-            norm(i, lambda b: b.attention.key_norm, "self_attn.k_norm", config.head_dim)
-        norm(i, lambda b: b.mlp_norm, "post_attention_layernorm", hidden)
-        linear(i, lambda b: b.mlp.gate_up, config.mlp_bias, hidden, {"mlp.gate_proj": inner, "mlp.up_proj": inner})
+            sizes = (queries, keys) if config.qk_norm_across_heads else (config.head_dim, config.head_dim)
+            norm(i, lambda b: b.attention.query_norm, "self_attn.q_norm", sizes[0])
+            norm(i, lambda b: b.attention.key_norm, "self_attn.k_norm", sizes[1])
+        linear(i, lambda b: b.mlp.gate_up, config.mlp_bias, hidden, gate_up)
         linear(i, lambda b: b.mlp.down, config.mlp_bias, inner, {"mlp.down_proj": hidden})
     return slots
 
 
 def fill_model(
-    config: TransformerConfig, tensors: dict[str, StoredTensor], origin: Path, dtype: DTypeLike
+    config: TransformerConfig,
+    tensors: dict[str, StoredTensor],
+    origin: Path,
+    dtype: DTypeLike,
+    *,
+    fused: bool = False,
 ) -> Transformer:
     """A `Transformer` whose every array comes from `tensors`, and which uses all of them.
 
@@ -75,12 +104,13 @@ def fill_model(
     - `tensors`: under their names in Hugging Face checkpoints.
     - `origin`: the file or folder, for messages.
     - `dtype`: of the matrices. Norms and biases are float32 always.
+    - `fused`: queries, keys and values are one tensor, and so are gate and up (Phi-3).
 
     **Raises:**
 
     `CheckpointError` that names the tensors which are missing, unexpected, or of another shape than `config` says.
     """
-    slots = _slots(config)
+    slots = _slots(config, fused)
     expected = {name: shape for slot in slots for name, shape in slot.parts.items()}
     _check_tensors(config, expected, tensors, origin)
 
@@ -134,10 +164,10 @@ def _check_tensors(
         )
 
 
-def model_tensors(model: Transformer) -> dict[str, np.ndarray]:
-    """The model's arrays on the host, split up and named as in Hugging Face checkpoints."""
+def model_tensors(model: Transformer, *, fused: bool = False) -> dict[str, np.ndarray]:
+    """The model's arrays on the host, split up and named as in Hugging Face checkpoints; `fused` as in `fill_model`."""
     tensors: dict[str, np.ndarray] = {}
-    for slot in _slots(model.config):
+    for slot in _slots(model.config, fused):
         array = np.asarray(slot.where(model))
         ends = np.cumsum([shape[0] for shape in slot.parts.values()])
         tensors.update(zip(slot.parts, np.split(array, ends[:-1]), strict=True))
