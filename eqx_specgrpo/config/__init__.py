@@ -6,7 +6,6 @@ from ._load import (
     draft_flags as draft_flags,
     dump_config as dump_config,
     load_config as load_config,
-    permitted_values as permitted_values,
 )
 from ._parts import (
     RunParts as RunParts,
@@ -17,7 +16,6 @@ from ._parts import (
     load_policy as load_policy,
     make_draft as make_draft,
     make_parts as make_parts,
-    make_verifier as make_verifier,
     model_name as model_name,
     named_draft as named_draft,
 )

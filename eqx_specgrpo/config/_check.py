@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from ..drafts import DraftError, describe_saved_draft
-from ..files import import_callable, is_import_spec
+from ..files import is_import_spec
 from ..models import could_be_downloaded, locate
 from ..records import check_unused
 from ..tasks import AbstractTask, Rewards, load_rewards, load_task
+from ._draft_options import check_options
 from ._tree import DraftConfig, RunConfig
 
 
@@ -35,7 +36,8 @@ def check_places(config: RunConfig, resume: bool) -> None:
     if config.draft.path is not None:
         check_saved_draft(config.draft)
     if config.draft.path is None and config.draft.enabled and is_import_spec(config.draft.kind):
-        import_callable(config.draft.kind, "draft", "class")
+        draft = config.draft
+        check_options(draft.kind, draft.ngram, draft.max_length, draft.options, complete=True)
     if not resume:
         check_unused(Path(config.out))
 
