@@ -326,14 +326,7 @@ def _compared(
             "acceptance_length": found.acceptance_length,
             "near_ties": [difference.behind for difference in found.differences],
         }
-        ties = "".join(
-            f"; row {d.row} parts at token {d.position}, a near tie of {d.behind:.1e}" for d in found.differences
-        )
-        return (
-            f"{found.equal} of {found.tokens} equal ({found.share:.2%}){ties}; acceptance length "
-            f"{found.acceptance_length:.2f}",
-            figures,
-        )
+        return found.summary(), figures
 
     def logprobs():
         found = kept[0]
