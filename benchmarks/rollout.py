@@ -38,7 +38,7 @@ from eqx_specgrpo.bench import (
     prepare,
     whole_numbers,
 )
-from eqx_specgrpo.config import default_model_path, largest_of_products, load_policy, make_verifier
+from eqx_specgrpo.config import default_model_path, largest_of_products, load_policy
 from eqx_specgrpo.decoding import (
     AbstractLengthController,
     AbstractVerifier,
@@ -47,6 +47,7 @@ from eqx_specgrpo.decoding import (
     Sampling,
     SegmentObservation,
     decode,
+    make_verifier,
 )
 from eqx_specgrpo.drafts import AbstractDraft, NoDraft
 from eqx_specgrpo.grpo import compute_copy

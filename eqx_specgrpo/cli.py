@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .choices import DRAFT_LOSSES, DRAFTS, REWARDS, TASKS, VERIFIERS, listed
 from .errors import UserError
 from .runtime import (
     check_output_arrived,
@@ -21,6 +22,8 @@ from .runtime import (
     keep_freed_memory,
     package_version,
 )
+
+_DRAFTS = f"{', '.join(DRAFTS)} or file.py:Class"
 
 app = typer.Typer(
     name="specgrpo",
@@ -83,14 +86,14 @@ def run(
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set grpo.beta=0.01. Repeatable."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Folder, .gguf file or org/name (model.path).")] = None,
-    task: Annotated[str | None, typer.Option(help="arithmetic, FILE.jsonl or reasoning_gym:NAME (task.name).")] = None,
+    task: Annotated[str | None, typer.Option(help=f"{listed(TASKS)} (task.name).")] = None,
     reward: Annotated[
         list[str] | None,
-        typer.Option(help="Built-in name, package.module:function or file.py:function. Repeatable."),
+        typer.Option(help=f"{listed([*REWARDS, 'package.module:function', 'file.py:function'])}. Repeatable."),
     ] = None,
     draft: Annotated[
         str | None,
-        typer.Option(help="Folder of a saved draft (draft.path), or a kind or file.py:Class (draft.kind)."),
+        typer.Option(help=f"Folder of a saved draft (draft.path), or {_DRAFTS} (draft.kind)."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps in all, those before a resume included.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder.")] = None,
@@ -159,10 +162,8 @@ def distill(
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set draft.fraction=0.5. Repeatable."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Folder, .gguf file or org/name (model.path).")] = None,
-    task: Annotated[str | None, typer.Option(help="arithmetic, FILE.jsonl or reasoning_gym:NAME (task.name).")] = None,
-    draft: Annotated[
-        str | None, typer.Option(help="A kind, file.py:Class, or the folder of a saved draft to go on with.")
-    ] = None,
+    task: Annotated[str | None, typer.Option(help=f"{listed(TASKS)} (task.name).")] = None,
+    draft: Annotated[str | None, typer.Option(help=f"Folder of a saved draft to go on with, or {_DRAFTS}.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="The most updates; 300 without --minutes.")] = None,
     minutes: Annotated[
         float | None,
@@ -174,7 +175,7 @@ def distill(
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Of sampling (grpo.temperature).")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="At its height (draft.learning_rate).")] = None,
-    loss: Annotated[str | None, typer.Option(help="kl, reverse_kl, tv, hybrid or e2e_tv (draft.loss).")] = None,
+    loss: Annotated[str | None, typer.Option(help=f"{listed(DRAFT_LOSSES)} (draft.loss).")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
 ) -> None:
     """Train a draft on the model's own completions of a task, for `specgrpo run --draft` and `generate --draft`."""
@@ -207,7 +208,7 @@ def generate(
     model: Annotated[str, typer.Option(help="Folder, .gguf file or org/name; without it, the embedded model.")] = "",
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     draft: Annotated[
-        str | None, typer.Option(help="Folder of a saved draft, a kind, or file.py:Class; without it, plain decoding.")
+        str | None, typer.Option(help=f"Folder of a saved draft, {_DRAFTS}; without it, plain decoding.")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
@@ -256,7 +257,7 @@ def generate(
 @app.command()
 def verify(
     model: Annotated[str, typer.Option(help="Folder, .gguf file or org/name; without it, the embedded model.")] = "",
-    draft: Annotated[str, typer.Option(help="Folder of a saved draft, a kind, or file.py:Class.")] = "medusa",
+    draft: Annotated[str, typer.Option(help=f"Folder of a saved draft, {_DRAFTS}.")] = "medusa",
     rows: Annotated[int, typer.Option(min=2, help="Completions to compare with plain decoding's.")] = 8,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling and of fresh weights.")] = 0,
@@ -296,18 +297,18 @@ def bench(
         Path | None, typer.Argument(metavar="CONFIG.toml", help="Configuration; without one, the embedded default.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Folder, .gguf file or org/name (model.path).")] = None,
-    task: Annotated[str | None, typer.Option(help="arithmetic, FILE.jsonl or reasoning_gym:NAME (task.name).")] = None,
+    task: Annotated[str | None, typer.Option(help=f"{listed(TASKS)} (task.name).")] = None,
     draft: Annotated[
         list[str] | None,
         typer.Option(
-            help="Folder of a saved draft, a kind, or file.py:Class; ngram+ before it: behind a lookup. "
+            help=f"Folder of a saved draft, {_DRAFTS}; ngram+ before it: behind a lookup. "
             "Repeatable; without it, ngram and medusa."
         ),
     ] = None,
     rows: Annotated[str, typer.Option(help="Completions decoded together.")] = "4,8,16",
     lengths: Annotated[str, typer.Option(help="Tokens drafted a round; 0 is always measured.")] = "1,2,3,4",
     adaptive: Annotated[bool, typer.Option("--adaptive", help="Also let a controller choose the length.")] = False,
-    verifiers: Annotated[str, typer.Option(help="Of rejection, block, coupled; at temperature 0 also greedy.")] = "",
+    verifiers: Annotated[str, typer.Option(help=f"Of {listed(VERIFIERS)}; greedy only at temperature 0.")] = "",
     new: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 128,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after an end of sequence, to --new tokens.")

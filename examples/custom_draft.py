@@ -1,7 +1,7 @@
 """A draft of one's own: a recurrent network over the drafted tokens, one small cell for all positions.
 
     specgrpo run --draft examples/custom_draft.py:MyDraft
-    specgrpo distill --draft examples/custom_draft.py:MyDraft --out drafts/mine
+    specgrpo distill --draft examples/custom_draft.py:MyDraft --set draft.options.state_size=64 --out drafts/mine
 
 or, to put it through the library's conformance checks on the embedded model:
 
@@ -30,12 +30,12 @@ class MyDraft(AbstractDraft):
     max_length: int = eqx.field(static=True)
     layers: tuple[int, ...] = eqx.field(static=True, default=())
 
-    def __init__(self, target, max_length, *, key):
+    def __init__(self, target, max_length, *, state_size: int = 128, key):
         size, keys = target.hidden_size, jr.split(key, 3)
-        self.read = Linear(2 * size, size, use_bias=True, key=keys[0])
-        self.recur = Linear(size, size, use_bias=False, key=keys[1])
-        write = Linear(size, size, use_bias=False, key=keys[2])
-        self.write = eqx.tree_at(lambda linear: linear.weight, write, jnp.zeros((size, size)))
+        self.read = Linear(2 * size, state_size, use_bias=True, key=keys[0])
+        self.recur = Linear(state_size, state_size, use_bias=False, key=keys[1])
+        write = Linear(state_size, size, use_bias=False, key=keys[2])
+        self.write = eqx.tree_at(lambda linear: linear.weight, write, jnp.zeros((size, state_size)))
         self.max_length = max_length
 
     @property
@@ -52,11 +52,14 @@ class MyDraft(AbstractDraft):
         state = jax.nn.silu(self.recur(state) + self.read(jnp.concatenate(inputs, axis=-1)))
         return state, hidden + self.write(state)
 
+    def no_state(self, hidden):
+        return jnp.zeros((*hidden.shape[:-1], self.write.weight.shape[1]))
+
     def init(self, target, features, tokens, lengths, capacity):
         return pick_positions(features.last, lengths - 1)  # what is remembered of a row: its newest hidden state
 
     def propose(self, target, hidden, last_token, sampler, length):
-        state, token, steps = jnp.zeros_like(hidden), last_token, []
+        state, token, steps = self.no_state(hidden), last_token, []
         for offset in range(length):
             state, output = self.step(target, state, hidden, token)
             token, distribution = sampler(target.unembed(output), offset)
@@ -67,7 +70,7 @@ class MyDraft(AbstractDraft):
         return pick_positions(features.last, num_accepted)
 
     def train_hidden(self, target, features, tokens):
-        state, outputs = jnp.zeros_like(features.last), []
+        state, outputs = self.no_state(features.last), []
         for offset in range(self.max_length):  # the features at i predict token i + 1, the first that the cell is told
             state, output = self.step(target, state, features.last, jnp.roll(tokens, -1 - offset, axis=1))
             outputs.append(output)
@@ -77,7 +80,8 @@ class MyDraft(AbstractDraft):
         return target.unembed(hidden)
 
     def provenance(self):
-        return {"hidden_size": self.write.weight.shape[0]}
+        hidden_size, state_size = self.write.weight.shape
+        return {"hidden_size": hidden_size, "state_size": state_size}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from eqx_specgrpo.decoding import (
+    VERIFIER_KINDS,
     AbstractAcceptanceRule,
     AbstractSampling,
     AbstractVerifier,
@@ -515,7 +516,14 @@ class NoiseOfTheRow(AbstractVerifier):
         return Coupled().verify(target, proposal, key, 0 * position)
 
 
-LOSSLESS = [Rejection(), Block(), CutOff(threshold=0.45, look_at_token=False)]
+LOSSLESS = [
+    *(
+        kind.verifier
+        for kind in VERIFIER_KINDS.values()
+        if isinstance(kind.verifier, AbstractAcceptanceRule) and not kind.greedy_only
+    ),
+    CutOff(threshold=0.45, look_at_token=False),
+]
 GREEDY = [Rejection(), GreedyMatch()]
 BROKEN = [
     InvertedRatio(),

@@ -183,13 +183,18 @@ def test_contradictions():
     assert "draft.kind says that there is none" in fails("draft.kind=none", "draft.path=x")
     assert "draft.mode says that there is none" in fails("draft.mode=off", "draft.path=x")
     assert "puts an n-gram lookup in front" in fails("draft.ngram=true", "draft.kind=ngram")
-    assert "name it in draft.model" in fails("draft.kind=model")
-    assert "draft.num_layers = 2 is an option of kind 'layer_skip', but draft.kind is 'medusa'" in fails(
-        "draft.num_layers=2"
+    assert "org/name): set draft.options.model" in fails("draft.kind=model")
+    assert "draft.options.num_layers = 2 is an option of kind 'layer_skip', but draft.kind is 'medusa'" in fails(
+        "draft.options.num_layers=2"
     )
-    assert "draft.min_ngram = 2 is an option of kind 'ngram'" in fails("draft.min_ngram=2")
-    assert "draft.train_length = 3 is more than draft.max_length = 2" in fails(
-        "draft.kind=eagle", "draft.train_length=3"
+    assert "draft.options.min_ngram = 2 is an option of kind 'ngram' (and of draft.ngram = true)" in fails(
+        "draft.options.min_ngram=2"
+    )
+    assert "draft.options.train_length = 3 is more than draft.max_length = 2" in fails(
+        "draft.kind=eagle", "draft.options.train_length=3"
+    )
+    assert "max_ngram = 2 is less than the 3 tokens" in fails(
+        "draft.kind=ngram", "draft.options.min_ngram=3", "draft.options.max_ngram=2"
     )
     assert "never learned" in fails("draft.mode=frozen", "draft.warmup=0")
     assert load_config(None, ["draft.mode=frozen", "draft.warmup=0", "draft.kind=ngram"]).draft.enabled
@@ -231,10 +236,10 @@ def test_a_saved_draft_says_what_it_is(tmp_path):
     assert (draft(f"draft.path={both}").kind, draft(f"draft.path={both}").ngram) == ("eagle", True)
     # In a file, too; a flag that names another draft takes the options of the file's along.
     file = tmp_path / "c.toml"
-    file.write_text(f'[draft]\nkind = "layer_skip"\nnum_layers = 2\nlength = 2\npath = "{long}"')
-    assert draft(path=file).num_layers == 2
+    file.write_text(f'[draft]\nkind = "layer_skip"\noptions.num_layers = 2\nlength = 2\npath = "{long}"')
+    assert draft(path=file).options == {"num_layers": 2}
     over = draft(path=file, flags=draft_flags("eagle"))
-    assert (over.kind, over.path, over.num_layers, over.length) == ("eagle", None, None, 2)
+    assert (over.kind, over.path, over.options, over.length) == ("eagle", None, {}, 2)
     over = draft(path=file, flags=draft_flags(str(both)))
     assert (over.kind, over.path, over.max_length) == ("eagle", str(both), 3)
     # What was resolved does not need the folder to be read again.

@@ -387,9 +387,9 @@ def test_layers_that_the_target_has_not():
     [
         (["draft.kind=medusa"], MedusaHeads),
         (["draft.kind=hydra"], HydraHeads),
-        (["draft.kind=eagle", "draft.train_length=2"], EagleDraft),
-        (["draft.kind=layer_skip", "draft.num_layers=1"], LayerSkipDraft),
-        (["draft.kind=ngram", "draft.min_ngram=5"], NGramDraft),
+        (["draft.kind=eagle", "draft.options.train_length=2"], EagleDraft),
+        (["draft.kind=layer_skip", "draft.options.num_layers=1"], LayerSkipDraft),
+        (["draft.kind=ngram", "draft.options.min_ngram=5"], NGramDraft),
         (["draft.kind=hydra", "draft.ngram=true"], FallbackDraft),
         (["draft.kind=model"], ModelDraft),
     ],
@@ -399,7 +399,7 @@ def test_every_kind_is_made_saved_and_loaded(overrides, kind, tiny_folder, tmp_p
     """From the configuration; and again from its folder, which says what it is."""
     target, tokenizer = load_pretrained(tiny_folder)
     if kind is ModelDraft:
-        overrides = [*overrides, f"draft.model={tiny_folder}"]
+        overrides = [*overrides, f"draft.options.model={tiny_folder}"]
     config = load_config(None, ["model.path=x", "draft.max_length=3", *overrides]).draft
     draft = make_draft(config, target, seed=1, tokenizer=tokenizer)
     assert isinstance(draft, kind) and draft.max_length == 3

@@ -84,6 +84,7 @@ def test_draws_alone_let_a_right_rule_pass():
 def test_coupled_is_draft_invariant_and_has_the_law():
     report = check_verifier(Coupled(), draft_invariant=True)
     assert report.draft_invariant and report.law_error is None
+    assert str(report).startswith("Coupled passed every check: it keeps the target's distribution.\n")
     assert 0.4 < report.acceptance < report.optimal_acceptance
 
 

@@ -20,10 +20,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 INITS = [path for path in FILES if path.name == "__init__.py" and path.parent != PACKAGE]
 
 # What each station may import, besides itself. A folder and a file at the top of the package are both stations.
-BOTTOM = {"_types", "errors", "files", "runtime", "sampling"}
+BOTTOM = {"_types", "choices", "errors", "files", "runtime", "sampling"}
 STATIONS = {"models", "drafts", "decoding", "tasks", "grpo", "distill"}
 ALLOWED = {
     "_types": {"errors"},
+    "choices": {"errors"},
     "errors": set(),
     "files": {"errors"},
     "runtime": {"errors"},
@@ -148,6 +149,8 @@ def definition(path: Path, name: str) -> tuple[Path, ast.stmt]:
     for node in parse(path).body:
         match node:
             case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef() if node.name == name:
+                return path, node
+            case ast.AnnAssign(target=ast.Name(id=assigned)) if assigned == name:
                 return path, node
             case ast.Assign() if any(isinstance(target, ast.Name) and target.id == name for target in node.targets):
                 return path, node

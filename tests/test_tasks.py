@@ -125,7 +125,7 @@ def test_size_bounds_the_items():
         (dict(terms=True), ["terms", "True"]),
         (dict(low=5, high=4), ["low", "high"]),
         (dict(low=-1), ["low", "0 <= low"]),
-        (dict(low=1.5), ["low", "1.5", "integer"]),
+        (dict(low=1.5), ["low", "1.5", "a whole number"]),
         (dict(operations="+/"), ["operations", "'+/'"]),
         (dict(operations=""), ["operations"]),
         (dict(size=0), ["size", "at least 1"]),

@@ -11,6 +11,7 @@ from tiny_run import tiny_folder as tiny_folder, tiny_model
 from typer.testing import CliRunner
 
 from eqx_specgrpo.cli import app
+from eqx_specgrpo.decoding import VERIFIER_KINDS, AbstractAcceptanceRule
 from eqx_specgrpo.drafts import HydraHeads, MedusaHeads, save_draft
 from eqx_specgrpo.errors import CheckpointError, UserError
 from eqx_specgrpo.testing import (
@@ -23,11 +24,12 @@ from eqx_specgrpo.testing import (
     make_pair,
 )
 
+# Every verifier that can be named, those that state their law first.
+VERIFIED = sorted(
+    (kind.verifier for kind in VERIFIER_KINDS.values()), key=lambda rule: not isinstance(rule, AbstractAcceptanceRule)
+)
 CHECKS = [
-    "the law of Rejection",
-    "the law of Block",
-    "the law of GreedyMatch",
-    "the law of Coupled",
+    *(f"the law of {type(rule).__name__}" for rule in VERIFIED),
     "drafted tokens",
     "the law of what is decoded",
     "the draft's interface",
@@ -108,6 +110,7 @@ def test_the_whole_certificate_of_a_saved_draft(tiny_folder, tmp_path, monkeypat
     assert found["passed"] and found["lossless"] and found["model"] == str(tiny_folder)
     checks = {check["name"]: check for check in found["checks"]}
     assert list(checks) == CHECKS and all(check["passed"] for check in checks.values())
+    assert {f"the law of {name}" for name in ("Rejection", "Block", "GreedyMatch", "Coupled")} <= checks.keys()
     assert 0 < checks["the law of Block"]["law_error"] < 1e-6
     for name in ("greedy", "coupled"):
         tokens = checks[f"{name} tokens are plain decoding's"]

@@ -4,8 +4,7 @@ from typing import Any
 
 import equinox as eqx
 
-from ..config import make_verifier
-from ..decoding import AbstractVerifier, FixedLength
+from ..decoding import VERIFIER_KINDS, AbstractVerifier, FixedLength, make_verifier
 from ..errors import UserError
 
 
@@ -78,11 +77,11 @@ class BenchSettings(eqx.Module):
             raise UserError(f"--minutes is {self.minutes}, but a draft needs some time to learn: give more than 0")
         for name in self.verifiers:
             make_verifier(name)
-        if "greedy" in self.verifiers and self.temperature > 0:
-            raise UserError(
-                f"the verifier 'greedy' keeps only the likeliest tokens, which is not lossless at temperature "
-                f"{self.temperature}: add --temperature 0, or leave it out of --verifiers"
-            )
+            if VERIFIER_KINDS[name].greedy_only and self.temperature > 0:
+                raise UserError(
+                    f"the verifier {name!r} keeps only the likeliest tokens, which is not lossless at temperature "
+                    f"{self.temperature}: add --temperature 0, or leave it out of --verifiers"
+                )
 
     @property
     def rules(self) -> dict[str, AbstractVerifier]:

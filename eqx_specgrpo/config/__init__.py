@@ -1,4 +1,8 @@
-from ._check import check_places as check_places, load_task_and_rewards as load_task_and_rewards
+from ._check import (
+    check_draft_options as check_draft_options,
+    check_places as check_places,
+    load_task_and_rewards as load_task_and_rewards,
+)
 from ._dtype_advice import dtype_advice as dtype_advice
 from ._load import (
     check_resume as check_resume,
@@ -6,7 +10,6 @@ from ._load import (
     draft_flags as draft_flags,
     dump_config as dump_config,
     load_config as load_config,
-    permitted_values as permitted_values,
 )
 from ._parts import (
     RunParts as RunParts,
@@ -17,10 +20,10 @@ from ._parts import (
     load_policy as load_policy,
     make_draft as make_draft,
     make_parts as make_parts,
-    make_verifier as make_verifier,
     model_name as model_name,
     named_draft as named_draft,
 )
+from ._places import with_absolute_paths as with_absolute_paths
 from ._toml import toml_value as toml_value
 from ._tree import (
     DraftConfig as DraftConfig,

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from ..drafts import DraftError, describe_saved_draft
-from ..files import import_callable, is_import_spec
+from ..files import absolute_spec, is_import_spec
 from ..models import could_be_downloaded, locate
 from ..records import check_unused
 from ..tasks import AbstractTask, Rewards, load_rewards, load_task
+from ._draft_options import check_options
 from ._tree import DraftConfig, RunConfig
 
 
@@ -34,10 +35,16 @@ def check_places(config: RunConfig, resume: bool) -> None:
         locate(path)
     if config.draft.path is not None:
         check_saved_draft(config.draft)
-    if config.draft.path is None and config.draft.enabled and is_import_spec(config.draft.kind):
-        import_callable(config.draft.kind, "draft", "class")
+    check_draft_options(config.draft)
     if not resume:
         check_unused(Path(config.out))
+
+
+def check_draft_options(draft: DraftConfig) -> None:
+    """Raises `UserError` if the class of a draft of the user's own can't be found, or does not take its options. Those
+    of the library's kinds have been checked with the configuration."""
+    if draft.path is None and draft.enabled and is_import_spec(draft.kind):
+        check_options(draft.kind, draft.ngram, draft.max_length, draft.options, complete=True)
 
 
 def check_saved_draft(config: DraftConfig) -> None:
@@ -45,7 +52,8 @@ def check_saved_draft(config: DraftConfig) -> None:
     Loads nothing."""
     assert config.path is not None
     saved = describe_saved_draft(Path(config.path).expanduser())
-    if saved["kind"] != config.kind:
+    kind = absolute_spec(config.kind) if is_import_spec(config.kind) else config.kind
+    if saved["kind"] != kind:
         raise DraftError(
             f"the draft in {config.path} is of kind {saved['kind']!r}, but draft.kind is {config.kind!r}: set "
             f"draft.kind={saved['kind']}, or name another draft"

@@ -3,20 +3,22 @@
 import difflib
 import importlib.resources
 import tomllib
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
-import annotated_types
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ..drafts import describe_saved_draft
+from ..choices import Option, permitted_values
+from ..drafts import DRAFT_KINDS, OWN_CLASS, describe_saved_draft, draft_options
 from ..errors import CheckpointError, ConfigError, did_you_mean
 from ..files import is_import_spec
+from ._draft_options import LOOKUP, check_options
+from ._places import with_absolute_paths
+from ._renamed import with_new_names
 from ._toml import parse_toml_value, toml_key, toml_value
-from ._tree import DRAFT_KINDS, DRAFT_OPTIONS, DraftConfig, RunConfig, TaskConfig
+from ._tree import DraftConfig, RunConfig, TaskConfig
 
 _NOTES = {"grpo.num_generations": "a group of one has nothing to be compared with"}
 _MAY_CHANGE = frozenset({"steps", "out", "save_steps"})
@@ -44,7 +46,7 @@ def load_config(
     The base is the file at `path`. Without one it is the packaged preset for the embedded default model, or, if a
     `model.path` is given, plain defaults. Options in `[task]` belong to the task named there, and are dropped where an
     override or a flag names another task; so are the options of a draft's kind. A saved draft in `draft.path` says its
-    kind and its longest draft itself.
+    kind and its longest draft itself. Files and folders that are there become absolute paths.
 
     **Arguments:**
 
@@ -70,6 +72,7 @@ def load_config(
     for key, value in (flags or {}).items():
         if value is not None:
             _put(overlay, key, value)
+    overlay = with_new_names(overlay)
     _check_keys(overlay)
     if path is not None:
         base = _read(path)
@@ -78,6 +81,7 @@ def load_config(
     else:
         preset = importlib.resources.files("eqx_specgrpo") / "assets" / "default.toml"
         base = tomllib.loads(preset.read_text(encoding="utf-8"))
+    base = with_new_names(base)
     _check_keys(base)
     name = overlay.get("task", {}).get("name")
     if name is not None and name != base.get("task", {}).get("name", TaskConfig().name):
@@ -88,9 +92,13 @@ def load_config(
 
 def _validated(tree: dict[str, Any]) -> RunConfig:
     try:
-        return RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from None
+    draft = config.draft
+    if draft.options and draft.kind not in DRAFT_KINDS:
+        check_options(draft.kind, draft.ngram, draft.max_length, draft.options, complete=False)
+    return with_absolute_paths(config)
 
 
 def draft_flags(text: str) -> dict[str, Any]:
@@ -114,7 +122,7 @@ def draft_flags(text: str) -> dict[str, Any]:
         raise ConfigError(f"{text} is a file of Python: say which class of it is the draft, as in {text}:MyDraft")
     raise ConfigError(
         f"there is no saved draft in {text!r}, and no such kind of draft."
-        f"{did_you_mean(text, DRAFT_KINDS)} (Or a class of your own as file.py:Class or package.module:Class.)"
+        f"{did_you_mean(text, DRAFT_KINDS)} (Or {OWN_CLASS}.)"
     )
 
 
@@ -145,7 +153,7 @@ def _without_options(base: dict[str, Any], overlay: Mapping[str, Any]) -> dict[s
     draft, over = base.get("draft", {}), overlay.get("draft", {})
     if not over.keys() & {"kind", "path"} or over.get("kind", "") == draft.get("kind", DraftConfig().kind):
         return base
-    return {**base, "draft": {key: value for key, value in draft.items() if key not in DRAFT_OPTIONS}}
+    return {**base, "draft": {key: value for key, value in draft.items() if key not in ("options", "ngram")}}
 
 
 def dump_config(config: RunConfig) -> str:
@@ -160,7 +168,12 @@ def dump_config(config: RunConfig) -> str:
         sections += ["", f"[{key}]"]
         fields = type(value).model_fields
         for name, item in _items(value):
-            sections.append(_line(name, item, fields.get(name)))
+            if name != "options" or key != "draft":
+                sections.append(_line(name, item, fields.get(name)))
+    if config.draft.options:
+        described = {option.name: option.description for option in _known_options(config.draft)}
+        sections += ["", "[draft.options]"]
+        sections += [_commented(name, item, described.get(name)) for name, item in config.draft.options.items()]
     return "\n".join(top + sections) + "\n"
 
 
@@ -182,6 +195,11 @@ def check_resume(old: RunConfig, new: RunConfig) -> None:
             )
 
 
+def _known_options(draft: DraftConfig) -> list[Option]:
+    kinds = [draft.kind, *([LOOKUP] if draft.ngram else [])]
+    return [option for kind in reversed(kinds) if kind in DRAFT_KINDS for option in draft_options(kind).known]
+
+
 def _items(section: BaseModel) -> Iterator[tuple[str, Any]]:
     for name in type(section).model_fields:
         yield name, section.__dict__[name]
@@ -192,7 +210,10 @@ def _leaves(config: RunConfig) -> Iterator[tuple[str, Any]]:
     for key, value in _items(config):
         if isinstance(value, BaseModel):
             for name, item in _items(value):
-                yield f"{key}.{name}", item
+                if f"{key}.{name}" == "draft.options":
+                    yield from ((f"draft.options.{option}", chosen) for option, chosen in item.items())
+                else:
+                    yield f"{key}.{name}", item
         else:
             yield key, value
 
@@ -202,9 +223,13 @@ def _show(value: Any) -> str:
 
 
 def _line(key: str, value: Any, field: FieldInfo | None) -> str:
+    return _commented(key, value, None if field is None else field.description)
+
+
+def _commented(key: str, value: Any, comment: str | None) -> str:
     # TOML has no null: an unset key is shown, as a comment.
     line = f"# {toml_key(key)} =" if value is None else f"{toml_key(key)} = {toml_value(value)}"
-    return line if field is None or not field.description else f"{line}  # {field.description}"
+    return line if not comment else f"{line}  # {comment}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -283,6 +308,7 @@ def _unknown(key: str) -> str:
     sections = _sections()
     known = [name for name in RunConfig.model_fields if name not in sections]
     known += [f"{section}.{name}" for section, model in sections.items() for name in model.model_fields]
+    known += dict.fromkeys(f"draft.options.{name}" for kind in DRAFT_KINDS for name in draft_options(kind).names)
     section, _, word = key.rpartition(".")
     if word in _OF_TRL:
         return f"unknown configuration key {key}: {_OF_TRL[word]}"
@@ -317,39 +343,3 @@ def _explain(detail: Any) -> str:
         value = repr(detail["input"])
     item = f"[{detail['loc'][-1]}]" if isinstance(detail["loc"][-1], int) else ""
     return f"{key}{item} = {value}: it must be {permitted_values(field.annotation, field.metadata)}{note}"
-
-
-def permitted_values(annotation: Any, metadata: Sequence[Any]) -> str:
-    """The values a field takes, in words."""
-    origin = get_origin(annotation)
-    if origin is Literal:
-        return "one of " + ", ".join(toml_value(choice) for choice in get_args(annotation))
-    if origin in (Union, types.UnionType):
-        inner = [part for part in get_args(annotation) if part is not types.NoneType]
-        return " or ".join([*(permitted_values(part, metadata) for part in inner), '"none"'])
-    if origin is list:
-        of = {str: "text", float: "numbers"}[get_args(annotation)[0]]
-        example = '["a", "b"]' if of == "text" else "[1.0, 0.5]"
-        return f"a list of {of}, such as {example}"
-    if origin is not None:  # Annotated[float, Field(...)]
-        inner, *fields = get_args(annotation)
-        return permitted_values(inner, [part for field in fields for part in field.metadata])
-    if annotation is str and metadata:
-        return "text that is not empty"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]
-    bounds = [bound for part in metadata if (bound := _bound(part))]
-    return f"{words} {' and '.join(bounds)}" if bounds else words
-
-
-def _bound(constraint: Any) -> str:
-    match constraint:
-        case annotated_types.Ge(ge=bound):
-            return f"of at least {bound}"
-        case annotated_types.Gt(gt=bound):
-            return f"greater than {bound}"
-        case annotated_types.Le(le=bound):
-            return f"at most {bound}"
-        case annotated_types.Lt(lt=bound):
-            return f"less than {bound}"
-        case _:
-            return ""

@@ -2,59 +2,49 @@
 
 from importlib import resources
 from pathlib import Path
-from typing import Literal
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from jaxtyping import PRNGKeyArray
 
 from ..decoding import (
     AbstractLengthController,
     AbstractVerifier,
     AdaptiveLength,
-    Block,
-    Coupled,
     FixedLength,
-    GreedyMatch,
-    Rejection,
+    make_verifier,
 )
-from ..distill import AbstractDraftLoss, EndToEndTV, ForwardKL, LKHybrid, ReverseKL, TotalVariation
+from ..distill import AbstractDraftLoss, make_draft_loss
 from ..drafts import (
+    DRAFT_KINDS,
     AbstractDraft,
-    DraftError,
-    EagleDraft,
+    AbstractHistoryDraft,
     FallbackDraft,
     FullVocabulary,
-    HydraHeads,
-    LayerSkipDraft,
-    MedusaHeads,
-    NGramDraft,
     NoDraft,
     ReducedVocabulary,
     TemperedDraft,
     check_fit,
-    check_same_vocabulary,
-    custom_draft,
     draft_vocabulary,
+    fresh_draft,
     has_vocabulary,
     load_draft,
-    load_model_draft,
     most_used_tokens,
     tempered_part,
     with_vocabulary,
 )
-from ..errors import UserError, did_you_mean
+from ..errors import UserError
 from ..grpo import AbstractEntropyControl, LossSettings, adamw
-from ..models import AbstractLanguageModel, Tokenizer, Transformer, load_pretrained
+from ..models import AbstractLanguageModel, Tokenizer, load_pretrained
 from ..sampling import AbstractSampling, Sampling
 from ..tasks import AbstractTask, Rewards, load_task
 from ._check import check_saved_draft, load_task_and_rewards
+from ._draft_options import LOOKUP, split_options
 from ._load import draft_config
 from ._loss import entropy_control, loss_settings
-from ._tree import DRAFT_KINDS, DraftConfig, RunConfig
+from ._tree import DraftConfig, RunConfig
 
 # Of a fresh draft for a model with more than twice as many tokens: drafting from 49,152 took eight times as long as
 # from 4,096, learning six times (docs/experiments.md).
@@ -118,7 +108,11 @@ def make_draft(
     if not config.enabled:
         return NoDraft()
     key = jr.fold_in(jr.key(seed), _DRAFT_WEIGHTS)
-    draft = _saved_draft(config, target) if config.path is not None else _fresh_draft(config, target, tokenizer, key)
+    own, lookup = split_options(config.kind, config.ngram, config.options) if config.options else ({}, {})
+    if config.path is not None:
+        draft = _saved_draft(config, target)
+    else:
+        draft = fresh_draft(config.kind, target, config.max_length, options=own, tokenizer=tokenizer, key=key)
     size = config.vocabulary
     if size is None and config.path is None and has_vocabulary(draft) and target.vocab_size > 2 * _DEFAULT_VOCABULARY:
         size = _DEFAULT_VOCABULARY
@@ -128,7 +122,11 @@ def make_draft(
         is_fallback = isinstance(draft, FallbackDraft)
         draft = FallbackDraft(draft.first, TemperedDraft(draft.then)) if is_fallback else TemperedDraft(draft)
     if config.ngram and not isinstance(draft, FallbackDraft):
-        draft = FallbackDraft(_lookup(config, shortest=3), draft)
+        # In front of another draft: there a short match is often worse than what the other one says.
+        lookup = {"min_ngram": 3, **{name: value for name, value in lookup.items() if value != "none"}}
+        first = fresh_draft(LOOKUP, target, config.max_length, options=lookup, key=key)
+        assert isinstance(first, AbstractHistoryDraft)
+        draft = FallbackDraft(first, draft)
     check_fit(draft, target)
     return draft
 
@@ -159,53 +157,6 @@ def _saved_draft(config: DraftConfig, target: AbstractLanguageModel) -> Abstract
     return draft.then if isinstance(draft, FallbackDraft) and not config.ngram else draft
 
 
-def _fresh_draft(
-    config: DraftConfig, target: AbstractLanguageModel, tokenizer: Tokenizer | None, key: PRNGKeyArray
-) -> AbstractDraft:
-    match config.kind:
-        case "medusa":
-            return MedusaHeads.fresh(target.hidden_size, config.max_length)
-        case "hydra":
-            return HydraHeads(target.hidden_size, config.max_length, key=key)
-        case "eagle":
-            return EagleDraft.for_target(
-                _transformer(target, config.kind),
-                max_length=config.max_length,
-                train_length=config.train_length,
-                key=key,
-            )
-        case "model":
-            assert config.model is not None  # the configuration has seen to it
-            draft, its_tokenizer = load_model_draft(config.model, config.max_length)
-            if tokenizer is not None:
-                check_same_vocabulary(its_tokenizer, tokenizer)
-            return draft
-        case "layer_skip":
-            depth = _transformer(target, config.kind).config.num_layers
-            num_layers = max(1, depth // 4) if config.num_layers is None else config.num_layers
-            return LayerSkipDraft(target.hidden_size, num_layers, config.max_length, key=key)
-        case "ngram":
-            return _lookup(config, shortest=2)
-        case "none":
-            return NoDraft()
-        case _:
-            return custom_draft(config.kind, target, config.max_length, key=key)
-
-
-def _lookup(config: DraftConfig, shortest: int) -> NGramDraft:
-    shortest = config.min_ngram or shortest
-    return NGramDraft(config.max_length, min_ngram=shortest, max_ngram=max(4, shortest))
-
-
-def _transformer(target: AbstractLanguageModel, kind: str) -> Transformer:
-    if not isinstance(target, Transformer):
-        raise DraftError(
-            f"a draft of kind {kind!r} is made of the layers of a Transformer, but the target is a "
-            f"{type(target).__name__}: use another kind"
-        )
-    return target
-
-
 def named_draft(
     text: str, target: AbstractLanguageModel, tokenizer: Tokenizer | None = None, seed: int = 0
 ) -> AbstractDraft:
@@ -231,7 +182,7 @@ def make_parts(config: RunConfig, tokenizer: Tokenizer, draft: AbstractDraft, *,
         length=_length(config.draft),
         loss=loss_settings(grpo, draft.layers),
         entropy=entropy_control(grpo),
-        draft_loss=_draft_loss(config.draft.loss),
+        draft_loss=make_draft_loss(config.draft.loss),
         policy_optimizer=adamw(
             beta1=grpo.adam_beta1,
             beta2=grpo.adam_beta2,
@@ -249,36 +200,6 @@ def _length(config: DraftConfig) -> AbstractLengthController:
     if not config.enabled:
         return FixedLength(0)
     return AdaptiveLength(config.length) if config.adaptive else FixedLength(config.length)
-
-
-def make_verifier(name: str) -> AbstractVerifier:
-    """The verifier of a name; `greedy` keeps only the likeliest tokens, and is lossless at temperature 0 alone."""
-    match name:
-        case "rejection":
-            return Rejection()
-        case "block":
-            return Block()
-        case "coupled":
-            return Coupled()
-        case "greedy":
-            return GreedyMatch()
-        case _:
-            names = ("rejection", "block", "coupled", "greedy")
-            raise UserError(f"there is no verifier {name!r}.{did_you_mean(name, names)}")
-
-
-def _draft_loss(name: Literal["kl", "reverse_kl", "tv", "hybrid", "e2e_tv"]) -> AbstractDraftLoss:
-    match name:
-        case "kl":
-            return ForwardKL()
-        case "reverse_kl":
-            return ReverseKL()
-        case "tv":
-            return TotalVariation()
-        case "hybrid":
-            return LKHybrid(eta=10.0)
-        case "e2e_tv":
-            return EndToEndTV()
 
 
 def check_prompt(prompt_length: int, position: int, target: AbstractLanguageModel, max_new: int) -> None:

@@ -4,15 +4,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from ..choices import TASKS, Among, listed
+from ..decoding import VERIFIER_KINDS
+from ..distill import DRAFT_LOSS_KINDS
+from ..drafts import DRAFT_KINDS, OWN_CLASS
 from ..errors import did_you_mean
 from ..files import is_import_spec
+from ._draft_options import check_options
 from ._grpo import GRPOConfig
 from ._section import NoneWord as _NoneWord, Section as _Section
 
-DRAFT_KINDS = ("medusa", "hydra", "eagle", "model", "layer_skip", "ngram", "none")
-DRAFT_OPTIONS = ("ngram", "train_length", "num_layers", "model", "min_ngram")  # of a kind, or beside it
-# These begin as the target's own prediction, one token late: they are rarely right before they have learned.
-_NEED_LEARNING = ("medusa", "hydra", "eagle")
+# Those that any temperature may have.
+_VERIFIERS = tuple(name for name, kind in VERIFIER_KINDS.items() if not kind.greedy_only)
 
 
 class ModelConfig(_Section):
@@ -29,9 +32,7 @@ class TaskConfig(_Section):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str = Field(
-        default="arithmetic", min_length=1, description="a built-in task, FILE.jsonl or reasoning_gym:NAME"
-    )
+    name: str = Field(default="arithmetic", min_length=1, description=listed(TASKS))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -66,8 +67,10 @@ class DraftConfig(_Section):
 
     kind: str = Field(
         default="medusa",
-        description="medusa, hydra, eagle, model, layer_skip, ngram, none (plain decoding), or a class of your own as "
-        "file.py:Class or package.module:Class",
+        description=f"{', '.join(DRAFT_KINDS)} (plain decoding), or {OWN_CLASS}",
+    )
+    options: dict[str, Any] = Field(
+        default={}, description="of a fresh draft of this kind, and of ngram where draft.ngram = true; see below"
     )
     path: Annotated[str | None, _NoneWord] = Field(
         default=None, description="a saved draft to start from, which says its kind and max_length; none: a fresh one"
@@ -87,31 +90,19 @@ class DraftConfig(_Section):
     max_length: int = Field(
         default=4, ge=1, le=8, description="the longest draft that it can make: how many heads it has, for instance"
     )
-    verifier: Literal["rejection", "block", "coupled"] = Field(
+    verifier: Annotated[str, Among(_VERIFIERS)] = Field(
         default="block",
-        description="the lossless rule that checks the guesses: token by token, together, or by shared noise",
+        description="the lossless rule that checks the guesses: "
+        + ", ".join(f"{name} ({VERIFIER_KINDS[name].summary})" for name in _VERIFIERS),
     )
     learning_rate: float = Field(default=1e-3, ge=0, description="of the draft's own optimizer")
-    loss: Literal["kl", "reverse_kl", "tv", "hybrid", "e2e_tv"] = Field(
+    loss: Annotated[str, Among(tuple(DRAFT_LOSS_KINDS))] = Field(
         default="kl",
-        description="forward or reverse KL, total variation, KL that becomes total variation as acceptance grows, or "
-        "the rejected share of a whole chain; tv and e2e_tv are for drafts that are aligned already",
+        description="; ".join(f"{name}: {kind.summary}" for name, kind in DRAFT_LOSS_KINDS.items()),
     )
     fraction: float = Field(default=0.25, gt=0, le=1, description="share of the rollouts that the draft learns from")
     warmup: int = Field(default=20, ge=0, description="updates of a fresh draft on the first rollouts, before step 0")
     max_grad_norm: float = Field(default=1.0, gt=0, description="the draft's gradient is clipped to this norm")
-    train_length: Annotated[Annotated[int, Field(ge=1, le=8)] | None, _NoneWord] = Field(
-        default=None, description="eagle: steps unrolled in training; none: 3, or max_length if that is less"
-    )
-    num_layers: Annotated[Annotated[int, Field(ge=1)] | None, _NoneWord] = Field(
-        default=None, description="layer_skip: how many of the target's first layers draft; none: a quarter of them"
-    )
-    model: Annotated[str | None, _NoneWord] = Field(
-        default=None, description="model: the drafting model's folder, .gguf file or org/name"
-    )
-    min_ngram: Annotated[Annotated[int, Field(ge=1)] | None, _NoneWord] = Field(
-        default=None, description="ngram: tokens that must match at least; none: 2, or 3 in front of another draft"
-    )
     vocabulary: Annotated[Annotated[int, Field(ge=0)] | None, _NoneWord] = Field(
         default=None,
         description="guess only so many tokens, those that the policy's completions use most, kept up to date; 0: all; "
@@ -142,8 +133,7 @@ class DraftConfig(_Section):
         if kind in DRAFT_KINDS or is_import_spec(kind):
             return kind
         raise ValueError(
-            f"draft.kind = {kind!r}: there is no such draft.{did_you_mean(kind, DRAFT_KINDS)} (Or a class of your own "
-            "as file.py:Class or package.module:Class.)"
+            f"draft.kind = {kind!r}: there is no such draft.{did_you_mean(kind, DRAFT_KINDS)} (Or {OWN_CLASS}.)"
         )
 
     @model_validator(mode="after")
@@ -155,7 +145,8 @@ class DraftConfig(_Section):
                 f"draft.length = {self.length} is more than draft.max_length = {self.max_length}, the longest draft it "
                 f"can make: {way_out}"
             )
-        if self.enabled and self.kind in _NEED_LEARNING and self.mode == "frozen" and self.path is None:
+        kind = DRAFT_KINDS.get(self.kind)
+        if kind is not None and kind.needs_learning and self.enabled and self.mode == "frozen" and self.path is None:
             if self.warmup == 0:
                 raise ValueError(
                     "draft.mode = 'frozen' with draft.warmup = 0 and no draft.path would guess with heads that never "
@@ -164,35 +155,24 @@ class DraftConfig(_Section):
         if self.path is not None and not self.enabled:
             off = "draft.kind" if self.kind == "none" else "draft.mode"
             raise ValueError(f"draft.path = {self.path!r} names a draft, but {off} says that there is none: drop one")
-        if self.ngram and self.kind in ("ngram", "none"):
+        if kind is not None and not kind.has_probabilities:
+            self._check_without_probabilities()
+        if kind is not None:  # a class of the user's own is not imported for this
+            complete = self.enabled and self.path is None
+            check_options(self.kind, self.ngram, self.max_length, self.options, complete=complete)
+        return self
+
+    def _check_without_probabilities(self) -> None:
+        if self.ngram:
             raise ValueError(
                 f"draft.ngram = true puts an n-gram lookup in front of a draft, but draft.kind is {self.kind!r}: set "
                 "draft.kind=ngram alone, or another kind"
             )
-        if self.kind == "model" and self.model is None and self.path is None:
-            raise ValueError("draft.kind = 'model' drafts with another model: name it in draft.model")
-        if self.train_length is not None and self.train_length > self.max_length:
-            raise ValueError(
-                f"draft.train_length = {self.train_length} is more than draft.max_length = {self.max_length}: nothing "
-                "that far ahead is ever drafted"
-            )
-        self._check_options()
-        return self
-
-    def _check_options(self) -> None:
-        looks_up = self.ngram or self.kind == "ngram"
-        has_logits, of_logits = self.kind not in ("ngram", "none"), "drafts that have probabilities"
-        for name, value, serves, of in (
-            ("train_length", self.train_length, self.kind == "eagle", "kind 'eagle'"),
-            ("num_layers", self.num_layers, self.kind == "layer_skip", "kind 'layer_skip'"),
-            ("model", self.model, self.kind == "model", "kind 'model'"),
-            ("min_ngram", self.min_ngram, looks_up, "kind 'ngram' and of draft.ngram = true"),
-            ("vocabulary", self.vocabulary or None, has_logits, of_logits),
-            ("fit_temperature", self.fit_temperature or None, has_logits, of_logits),
-        ):
-            if value is not None and not serves:
+        for name, value in (("vocabulary", self.vocabulary), ("fit_temperature", self.fit_temperature)):
+            if value:
                 raise ValueError(
-                    f"draft.{name} = {value!r} is an option of {of}, but draft.kind is {self.kind!r}: drop one of them"
+                    f"draft.{name} = {value!r} is an option of drafts that have probabilities, but draft.kind is "
+                    f"{self.kind!r}: drop one of them"
                 )
 
 

@@ -17,6 +17,7 @@ from ._adaptive_state import AdaptiveState as AdaptiveState
 from ._block import Block as Block
 from ._coupled import Coupled as Coupled
 from ._decode import DecodeProgress as DecodeProgress, decode as decode
+from ._greedy_match import GreedyMatch as GreedyMatch
 from ._length import (
     AbstractLengthController as AbstractLengthController,
     Expectation as Expectation,
@@ -24,6 +25,7 @@ from ._length import (
     SegmentObservation as SegmentObservation,
     SegmentPlan as SegmentPlan,
 )
+from ._rejection import Rejection as Rejection
 from ._round import decode_round as decode_round
 from ._score import (
     completion_logits as completion_logits,
@@ -36,10 +38,10 @@ from ._segment import (
     UntilRowsFinish as UntilRowsFinish,
 )
 from ._state import DecodeState as DecodeState
+from ._verifier_kind import VerifierKind as VerifierKind
+from ._verifiers import VERIFIER_KINDS as VERIFIER_KINDS, make_verifier as make_verifier
 from ._verify import (
     AbstractAcceptanceRule as AbstractAcceptanceRule,
     AbstractVerifier as AbstractVerifier,
-    GreedyMatch as GreedyMatch,
-    Rejection as Rejection,
     Verdict as Verdict,
 )

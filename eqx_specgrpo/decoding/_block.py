@@ -4,6 +4,7 @@ from jaxtyping import Array, Float, Int
 
 from ..drafts import Proposal
 from ..sampling import Categorical
+from ._verifier_kind import VerifierKind
 from ._verify import AbstractAcceptanceRule
 
 
@@ -58,3 +59,6 @@ class Block(AbstractAcceptanceRule):
             kept = jnp.minimum(1.0, kept * ratios[i])
             chain.append(kept)
         return jnp.stack(chain) if chain else jnp.zeros(0)
+
+
+VERIFIER = VerifierKind(Block(), "all together")

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import jax.random as jr
 
 from ..drafts import AbstractSampler, CoupledSampler
+from ._verifier_kind import VerifierKind
 from ._verify import AbstractVerifier, Verdict
 
 
@@ -29,3 +30,6 @@ class Coupled(AbstractVerifier):
         kept = jnp.cumprod(drawn[:length] == proposal.tokens)
         num_accepted = kept.sum(dtype=jnp.int32)
         return Verdict(num_accepted, drawn[num_accepted])
+
+
+VERIFIER = VerifierKind(Coupled(), "by shared noise", draft_invariant=True)

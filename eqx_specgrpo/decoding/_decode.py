@@ -18,12 +18,13 @@ from ..runtime import count_compilations
 from ..sampling import AbstractSampling, GreedySampling, Sampling
 from ._block import Block
 from ._buckets import bucket_for, default_smallest_bucket, shrink_below
+from ._greedy_match import GreedyMatch
 from ._length import AbstractLengthController, FixedLength, SegmentObservation
 from ._prompts import AbstractPromptStore, PromptsInRows, PromptsOnce, can_share
 from ._segment import AbstractSegmentLoop, SegmentQueue, default_loop
 from ._start import Modules, PromptState, prompt_pass, start_rows
 from ._state import DecodeState
-from ._verify import AbstractVerifier, GreedyMatch
+from ._verify import AbstractVerifier
 
 
 class DecodeProgress(eqx.Module):

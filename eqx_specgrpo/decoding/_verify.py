@@ -9,7 +9,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, Key
 
 from ..drafts import AbstractSampler, IndependentSampler, Proposal
-from ..sampling import AbstractSampling, Categorical, first_argmax, sample_weights
+from ..sampling import AbstractSampling, Categorical, sample_weights
 
 
 class Verdict(eqx.Module):
@@ -100,43 +100,3 @@ class AbstractAcceptanceRule(AbstractVerifier):
         num_accepted = jnp.sum(uniform_accept < self.survival(target, proposal), dtype=jnp.int32)
         next_token = sample_weights(self.next_weights(target, proposal, num_accepted), uniform_next)
         return Verdict(num_accepted, next_token)
-
-
-class Rejection(AbstractAcceptanceRule):
-    """Token-wise rejection sampling (Leviathan et al. 2023, algorithm 1; Chen et al. 2023).
-
-    A drafted token is kept with probability `min(1, target / draft)`; the first one that is not is replaced by a draw
-    from the positive part of `target - draft`.
-    """
-
-    def survival(self, target: Categorical, proposal: Proposal) -> Float[Array, " draft"]:
-        length = proposal.tokens.shape[0]
-        log_ratio = target[:length].logprob(proposal.tokens) - proposal.token_logprobs()
-        return jnp.exp(jnp.cumsum(jnp.minimum(log_ratio, 0.0)))
-
-    def next_weights(
-        self, target: Categorical, proposal: Proposal, num_accepted: Int[Array, ""]
-    ) -> Float[Array, " vocab"]:
-        target_probs = target[num_accepted].probs()
-        residual = jnp.maximum(target_probs - proposal.probs_at(num_accepted, target_probs.shape[-1]), 0.0)
-        # Where the distributions agree to rounding nothing is left over, and a rejection has no probability either.
-        return jnp.where(residual.sum() > 0, residual, target_probs)
-
-
-class GreedyMatch(AbstractAcceptanceRule):
-    """Keeps drafted tokens as long as they are the target's most likely ones. For `GreedySampling` only.
-
-    The same tokens as `Rejection` gives for a point-mass target, without a division or a uniform number.
-    """
-
-    def survival(self, target: Categorical, proposal: Proposal) -> Float[Array, " draft"]:
-        length = proposal.tokens.shape[0]
-        matches = first_argmax(target.logits[:length]) == proposal.tokens
-        return jnp.cumprod(matches).astype(jnp.float32)
-
-    def next_weights(
-        self, target: Categorical, proposal: Proposal, num_accepted: Int[Array, ""]
-    ) -> Float[Array, " vocab"]:
-        del proposal
-        logits = target.logits[num_accepted]
-        return jax.nn.one_hot(first_argmax(logits), logits.shape[-1])

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ..drafts import AbstractDraft, draft_vocabulary
 from ..models import AbstractLanguageModel, Features
-from ._objectives import AbstractDraftLoss
+from ._base import AbstractDraftLoss
 from ._support import draft_over_support, target_over_support
 
 

@@ -5,11 +5,17 @@ from ._base import (
     check_fit as check_fit,
     pick_positions as pick_positions,
 )
-from ._custom import custom_draft as custom_draft
 from ._eagle import EagleDraft as EagleDraft
 from ._fallback import FallbackDraft as FallbackDraft
 from ._history import AbstractHistoryDraft as AbstractHistoryDraft, remember as remember
 from ._hydra import HydraHeads as HydraHeads
+from ._kind import DraftKind as DraftKind
+from ._kinds import (
+    DRAFT_KINDS as DRAFT_KINDS,
+    OWN_CLASS as OWN_CLASS,
+    draft_options as draft_options,
+    fresh_draft as fresh_draft,
+)
 from ._layer_skip import EarlyExit as EarlyExit, ExitAdapter as ExitAdapter, LayerSkipDraft as LayerSkipDraft
 from ._medusa import MedusaHeads as MedusaHeads
 from ._model import (

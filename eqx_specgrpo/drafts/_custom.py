@@ -1,33 +1,44 @@
 """A draft of the user's own class, named as `path/to/file.py:MyDraft` or `package.module:MyDraft`."""
 
 import traceback
+from collections.abc import Mapping
+from typing import Any
 
 from jaxtyping import PRNGKeyArray
 
 from ..errors import UserError
 from ..files import import_callable
-from ..models import AbstractLanguageModel
+from ..models import AbstractLanguageModel, Tokenizer
 from ._base import AbstractDraft, DraftError
+from ._kind import call_fresh
 
 
-def custom_draft(spec: str, target: AbstractLanguageModel, max_length: int, *, key: PRNGKeyArray) -> AbstractDraft:
-    """Calls `factory(target, max_length, key=key)`, where `spec` says which class or function the factory is.
+def custom_draft(
+    spec: str,
+    target: AbstractLanguageModel,
+    max_length: int,
+    *,
+    options: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    key: PRNGKeyArray,
+) -> AbstractDraft:
+    """Calls `factory(target, max_length, key=key, **options)`, where `spec` says which class or function it is.
 
     **Raises:**
 
-    `UserError` if it can't be found or imported; `DraftError` if it raises, returns no draft, or one that drafts fewer
-    tokens than were asked for.
+    `UserError` if it can't be found or imported; `DraftError` if it raises, returns no draft, or one that drafts
+    another number of tokens.
     """
     factory = import_callable(spec, "draft", "class")
     try:
-        draft = factory(target, max_length, key=key)
+        draft = call_fresh(factory, target, max_length, options=options, tokenizer=tokenizer, key=key)
     except UserError:
         raise
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise DraftError(
             f"{spec} raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno}); it is called as "
-            "factory(target, max_length, key=key) and must return a draft"
+            "factory(target, max_length, key=key, **options) and must return a draft"
         ) from error
     if not isinstance(draft, AbstractDraft):
         raise DraftError(

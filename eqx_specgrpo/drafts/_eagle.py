@@ -1,11 +1,13 @@
 """One decoder layer over the target's features (Li et al. 2024, EAGLE; Li et al. 2025, EAGLE-3)."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+from pydantic import Field
 
 from ..models import (
     AbstractLanguageModel,
@@ -17,6 +19,7 @@ from ..models import (
 )
 from ._base import AbstractDraft, DraftError, Proposal, pick_positions
 from ._eagle_layer import EagleLayer
+from ._kind import DraftKind, as_transformer
 from ._sampler import AbstractSampler
 from ._vocabulary import AbstractDraftVocabulary, FullVocabulary
 
@@ -235,3 +238,34 @@ class EagleDraft(AbstractDraft[EagleState]):
                 f"{len(features.layers)} layers: ask the target for `layers=draft.layers`"
             )
         return self.layer.fused(features)
+
+
+def _fresh(
+    target: AbstractLanguageModel,
+    max_length: int,
+    *,
+    train_length: Annotated[int, Field(ge=1, le=8)] | None = None,
+    key: PRNGKeyArray,
+) -> EagleDraft:
+    """**Arguments:**
+
+    - `train_length`: steps unrolled in training; none: 3, or max_length if that is less
+    """
+    transformer = as_transformer(target, "eagle")
+    return EagleDraft.for_target(transformer, max_length=max_length, train_length=train_length, key=key)
+
+
+def _rebuild(settings: dict[str, Any]) -> EagleDraft:
+    rest = {name: value for name, value in settings.items() if name != "layers"}
+    return EagleDraft(layers=tuple(settings["layers"]), **rest, key=jr.key(0))
+
+
+def _check(max_length: int, train_length: int | None = None) -> None:
+    if train_length is not None and train_length > max_length:
+        raise ValueError(
+            f"draft.options.train_length = {train_length} is more than draft.max_length = {max_length}: nothing that "
+            "far ahead is ever drafted"
+        )
+
+
+DRAFT = DraftKind(EagleDraft, fresh=_fresh, rebuild=_rebuild, check=_check, needs_learning=True)

@@ -10,6 +10,7 @@ from ..models import AbstractLanguageModel, Features
 from ..sampling import Categorical
 from ._base import AbstractDraft, Proposal
 from ._history import AbstractHistoryDraft
+from ._kind import DraftWrapper
 from ._sampler import AbstractSampler
 
 FallbackState = tuple[Any, Any]
@@ -129,3 +130,12 @@ def _point_masses(tokens: Int[Array, "rows draft"], like: Categorical) -> Catego
         support = jnp.where(here, tokens[..., None], support)
     logits = jnp.where(here, 0.0, -jnp.inf).astype(like.logits.dtype)
     return Categorical(logits, jnp.zeros_like(like.log_normalizer), support)
+
+
+def _rebuild(first: AbstractDraft, then: AbstractDraft) -> FallbackDraft:
+    if not isinstance(first, AbstractHistoryDraft):
+        raise ValueError(f"the first of a fallback is a {type(first).__name__}, which has no matches")
+    return FallbackDraft(first, then)
+
+
+WRAPPER = DraftWrapper(FallbackDraft, lambda draft: {"first": draft.first, "then": draft.then}, _rebuild)

@@ -1,15 +1,17 @@
 """Sequentially dependent heads (Ankner et al. 2024, Hydra)."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
+from pydantic import Field
 
 from ..models import AbstractLanguageModel, Features, Linear, rms_normalize
 from ._base import AbstractDraft, DraftError, Proposal, pick_positions
+from ._kind import DraftKind
 from ._sampler import AbstractSampler
 from ._vocabulary import AbstractDraftVocabulary, FullVocabulary
 
@@ -127,3 +129,24 @@ class HydraHeads(AbstractDraft[HydraState]):
     def provenance(self) -> dict[str, Any]:
         inner_size, doubled = self.heads[0].up.weight.shape
         return {"hidden_size": doubled // 2, "num_heads": len(self.heads), "inner_size": inner_size}
+
+
+def _fresh(
+    target: AbstractLanguageModel,
+    max_length: int,
+    *,
+    inner_size: Annotated[int, Field(ge=1)] | None = None,
+    key: PRNGKeyArray,
+) -> HydraHeads:
+    """**Arguments:**
+
+    - `inner_size`: width of each head's hidden layer; none: the target's hidden size
+    """
+    return HydraHeads(target.hidden_size, max_length, inner_size, key=key)
+
+
+def _rebuild(settings: dict[str, Any]) -> HydraHeads:
+    return HydraHeads(settings["hidden_size"], settings["num_heads"], settings["inner_size"], key=jr.key(0))
+
+
+DRAFT = DraftKind(HydraHeads, fresh=_fresh, rebuild=_rebuild, needs_learning=True)

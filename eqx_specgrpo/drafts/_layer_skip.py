@@ -1,17 +1,20 @@
 """The target's own first layers as the draft (Elhoushi et al. 2024, LayerSkip, section 4.3; Zhang et al. 2024, Draft &
 Verify), with a small adapter in place of the layers that are skipped."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+from pydantic import Field
 
 from ..models import AbstractLanguageModel, Features, Linear, Transformer
 from ._autoregressive import AutoregressiveState, check_max_length, draft_chain, start, take_in
 from ._base import AbstractDraft, DraftError
+from ._kind import DraftKind, as_transformer
 from ._model import next_positions
 from ._sampler import AbstractSampler
 from ._vocabulary import AbstractDraftVocabulary, FullVocabulary
@@ -190,3 +193,34 @@ class LayerSkipDraft(AbstractDraft[AutoregressiveState]):
     def _model(self, target: AbstractLanguageModel) -> EarlyExit:
         assert isinstance(target, Transformer)  # `check` has said so in a sentence
         return EarlyExit(lax.stop_gradient(target.first_layers(self.num_layers)), self.adapter)
+
+
+def _fresh(
+    target: AbstractLanguageModel,
+    max_length: int,
+    *,
+    num_layers: Annotated[int, Field(ge=1)] | None = None,
+    inner_size: Annotated[int, Field(ge=1)] | None = None,
+    key: PRNGKeyArray,
+) -> LayerSkipDraft:
+    """**Arguments:**
+
+    - `num_layers`: how many of the target's first layers draft; none: a quarter of them
+    - `inner_size`: width of the adapter's hidden layer; none: the target's hidden size
+    """
+    depth = as_transformer(target, "layer_skip").config.num_layers
+    num_layers = max(1, depth // 4) if num_layers is None else num_layers
+    return LayerSkipDraft(target.hidden_size, num_layers, max_length, inner_size, key=key)
+
+
+def _rebuild(settings: dict[str, Any]) -> LayerSkipDraft:
+    return LayerSkipDraft(
+        settings["hidden_size"],
+        settings["num_layers"],
+        settings["max_length"],
+        settings["inner_size"],
+        key=jr.key(0),
+    )
+
+
+DRAFT = DraftKind(LayerSkipDraft, fresh=_fresh, rebuild=_rebuild)

@@ -5,10 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from equinox import field
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..models import AbstractLanguageModel, Features, matmul
 from ._base import AbstractDraft, DraftError, Proposal, pick_positions
+from ._kind import DraftKind
 from ._sampler import AbstractSampler
 from ._vocabulary import AbstractDraftVocabulary, FullVocabulary
 
@@ -99,3 +100,15 @@ class MedusaHeads(AbstractDraft[MedusaState]):
         flat = matmul(hidden, self.weight[:length].reshape(length * size, size))
         per_head = flat.reshape(*hidden.shape[:-1], length, size)
         return hidden[..., None, :] + jax.nn.silu(per_head + jnp.broadcast_to(self.bias[:length], per_head.shape))
+
+
+def _fresh(target: AbstractLanguageModel, max_length: int, *, key: PRNGKeyArray) -> MedusaHeads:
+    del key  # fresh heads are zero
+    return MedusaHeads.fresh(target.hidden_size, max_length)
+
+
+def _rebuild(settings: dict[str, Any]) -> MedusaHeads:
+    return MedusaHeads.fresh(settings["hidden_size"], settings["num_heads"])
+
+
+DRAFT = DraftKind(MedusaHeads, fresh=_fresh, rebuild=_rebuild, needs_learning=True)

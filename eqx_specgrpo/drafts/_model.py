@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..models import (
     AbstractLanguageModel,
@@ -26,6 +26,7 @@ from ..models import (
 )
 from ._autoregressive import AutoregressiveState, check_max_length, draft_chain, start, take_in
 from ._base import AbstractDraft, DraftError
+from ._kind import DraftKind
 from ._sampler import AbstractSampler
 from ._vocabulary import AbstractDraftVocabulary, FullVocabulary
 
@@ -156,14 +157,6 @@ def check_same_vocabulary(draft_tokenizer: Tokenizer, target_tokenizer: Tokenize
         )
 
 
-def build_model_draft(settings: dict[str, Any]) -> ModelDraft:
-    """A draft of the shape that `ModelDraft.provenance` described, for its weights to be loaded into."""
-    config = _config_from_settings(dict(settings["config"]))
-    shapes = eqx.filter_eval_shape(Transformer, config, key=jr.key(0))
-    model = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x, shapes)
-    return ModelDraft(model, int(settings["max_length"]))
-
-
 def next_positions(hidden: Float[Array, "rows seq hidden"]) -> Float[Array, "rows seq 1 hidden"]:
     """At position `i` what stands at `i + 1`, as the only draft offset; the last position has no successor."""
     return jnp.roll(hidden, -1, axis=1)[:, :, None]
@@ -201,3 +194,32 @@ def _config_from_settings(settings: dict[str, Any]) -> TransformerConfig:
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _fresh(
+    target: AbstractLanguageModel,
+    max_length: int,
+    *,
+    model: Path | str,
+    tokenizer: Tokenizer | None = None,
+    key: PRNGKeyArray,
+) -> ModelDraft:
+    """**Arguments:**
+
+    - `model`: the drafting model's folder, .gguf file or org/name
+    """
+    del target, key
+    draft, its_tokenizer = load_model_draft(model, max_length)
+    if tokenizer is not None:
+        check_same_vocabulary(its_tokenizer, tokenizer)
+    return draft
+
+
+def _rebuild(settings: dict[str, Any]) -> ModelDraft:
+    config = _config_from_settings(dict(settings["config"]))
+    shapes = eqx.filter_eval_shape(Transformer, config, key=jr.key(0))
+    model = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x, shapes)
+    return ModelDraft(model, int(settings["max_length"]))
+
+
+DRAFT = DraftKind(ModelDraft, fresh=_fresh, rebuild=_rebuild)

@@ -1,18 +1,20 @@
 """Drafting by looking up what followed the same words before."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Int, UInt32
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, UInt32
+from pydantic import Field
 
 from .._types import Rollouts
 from ..models import AbstractLanguageModel, Features
 from ._base import DraftError, Proposal
 from ._history import AbstractHistoryDraft
+from ._kind import DraftKind
 from ._ngram_memory import RolloutMemory, prompt_ids
 from ._ngram_search import OUTSIDE, elect, find_matches, follow, newest_tokens
 
@@ -257,3 +259,54 @@ def _write(
     return jax.vmap(lambda row, new, at: lax.dynamic_update_slice(row, new, (at,)))(
         context, block.astype(jnp.int32), start
     )
+
+
+def _fresh(
+    target: AbstractLanguageModel,
+    max_length: int,
+    *,
+    min_ngram: Annotated[int, Field(ge=1)] | None = None,
+    max_ngram: Annotated[int, Field(ge=1)] | None = None,
+    siblings: Annotated[int, Field(ge=0)] = 16,
+    memory_size: Annotated[int, Field(ge=0)] = 512,
+    memory_length: Annotated[int, Field(ge=1)] = 256,
+    recalled: Annotated[int, Field(ge=0)] = 8,
+    key: PRNGKeyArray,
+) -> NGramDraft:
+    """**Arguments:**
+
+    - `min_ngram`: tokens that must match at least; none: 2, or 3 in front of another draft
+    - `max_ngram`: longest match that is told apart; none: 4, or min_ngram if that is more
+    - `siblings`: rows with the same prompt that each row listens to, itself included
+    - `memory_size`: rollouts remembered in all
+    - `memory_length`: tokens remembered of each, from its first
+    - `recalled`: remembered rollouts of the same prompt that each row looks into, the newest
+    """
+    del target, key
+    shortest = 2 if min_ngram is None else min_ngram
+    return NGramDraft(
+        max_length,
+        min_ngram=shortest,
+        max_ngram=max(4, shortest) if max_ngram is None else max_ngram,
+        siblings=siblings,
+        memory_size=memory_size,
+        memory_length=memory_length,
+        recalled=recalled,
+    )
+
+
+def _rebuild(settings: dict[str, Any]) -> NGramDraft:
+    return NGramDraft(**settings)
+
+
+def _check(max_length: int, min_ngram: int | None = None, max_ngram: int | None = None, **options: Any) -> None:
+    del max_length, options
+    shortest = 2 if min_ngram is None else min_ngram
+    if max_ngram is not None and max_ngram < shortest:
+        raise ValueError(
+            f"draft.options.max_ngram = {max_ngram} is less than the {shortest} tokens that must match at least: set "
+            "a longer one, or a shorter draft.options.min_ngram"
+        )
+
+
+DRAFT = DraftKind(NGramDraft, fresh=_fresh, rebuild=_rebuild, check=_check, has_probabilities=False)

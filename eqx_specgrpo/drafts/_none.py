@@ -2,8 +2,11 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
+from ..models import AbstractLanguageModel
 from ._base import AbstractDraft, Proposal
+from ._kind import DraftKind
 
 
 class NoDraft(AbstractDraft[tuple[()]]):
@@ -37,3 +40,16 @@ class NoDraft(AbstractDraft[tuple[()]]):
 
     def provenance(self) -> dict[str, Any]:
         return {}
+
+
+def _fresh(target: AbstractLanguageModel, max_length: int, *, key: PRNGKeyArray) -> NoDraft:
+    del target, max_length, key
+    return NoDraft()
+
+
+def _rebuild(settings: dict[str, Any]) -> NoDraft:
+    del settings
+    return NoDraft()
+
+
+DRAFT = DraftKind(NoDraft, fresh=_fresh, rebuild=_rebuild, has_probabilities=False)

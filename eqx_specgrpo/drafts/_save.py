@@ -13,32 +13,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from ..errors import CheckpointError, UserError
-from ..files import import_spec_of, is_import_spec, named_arrays, read_tree
+from ..files import absolute_spec, import_spec_of, is_import_spec, named_arrays, read_tree
 from ..models import AbstractLanguageModel
 from ._base import AbstractDraft, DraftError, check_fit
-from ._custom import custom_draft
-from ._eagle import EagleDraft
-from ._fallback import FallbackDraft
 from ._fingerprint import SAME_MODEL, fingerprint, similarity
-from ._history import AbstractHistoryDraft
-from ._hydra import HydraHeads
-from ._layer_skip import LayerSkipDraft
-from ._medusa import MedusaHeads
-from ._model import ModelDraft, build_model_draft
-from ._ngram import NGramDraft
-from ._tempered import TemperedDraft
+from ._kinds import DRAFT_KINDS, OWN_CLASS, WRAPPERS, draft_options, fresh_draft, name_of_kind
 from ._vocabulary import ReducedVocabulary, draft_vocabulary, most_used_tokens, with_vocabulary
-
-_KINDS: dict[type[AbstractDraft], str] = {
-    MedusaHeads: "medusa",
-    HydraHeads: "hydra",
-    EagleDraft: "eagle",
-    ModelDraft: "model",
-    LayerSkipDraft: "layer_skip",
-    NGramDraft: "ngram",
-    FallbackDraft: "fallback",
-    TemperedDraft: "tempered",
-}
 
 
 class DraftWarning(UserWarning):
@@ -63,7 +43,7 @@ def save_draft(
     `UserError` if the folder can't be written, a full disk included.
     """
     about = {
-        "kind": draft_kind(draft, kind),
+        "kind": _kind_from(folder, draft_kind(draft, kind)),
         "max_length": draft.max_length,
         "settings": _settings(draft, kind),
         "vocabulary": draft_vocabulary(draft).size,
@@ -153,7 +133,7 @@ def describe_saved_draft(folder: Path) -> dict[str, Any]:
         kind = part["settings"]["draft"]["kind"] if part["kind"] == "tempered" else part["kind"]
     except (KeyError, TypeError) as error:
         raise _unreadable(folder, error) from error
-    return {"kind": kind, "max_length": about["max_length"], "ngram": is_fallback}
+    return {"kind": _kind_in(folder, kind), "max_length": about["max_length"], "ngram": is_fallback}
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
@@ -168,7 +148,13 @@ def _read_about(folder: Path) -> dict[str, Any]:
         raise _unreadable(folder, TypeError("kind must be text and max_length a whole number"))
     if not isinstance(vocabulary, int):
         raise _unreadable(folder, TypeError("vocabulary must be how many tokens the draft has, 0 for all"))
-    return {"kind": kind, "max_length": length, "settings": settings, "vocabulary": vocabulary, "target": target}
+    return {
+        "kind": _kind_in(folder, kind),
+        "max_length": length,
+        "settings": settings,
+        "vocabulary": vocabulary,
+        "target": target,
+    }
 
 
 def _unreadable(folder: Path, error: Exception) -> CheckpointError:
@@ -202,22 +188,34 @@ def _check_same_model(folder: Path, made_for: dict[str, Any], target: AbstractLa
 
 def draft_kind(draft: AbstractDraft, own: str | None = None) -> str:
     """The name of a draft's architecture in `draft.json`; `own` is how a class outside the library is found."""
-    # By the class itself: a subclass of one of these is another draft, which its own class has to make again.
-    return _KINDS.get(type(draft)) or own or import_spec_of(type(draft))
+    return name_of_kind(draft) or (absolute_spec(own) if own else import_spec_of(type(draft)))
+
+
+def _kind_from(folder: Path, kind: str) -> str:
+    """As it is kept in a folder: a class whose file lies in there is found from there, so that both may be moved."""
+    source, colon, name = kind.rpartition(":")
+    inside = Path(source)
+    if source.endswith(".py") and inside.is_relative_to(os.path.abspath(folder)):
+        return f"{inside.relative_to(os.path.abspath(folder)).as_posix()}{colon}{name}"
+    return kind
+
+
+def _kind_in(folder: Path, kind: str) -> str:
+    """What `_kind_from` kept; other relative paths, of drafts saved before, are those of the folder started in."""
+    source, colon, name = kind.rpartition(":")
+    if source.endswith(".py") and (folder / source).is_file():
+        return absolute_spec(f"{folder / source}{colon}{name}")
+    return absolute_spec(kind) if is_import_spec(kind) else kind
 
 
 def _settings(draft: AbstractDraft, own: str | None) -> dict[str, Any]:
     """What `_build` needs besides the kind: those of a draft made of drafts say the kinds of its parts."""
-    match draft:
-        case FallbackDraft():
-            parts = {"first": draft.first, "then": draft.then}
-        case TemperedDraft():
-            parts = {"draft": draft.draft}
-        case _:
-            return draft.provenance()
+    wrapper = WRAPPERS.get(name_of_kind(draft) or "")
+    if wrapper is None:
+        return draft.provenance()
     source = own.rpartition(":")[0] if own else None
     found = {}
-    for name, part in parts.items():
+    for name, part in wrapper.parts(draft).items():
         # What `own` names may have made the whole of them: a part is found by its own class, in the same place.
         its_own = f"{source}:{type(part).__qualname__}" if source else None
         settings = _settings(part, its_own)
@@ -226,51 +224,28 @@ def _settings(draft: AbstractDraft, own: str | None) -> dict[str, Any]:
 
 
 def _build(kind: str, settings: dict[str, Any], max_length: int, target: AbstractLanguageModel) -> AbstractDraft:
-    match kind:
-        case "medusa":
-            return MedusaHeads.fresh(settings["hidden_size"], settings["num_heads"])
-        case "hydra":
-            return HydraHeads(settings["hidden_size"], settings["num_heads"], settings["inner_size"], key=jr.key(0))
-        case "eagle":
-            layers = tuple(settings.pop("layers"))
-            return EagleDraft(layers=layers, **settings, key=jr.key(0))
-        case "model":
-            return build_model_draft(settings)
-        case "layer_skip":
-            return LayerSkipDraft(
-                settings["hidden_size"],
-                settings["num_layers"],
-                settings["max_length"],
-                settings["inner_size"],
-                key=jr.key(0),
-            )
-        case "ngram":
-            return NGramDraft(**settings)
-        case "fallback":
-            first, then = _build_part(settings["first"], target), _build_part(settings["then"], target)
-            if not isinstance(first, AbstractHistoryDraft):
-                raise ValueError(
-                    f"the first of a fallback is of kind {settings['first']['kind']!r}, which has no matches"
-                )
-            return FallbackDraft(first, then)
-        case "tempered":
-            return TemperedDraft(_build_part(settings["draft"], target))
-        case _ if is_import_spec(kind):
-            return _build_own(kind, settings, max_length, target)
-        case _:
-            raise CheckpointError(
-                f"a draft of kind {kind!r} can't be loaded by this version: known are 'medusa', 'hydra', 'eagle', "
-                "'model', 'layer_skip', 'ngram', 'fallback', 'tempered', and a class of your own as file.py:Class"
-            )
-
-
-def _build_part(about: dict[str, Any], target: AbstractLanguageModel) -> AbstractDraft:
-    return _build(about["kind"], dict(about["settings"]), about["max_length"], target)
+    if kind in DRAFT_KINDS:
+        return DRAFT_KINDS[kind].rebuild(settings)
+    if kind in WRAPPERS:
+        parts = {
+            name: _build(part["kind"], dict(part["settings"]), part["max_length"], target)
+            for name, part in settings.items()
+        }
+        return WRAPPERS[kind].rebuild(**parts)
+    if is_import_spec(kind):
+        return _build_own(kind, settings, max_length, target)
+    raise CheckpointError(
+        f"a draft of kind {kind!r} can't be loaded by this version: known are "
+        f"{', '.join(repr(name) for name in (*DRAFT_KINDS, *WRAPPERS))}, and {OWN_CLASS}"
+    )
 
 
 def _build_own(kind: str, settings: dict[str, Any], max_length: int, target: AbstractLanguageModel) -> AbstractDraft:
+    """Made as at first, with those of the settings that are options of the class."""
     try:
-        draft = custom_draft(kind, target, max_length, key=jr.key(0))
+        options = draft_options(kind)
+        told = {name: value for name, value in settings.items() if name in options.names}
+        draft = fresh_draft(kind, target, max_length, options=told, key=jr.key(0))
     except UserError as error:
         raise CheckpointError(
             f"this draft is of the class {kind}, which can't be made: {error} Where the class has moved, write its new "

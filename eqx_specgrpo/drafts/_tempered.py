@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from ..models import AbstractLanguageModel
 from ._base import AbstractDraft
+from ._kind import DraftWrapper
 from ._sampler import AbstractSampler
 
 Inner = TypeVar("Inner", bound=AbstractDraft)
@@ -127,3 +128,6 @@ def with_temperature(draft: Draft, steps: Int[Array, " draft"]) -> Draft:
 
 def _is_tempered(part) -> bool:
     return isinstance(part, TemperedDraft)
+
+
+WRAPPER = DraftWrapper(TemperedDraft, lambda draft: {"draft": draft.draft}, TemperedDraft)

@@ -1,4 +1,5 @@
 from ._import_spec import (
+    absolute_spec as absolute_spec,
     import_callable as import_callable,
     import_spec_of as import_spec_of,
     is_import_spec as is_import_spec,

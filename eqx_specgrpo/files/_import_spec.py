@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -17,9 +18,25 @@ from ..errors import UserError, did_you_mean
 
 
 def is_import_spec(text: str) -> bool:
-    """Whether this is written as `package.module:name` or `file.py:name`."""
+    """Whether this is written as `package.module:name`, `file.py:name` or `/folder/package.module:name`."""
     source, colon, name = text.rpartition(":")
-    return bool(colon) and name.isidentifier() and (source.endswith(".py") or bool(_MODULE.fullmatch(source)))
+    return bool(colon) and name.isidentifier() and (source.endswith(".py") or _module_in(source) is not None)
+
+
+def absolute_spec(spec: str) -> str:
+    """The same, found from any working directory: a file by its absolute path, and a module that lies in the folder
+    started in, and is not found without it, with that folder in front."""
+    source, _, name = spec.rpartition(":")
+    if source.endswith(".py"):
+        return f"{os.path.abspath(Path(source).expanduser())}:{name}"
+    folder, module = _module_in(source) or ("", "")
+    if folder:
+        return spec
+    here = Path.cwd()
+    lies_here = any((here / f"{module.replace('.', '/')}{end}").is_file() for end in (".py", "/__init__.py"))
+    if module and lies_here and not _is_found_without(here, module.partition(".")[0]):
+        return f"{(here / module).as_posix()}:{name}"
+    return spec
 
 
 def import_callable(spec: str, what: str, must_be: str) -> Callable[..., Any]:
@@ -27,8 +44,8 @@ def import_callable(spec: str, what: str, must_be: str) -> Callable[..., Any]:
 
     **Arguments:**
 
-    - `spec`: `package.module:name`, where the module is one that Python finds or that lies in the folder started in, or
-        `file.py:name`.
+    - `spec`: `package.module:name`, where the module is one that Python finds or that lies in the folder started in;
+        `/folder/package.module:name`, where it lies in that folder; or `file.py:name`.
     - `what`: what it is to be, for messages: "reward".
     - `must_be`: "function", for messages.
 
@@ -61,10 +78,28 @@ def import_spec_of(named: type) -> str:
             source = found_by.name  # of `python -m package.module` too, which calls itself __main__
         elif "__file__" in vars(module):
             source = str(Path(inspect.getfile(module)).resolve())
-    return f"{source}:{named.__qualname__}"
+    return absolute_spec(f"{source}:{named.__qualname__}")
 
 
 _MODULE = re.compile(r"\w+(\.\w+)*")
+
+
+def _module_in(source: str) -> tuple[str, str] | None:
+    """The folder that a module is to be looked for in, empty where none is named, and the module."""
+    folder, slash, module = source.rpartition("/")
+    if not _MODULE.fullmatch(module) or (slash and not os.path.isabs(f"{folder}/")):
+        return None
+    return f"{folder}/" if slash else "", module
+
+
+def _is_found_without(folder: Path, package: str) -> bool:
+    """Whether Python finds a package elsewhere than in a folder."""
+    before = list(sys.path)
+    sys.path[:] = [place for place in before if place and Path(place).resolve() != folder.resolve()]
+    try:
+        return any(finder.find_spec(package, None) is not None for finder in sys.meta_path)
+    finally:
+        sys.path[:] = before
 
 
 class _OwnFileLoader(SourceFileLoader):
@@ -122,14 +157,15 @@ def _script() -> Path | None:
 
 
 def _load_module(source: str, what: str, must_be: str) -> ModuleType:
-    if not _MODULE.fullmatch(source):
+    folder, module = _module_in(source) or ("", "")
+    if not module:
         raise UserError(f"{source!r} is neither a module such as package.module nor a file ending in .py")
     started_as = _spec(_main())
-    if started_as is not None and started_as.name == source:
+    if started_as is not None and started_as.name == module:
         return _main()
     try:
-        with _import_from(Path.cwd()):
-            return importlib.import_module(source)
+        with _import_from(Path(folder) if folder else Path.cwd()):
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(
             f"the module {source!r} of a {what} can't be imported: {error}. Install it, start in its folder, or "

@@ -1,9 +1,5 @@
-from ._arithmetic import (
-    Arithmetic as Arithmetic,
-    arithmetic_reward as arithmetic_reward,
-    running_totals as running_totals,
-    running_totals_reward as running_totals_reward,
-)
+from ._arithmetic import Arithmetic as Arithmetic
+from ._arithmetic_reward import arithmetic_reward as arithmetic_reward
 from ._base import (
     AbstractTask as AbstractTask,
     Example as Example,
@@ -11,7 +7,15 @@ from ._base import (
     example_index as example_index,
 )
 from ._jsonl import JsonlTask as JsonlTask
-from ._load import load_rewards as load_rewards, load_task as load_task
+from ._kind import RewardKind as RewardKind, TaskKind as TaskKind
+from ._load import (
+    REWARD_KINDS as REWARD_KINDS,
+    TASK_KINDS as TASK_KINDS,
+    absolute_task as absolute_task,
+    load_rewards as load_rewards,
+    load_task as load_task,
+    task_options as task_options,
+)
 from ._numbers import find_numbers as find_numbers, last_number as last_number
 from ._reasoning_gym import ReasoningGymTask as ReasoningGymTask
 from ._rewards import (
@@ -19,6 +23,7 @@ from ._rewards import (
     RewardFunction as RewardFunction,
     Rewards as Rewards,
     completion_text as completion_text,
-    soft_overlong as soft_overlong,
-    think_format_reward as think_format_reward,
 )
+from ._running_totals import running_totals as running_totals, running_totals_reward as running_totals_reward
+from ._soft_overlong import soft_overlong as soft_overlong
+from ._think_format import think_format_reward as think_format_reward

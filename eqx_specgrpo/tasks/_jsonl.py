@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import UserError
 from ._base import AbstractTask, Example, check_index
+from ._kind import TaskKind
 
 # What every reward function is given besides the columns.
 _RESERVED = ("prompts", "completions", "completion_ids")
@@ -118,3 +119,6 @@ def _check_text(text: str, what: str) -> None:
 def _kind(value: Any) -> str:
     names = {str: "text", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return names.get(type(value), "null")
+
+
+TASK = TaskKind(JsonlTask, lambda name: (name,) if name.endswith(".jsonl") else None, is_file=True)

@@ -1,21 +1,19 @@
 """From what a user writes in a configuration to tasks and rewards."""
 
-import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pydantic
-
+from ..choices import REWARDS, TASKS, Options, absolute_place, described, listed
 from ..errors import UserError, did_you_mean
 from ..files import import_callable
-from ._arithmetic import Arithmetic, arithmetic_reward, running_totals_reward
 from ._base import AbstractTask
-from ._jsonl import JsonlTask
-from ._reasoning_gym import ReasoningGymTask
-from ._rewards import RewardFunction, Rewards, soft_overlong, think_format_reward
+from ._kind import RewardKind, TaskKind
+from ._rewards import RewardFunction, Rewards
 
-_KINDS = "a file ending in .jsonl, or reasoning_gym:NAME"
+# By what a configuration calls them; each is described at the end of its file.
+TASK_KINDS: Mapping[str, TaskKind] = described(__package__ or "", TASKS, "TASK", TaskKind)
+REWARD_KINDS: Mapping[str, RewardKind] = described(__package__ or "", REWARDS, "REWARD", RewardKind)
 
 
 def load_task(name: str, seed: int, options: Mapping[str, Any]) -> AbstractTask:
@@ -35,44 +33,32 @@ def load_task(name: str, seed: int, options: Mapping[str, Any]) -> AbstractTask:
 
     `UserError` for an unknown name or option, or an option of the wrong type or out of range.
     """
-    gym, colon, dataset = name.partition(":")
-    if name == "arithmetic":
-        _check_options(name, Arithmetic.__init__, options)
-        return Arithmetic(seed=seed, **options)
-    if name.endswith(".jsonl"):
-        _check_options(name, JsonlTask.__init__, options)
-        return JsonlTask(name, seed=seed)
-    if gym == "reasoning_gym" and colon:
-        _check_options(name, ReasoningGymTask.__init__, options)
-        return ReasoningGymTask(dataset, seed=seed, **options)
-    suggestion = did_you_mean(name, ("arithmetic", "reasoning_gym:"))
+    kind = _kind(name)
+    return kind.task(*kind.arguments(name) or (), seed=seed, **kind.options(name).read(options))
+
+
+def task_options(form: str) -> Options:
+    """The options of a kind of task, by what `TASK_KINDS` calls it."""
+    return TASK_KINDS[form].options(form)
+
+
+def absolute_task(name: str) -> str:
+    """The name of a task, found from any working directory: that of a file as its absolute path."""
+    return absolute_place(name) if any(kind.is_file and kind.arguments(name) for kind in TASK_KINDS.values()) else name
+
+
+def _kind(name: str) -> TaskKind:
+    for kind in TASK_KINDS.values():
+        if kind.arguments(name) is not None:
+            return kind
+    # What stands in capitals is the user's to say; the rest of it can be misspelt.
+    words = [re.sub("[A-Z].*", "", form) for form in TASK_KINDS]
+    suggestion = did_you_mean(name, filter(None, words))
     if suggestion.startswith(" Did"):
-        suggestion += f" (Or {_KINDS}.)"
+        suggestion += f" (There are {listed(TASKS, 'and')}.)"
     else:
-        suggestion = f" The choices are: arithmetic, {_KINDS}."
+        suggestion = f" The choices are: {listed(TASKS)}."
     raise UserError(f"there is no task {name!r}.{suggestion}")
-
-
-def _check_options(task: str, init: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    parameters = dict(inspect.signature(init).parameters)
-    for given_otherwise in ("self", "seed", "name", "path"):
-        parameters.pop(given_otherwise, None)
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    own = {name: p.annotation for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
-    for name, value in options.items():
-        if name in ("seed", "name", "path"):
-            raise UserError(f"{name!r} is no option of the task {task!r}, it is given beside the options")
-        if name not in own:
-            if open_ended:
-                continue
-            hint = did_you_mean(name, own) or " It has no options."
-            raise UserError(f"the task {task!r} has no option {name!r}.{hint}")
-        adapter = pydantic.TypeAdapter(own[name], config=pydantic.ConfigDict(strict=True))
-        try:
-            adapter.validate_python(value)
-        except pydantic.ValidationError as error:
-            reasons = " or ".join(dict.fromkeys(item["msg"] for item in error.errors()))
-            raise UserError(f"the option {name!r} of the task {task!r} can't be {value!r}: {reasons}") from error
 
 
 def load_rewards(specs: Sequence[str], weights: Sequence[float] | None, task: AbstractTask) -> Rewards:
@@ -117,23 +103,26 @@ def load_rewards(specs: Sequence[str], weights: Sequence[float] | None, task: Ab
 
 
 def _find(spec: str, own: Mapping[str, RewardFunction]) -> tuple[str, RewardFunction]:
-    named = {
-        "arithmetic": arithmetic_reward,
-        "running_totals": running_totals_reward,
-        "think_format": think_format_reward,
-        **own,
-    }
-    if spec in named:
-        return spec, named[spec]
-    overlong = re.fullmatch(r"soft_overlong\(\s*([0-9]+)\s*,\s*([0-9]+)\s*\)", spec)
-    if overlong:
-        return "soft_overlong", soft_overlong(int(overlong.group(1)), int(overlong.group(2)))
-    if spec.startswith("soft_overlong"):
-        raise UserError(f"the reward {spec!r} must say its numbers of tokens: soft_overlong(max length, cache)")
+    if spec in own:
+        return spec, own[spec]
+    word = spec.partition("(")[0].strip()
+    for form, kind in REWARD_KINDS.items():
+        if kind.numbers and word == form.partition("(")[0]:
+            return word, kind.function(*_numbers(spec, f"{word}({', '.join(kind.numbers)})", len(kind.numbers)))
+        if spec == form:
+            return spec, kind.function
     source, colon, function = spec.rpartition(":")
     if not colon:
         if spec.endswith(".py"):
             raise UserError(f"the reward {spec!r} must say which function of the file it is: {spec}:FUNCTION")
-        hint = did_you_mean(spec, [*named, "soft_overlong(L, C)"])
+        hint = did_you_mean(spec, {*own, *REWARD_KINDS})
         raise UserError(f"there is no reward {spec!r}.{hint} (Or package.module:function, or file.py:function.)")
     return function, import_callable(spec, "reward", "function")
+
+
+def _numbers(spec: str, form: str, count: int) -> list[int]:
+    found = re.fullmatch(r"\w+\(\s*([0-9]+(?:\s*,\s*[0-9]+)*)\s*\)", spec)
+    numbers = [int(number) for number in found.group(1).split(",")] if found else []
+    if len(numbers) != count:
+        raise UserError(f"the reward {spec!r} must say its numbers: {form}")
+    return numbers

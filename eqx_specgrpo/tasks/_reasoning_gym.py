@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UserError, did_you_mean
 from ._base import AbstractTask, Example, check_index
+from ._kind import TaskKind
 from ._rewards import completion_text
 
 
@@ -105,3 +106,11 @@ def _import_library() -> tuple[ModuleType, Mapping[str, tuple[Any, Any]]]:
             f"tasks named reasoning_gym:NAME need a package that isn't installed ({error.name}): "
             "pip install 'eqx_specgrpo[reasoning-gym]'"
         ) from error
+
+
+def _dataset(name: str) -> tuple[str, ...] | None:
+    library, colon, dataset = name.partition(":")
+    return (dataset,) if library == "reasoning_gym" and colon else None
+
+
+TASK = TaskKind(ReasoningGymTask, _dataset)

@@ -1,10 +1,9 @@
-"""Calling reward functions as TRL does, and checking what they return; with the built-in ones that fit any task."""
+"""Calling reward functions as TRL does, and checking what they return."""
 
 import asyncio
 import concurrent.futures
 import inspect
 import math
-import re
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set as AbstractSet
 from typing import Any
@@ -219,46 +218,3 @@ def completion_text(completion: str | list[Message]) -> str:
     if isinstance(completion, str):
         return completion
     return "\n".join(message["content"] for message in completion)
-
-
-def think_format_reward(completions: Sequence[Any], **kwargs: Any) -> list[float]:
-    """1 for a completion of the form `<think>...</think>...`, once each and with neither part blank, else 0."""
-    del kwargs
-    rewards = []
-    for completion in completions:
-        match = re.fullmatch(r"\s*<think>(.*?)</think>(.*)", completion_text(completion), re.DOTALL)
-        parts = match.groups() if match else ("",)
-        rewards.append(float(all(part.strip() and not re.search("</?think>", part) for part in parts)))
-    return rewards
-
-
-def soft_overlong(max_completion_length: int, soft_punish_cache: int) -> RewardFunction:
-    """The soft punishment of overlong completions of DAPO, in tokens.
-
-    Zero up to `max_completion_length - soft_punish_cache` tokens, from there linearly down to -1.
-
-    ??? cite "Reference"
-
-        Yu et al., "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", arXiv:2503.14476, equation 13.
-
-    **Arguments:**
-
-    - `max_completion_length`: from how many tokens on the punishment is -1.
-    - `soft_punish_cache`: over how many tokens it builds up.
-
-    **Returns:**
-
-    A reward function.
-    """
-    if not 0 < soft_punish_cache <= max_completion_length:
-        raise UserError(
-            f"soft_overlong({max_completion_length}, {soft_punish_cache}): give the maximal completion length, then "
-            "over how many of its last tokens the punishment builds up, at least 1 and at most all"
-        )
-
-    def soft_overlong_reward(completion_ids: Sequence[Sequence[int]], **kwargs: Any) -> list[float]:
-        del kwargs
-        free = max_completion_length - soft_punish_cache
-        return [float(np.clip((free - len(ids)) / soft_punish_cache, -1.0, 0.0)) for ids in completion_ids]
-
-    return soft_overlong_reward

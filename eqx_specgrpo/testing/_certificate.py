@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .._types import Prompts
 from ..config import draft_config, load_policy, named_draft
-from ..decoding import AbstractVerifier, Block, Coupled, GreedyMatch, Rejection
+from ..decoding import VERIFIER_KINDS, AbstractAcceptanceRule, AbstractVerifier
 from ..drafts import AbstractDraft, describe_saved_draft
 from ..errors import UserError
 from ..files import is_import_spec
@@ -231,12 +231,17 @@ def _of_verifiers() -> list[tuple[str, Check]]:
 
         return check
 
-    rules = (Rejection(), Block(), GreedyMatch())
-    checks = [
-        (f"the law of {verifier_name(rule)}", law_of(OneOf(rules, index), isinstance(rule, GreedyMatch), None))
-        for index, rule in enumerate(rules)
-    ]
-    return [*checks, ("the law of Coupled", law_of(Coupled(), False, True))]
+    # Those that state their law share a program, and come first.
+    kinds = sorted(VERIFIER_KINDS.values(), key=lambda kind: not isinstance(kind.verifier, AbstractAcceptanceRule))
+    rules = tuple(kind.verifier for kind in kinds if isinstance(kind.verifier, AbstractAcceptanceRule))
+    checks = []
+    for kind in kinds:
+        verifier = kind.verifier
+        name = f"the law of {verifier_name(verifier)}"
+        if isinstance(verifier, AbstractAcceptanceRule):
+            verifier = OneOf(rules, rules.index(verifier))
+        checks.append((name, law_of(verifier, kind.greedy_only, kind.draft_invariant)))
+    return checks
 
 
 def _of_output(draft: AbstractDraft, target: AbstractLanguageModel, progress: RunProgress) -> list[tuple[str, Check]]:
@@ -321,14 +326,7 @@ def _compared(
             "acceptance_length": found.acceptance_length,
             "near_ties": [difference.behind for difference in found.differences],
         }
-        ties = "".join(
-            f"; row {d.row} parts at token {d.position}, a near tie of {d.behind:.1e}" for d in found.differences
-        )
-        return (
-            f"{found.equal} of {found.tokens} equal ({found.share:.2%}){ties}; acceptance length "
-            f"{found.acceptance_length:.2f}",
-            figures,
-        )
+        return found.summary(), figures
 
     def logprobs():
         found = kept[0]

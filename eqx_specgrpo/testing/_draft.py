@@ -20,7 +20,7 @@ from ._training import check_training
 
 
 class DraftReport(eqx.Module):
-    """What was found of a draft that passed.
+    """What was found of a draft that passed; printed, it says so, line by line.
 
     **Arguments:**
 
@@ -42,6 +42,23 @@ class DraftReport(eqx.Module):
     greedy: TokenComparison
     coupled: TokenComparison
     loaded_by_name: bool
+
+    def __repr__(self) -> str:
+        found = (
+            "found by its name" if self.loaded_by_name else "read into a draft that was there, not found by its name"
+        )
+        return "\n".join(
+            [
+                f"{self.name} passed every check.",
+                f"  rewinding: a probability is off by at most {self.rewind_error:.1e} from a fresh start",
+                f"  training: a probability is off by at most {self.training_error:.1e} from the one drafted with",
+                f"  drafted tokens are draws from what comes with them: least p-value {self.draw_p_value:.3f}",
+                f"  decoded tokens follow the target's law: least p-value {self.law_p_value:.3f}",
+                f"  greedy tokens beside plain decoding's: {self.greedy.summary()}",
+                f"  coupled tokens beside plain decoding's: {self.coupled.summary()}",
+                f"  saved and loaded: the same; {found}",
+            ]
+        )
 
 
 def check_draft(

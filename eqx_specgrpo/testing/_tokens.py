@@ -89,6 +89,16 @@ class TokenComparison(eqx.Module):
         """The largest gap at a difference; 0 where there is none."""
         return max((difference.behind for difference in self.differences), default=0.0)
 
+    def summary(self) -> str:
+        """One line."""
+        ties = "".join(
+            f"; row {d.row} parts at token {d.position}, a near tie of {d.behind:.1e}" for d in self.differences
+        )
+        return (
+            f"{self.equal} of {self.tokens} equal ({self.share:.2%}){ties}; acceptance length "
+            f"{self.acceptance_length:.2f}"
+        )
+
     def require_near_ties(self, name: str, near_tie: float) -> None:
         """Raises `ConformanceError` if two tokens differ that were no near tie."""
         for difference in self.differences:

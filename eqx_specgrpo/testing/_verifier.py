@@ -15,7 +15,7 @@ from ._situations import VOCAB, only, situations, softmax, transform
 
 
 class VerifierReport(eqx.Module):
-    """What was found of a verifier that passed.
+    """What was found of a verifier that passed; printed, it says so, line by line.
 
     **Arguments:**
 
@@ -36,6 +36,19 @@ class VerifierReport(eqx.Module):
     draft_invariant: bool
     acceptance: float
     optimal_acceptance: float
+
+    def __repr__(self) -> str:
+        law = "not stated" if self.law_error is None else f"worst error {self.law_error:.1e} of {self.num_laws} cases"
+        return "\n".join(
+            [
+                f"{self.name} passed every check: it keeps the target's distribution.",
+                f"  its law, enumerated: {law}",
+                f"  statistics of what it draws: least p-value {self.p_value:.3f}",
+                f"  tokens are plain decoding's, whatever was drafted: {'yes' if self.draft_invariant else 'no'}",
+                f"  one drafted token is kept with probability {self.acceptance:.3f}, of at most "
+                f"{self.optimal_acceptance:.3f} for any rule",
+            ]
+        )
 
 
 def check_verifier(

@@ -10,7 +10,18 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from .._types import Rollouts
-from ..config import RunConfig, RunParts, draft_spec, dtype_advice, load_policy, make_draft, make_parts, model_name
+from ..config import (
+    RunConfig,
+    RunParts,
+    check_draft_options,
+    draft_spec,
+    dtype_advice,
+    load_policy,
+    make_draft,
+    make_parts,
+    model_name,
+    with_absolute_paths,
+)
 from ..decoding import DecodeProgress, FixedLength
 from ..drafts import AbstractDraft, completion_tokens, coverage, draft_vocabulary, save_draft, tempered_part
 from ..errors import Stopped, UserError
@@ -82,6 +93,8 @@ def distill(
         steps, minutes = DEFAULT_STEPS, DEFAULT_MINUTES
     out = Path(config.out)
     _check(config, out)
+    config = with_absolute_paths(config)  # what the draft's folder keeps is found again from anywhere
+    check_draft_options(config.draft)
     console = console or progress_console()
     progress = RunProgress(console)
     with progress, stopped_at_once(), out_of_memory_advice(), count_compilations(progress.note):

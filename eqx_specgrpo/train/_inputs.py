@@ -125,7 +125,7 @@ def _source(spec: str) -> Path | None:
     if source.endswith(".py"):
         return Path(source).expanduser()
     try:
-        found = inspect.getsourcefile(sys.modules[source])
+        found = inspect.getsourcefile(sys.modules[source.rpartition("/")[2]])
     except (KeyError, TypeError):
         return None
     return None if found is None else Path(found)

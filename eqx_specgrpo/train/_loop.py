@@ -12,6 +12,7 @@ from ..config import (
     DraftConfig,
     RunConfig,
     RunParts,
+    check_draft_options,
     check_resume,
     default_model_path,
     draft_spec,
@@ -24,6 +25,7 @@ from ..config import (
     make_draft,
     make_parts,
     model_name,
+    with_absolute_paths,
 )
 from ..drafts import remember, save_draft
 from ..errors import UserError
@@ -83,7 +85,9 @@ def run(
     """
     console = console or progress_console()
     progress = RunProgress(console)
+    config = with_absolute_paths(config)  # what the run folder keeps is found again from anywhere
     task, _ = load_task_and_rewards(config)
+    check_draft_options(config.draft)
     with RunFolder(Path(config.out), resume) as folder, progress, stopped_at_once(), out_of_memory_advice():
         if resume:
             check_resume(load_config(folder.config_path), config)

@@ -1,0 +1,23 @@
+"""The verifiers by name."""
+
+from collections.abc import Mapping
+
+from ..choices import VERIFIERS, described
+from ..errors import UserError, did_you_mean
+from ._verifier_kind import VerifierKind
+from ._verify import AbstractVerifier
+
+# By what a configuration calls them; each is described at the end of its file.
+VERIFIER_KINDS: Mapping[str, VerifierKind] = described(__package__ or "", VERIFIERS, "VERIFIER", VerifierKind)
+
+
+def make_verifier(name: str) -> AbstractVerifier:
+    """The verifier of a name; `greedy` keeps only the likeliest tokens, and is lossless at temperature 0 alone.
+
+    **Raises:**
+
+    `UserError` if there is no such verifier.
+    """
+    if name not in VERIFIER_KINDS:
+        raise UserError(f"there is no verifier {name!r}.{did_you_mean(name, VERIFIER_KINDS)}")
+    return VERIFIER_KINDS[name].verifier

@@ -1,0 +1,52 @@
+"""What the library knows of each kind of task and of each built-in reward."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..choices import Options, options_of
+from ._base import AbstractTask
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """A kind of task that a configuration can name. It stands as `TASK` at the end of the task's file.
+
+    **Arguments:**
+
+    - `task`: the class, made as `task(*arguments, seed=seed, **options)`. Its further keyword arguments are its
+        options: the keys of `[task]`, checked against their annotations, and described in the docstring of its
+        `__init__`.
+    - `arguments`: from the name in the configuration to the leading arguments; `None` if the name is not of this kind.
+    - `is_file`: whether that name is the path of a file.
+    """
+
+    task: type[AbstractTask]
+    arguments: Callable[[str], tuple[str, ...] | None]
+    is_file: bool = False
+
+    def options(self, name: str) -> Options:
+        """The options of a task of this kind."""
+        leading = len(self.arguments(name) or ())
+        return options_of(self.task, f"the task {name!r}", "task.", given=("seed", "name", "path"), first=leading)
+
+
+def named(name: str) -> Callable[[str], tuple[str, ...] | None]:
+    """For a kind of one task: the name is exactly this."""
+    return lambda given: () if given == name else None
+
+
+@dataclass(frozen=True)
+class RewardKind:
+    """A built-in reward. It stands as `REWARD` at the end of the reward's file.
+
+    **Arguments:**
+
+    - `function`: the reward itself; or, where there are `numbers`, what makes it of them.
+    - `summary`: what it rewards, in a line.
+    - `numbers`: the whole numbers that stand in parentheses after its name, each in a word or two.
+    """
+
+    function: Callable[..., Any]
+    summary: str
+    numbers: tuple[str, ...] = ()
