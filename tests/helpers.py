@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -39,6 +40,10 @@ from eqx_specgrpo.models import (
     YarnRope,
     sequence_features,
 )
+
+
+# What gives a program whose text is looked at XLA's own options, where conftest.py has set others for the whole process.
+AS_USERS_COMPILE = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ.get("XLA_FLAGS", "") else {}
 
 
 @contextmanager
