@@ -41,8 +41,7 @@ from eqx_specgrpo.models import (
     sequence_features,
 )
 
-
-# What gives a program whose text is looked at XLA's own options, where conftest.py has set others for the whole process.
+# Gives a program whose text is looked at XLA's own options, where conftest.py has set others for the whole process.
 AS_USERS_COMPILE = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ.get("XLA_FLAGS", "") else {}
 
 
