@@ -1,0 +1,282 @@
+"""Faults that the suite has to catch: each is put into a copy of the package, and the test that is named has to fail.
+
+    python tests/mutations.py            # all, ten minutes or so on two cores
+    python tests/mutations.py block kl   # those whose name contains one of the words
+
+Run it after a change of the tests: a quicker suite must still prove as much. `tests/README.md` has the table, which
+this script writes with `--table`.
+"""
+
+import argparse
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """A fault: `old`, which stands once in the file, becomes `new`, and `test` has to notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTATIONS = (
+    # The law of what is decoded.
+    Mutation(
+        "rejection keeps too often",
+        "decoding/_rejection.py",
+        "jnp.exp(jnp.cumsum(jnp.minimum(log_ratio, 0.0)))",
+        "jnp.exp(0.9 * jnp.cumsum(jnp.minimum(log_ratio, 0.0)))",
+        "test_exactness.py::test_our_rules_keep_the_law[Rejection]",
+    ),
+    Mutation(
+        "a rejected token is replaced by a draw from the target, not the residual",
+        "decoding/_rejection.py",
+        "residual = jnp.maximum(target_probs - proposal.probs_at(num_accepted, target_probs.shape[-1]), 0.0)",
+        "residual = target_probs",
+        "test_exactness.py::test_our_rules_keep_the_law[Rejection]",
+    ),
+    Mutation(
+        "block verification forgets the chain in the residual",
+        "decoding/_block.py",
+        "jnp.maximum(chain[num_accepted] * target_probs - draft_probs, 0.0)",
+        "jnp.maximum(target_probs - draft_probs, 0.0)",
+        "test_exactness.py::test_our_rules_keep_the_law[Block]",
+    ),
+    Mutation(
+        "block verification keeps up to the first position that passes, not the last",
+        "decoding/_block.py",
+        "none_from = lax.cumprod(1.0 - passes, reverse=True)\n        return 1.0 - none_from",
+        "return lax.cumprod(passes)",
+        "test_exactness.py::test_our_rules_keep_the_law[Block]",
+    ),
+    Mutation(
+        "noise is not shared between draft and target",
+        "decoding/_coupled.py",
+        "(key, position + jnp.arange(length + 1))",
+        "(key, position + 1 + jnp.arange(length + 1))",
+        "test_coupled.py::test_acceptance_is_within_the_bounds_of_a_coupling",
+    ),
+    Mutation(
+        "acceptance and the token after it share their random number",
+        "decoding/_verify.py",
+        "uniform_accept, uniform_next = jr.uniform(_round_key(key, position, _VERIFY), (2,))",
+        "uniform_accept = uniform_next = jr.uniform(_round_key(key, position, _VERIFY))",
+        "test_exactness.py::test_our_rules_keep_the_law[Rejection]",
+    ),
+    Mutation(
+        "log-probabilities of one position later",
+        "decoding/_round.py",
+        "logprobs = sampling.logprobs(logits, distribution, emitted)",
+        "logprobs = sampling.logprobs(logits, distribution, jnp.roll(emitted, 1, axis=1))",
+        "test_decode.py::test_logprobs_are_those_of_the_distribution_sampled_from",
+    ),
+    # Cursors.
+    Mutation(
+        "one token too few is committed",
+        "decoding/_round.py",
+        "verdict.num_accepted + 1, eos_ids",
+        "jnp.maximum(verdict.num_accepted, 1), eos_ids",
+        "test_decode.py::test_heads_say_the_same_greedily",
+    ),
+    Mutation(
+        "a row goes on behind its end of sequence",
+        "decoding/_state.py",
+        "jnp.minimum(jnp.minimum(num_valid, until_eos), room)",
+        "jnp.minimum(num_valid, room)",
+        "test_decode.py::test_an_end_of_sequence_at_every_offset_of_a_block",
+    ),
+    Mutation(
+        "finished rows move",
+        "decoding/_state.py",
+        "count = jnp.where(active, count, 0)",
+        "count = count",
+        "test_decode.py::test_a_row_does_not_depend_on_shrinking",
+    ),
+    Mutation(
+        "a draft commits all that it guessed",
+        "decoding/_round.py",
+        "num_kept = jnp.where(state.active, verdict.num_accepted, 0)",
+        "num_kept = jnp.full_like(verdict.num_accepted, length)",
+        "test_decode.py::test_acceptance_length_is_what_the_draft_deserves",
+    ),
+    Mutation(
+        "positions of a block are one too high",
+        "decoding/_round.py",
+        "positions = (next_position - 1)[:, None]",
+        "positions = next_position[:, None]",
+        "test_decode.py::test_plain_decoding_is_the_argmax_of_full_forwards",
+    ),
+    # The model.
+    Mutation(
+        "attention sees the next position",
+        "models/_attention.py",
+        "mask = distance >= 0",
+        "mask = distance >= -1",
+        "test_cache.py::test_cached_forward_is_the_full_forward_after_any_accepting_and_rewinding",
+    ),
+    Mutation(
+        "a window is one position too wide",
+        "models/_attention.py",
+        "(distance < sliding_window)",
+        "(distance <= sliding_window)",
+        "test_parity.py",
+    ),
+    Mutation(
+        "the gate of the MLP is added",
+        "models/_transformer.py",
+        "return self.down(gate * up)",
+        "return self.down(gate + up)",
+        "test_parity.py",
+    ),
+    # Drafts and their lessons.
+    Mutation(
+        "Hydra's heads are taught the token after the next",
+        "drafts/_hydra.py",
+        "newest = jnp.roll(tokens, -(1 + offset), axis=1)",
+        "newest = jnp.roll(tokens, -(2 + offset), axis=1)",
+        "test_hydra.py",
+    ),
+    Mutation(
+        "a draft picks the features of the position before",
+        "drafts/_base.py",
+        "jnp.take_along_axis(values, index[:, None, None], axis=1)[:, 0]",
+        "jnp.take_along_axis(values, jnp.maximum(index - 1, 0)[:, None, None], axis=1)[:, 0]",
+        "test_conformance.py::test_our_drafts_conform[hydra]",
+    ),
+    Mutation(
+        "a teacher one position off",
+        "distill/_step.py",
+        "offsets = jnp.arange(new)[None, :, None] + 1 + jnp.arange(num_draft)[None, None]",
+        "offsets = jnp.arange(new)[None, :, None] + jnp.arange(num_draft)[None, None]",
+        "test_draft_step.py",
+    ),
+    Mutation(
+        "the target is differentiated by the draft's loss",
+        "distill/_losses.py",
+        "return jnp.sum(jnp.abs(target_probs - draft_probs), axis=-1) / 2",
+        "return jnp.sum(jnp.abs(target_probs - draft_probs), axis=-1)",
+        "test_distill_losses.py::test_values_by_hand",
+    ),
+    Mutation(
+        "drawn with other logits than reported",
+        "drafts/_tempered.py",
+        "return self.sampler(logits / self.temperature[offset], offset, support)",
+        "return (self.sampler(logits / self.temperature[offset], offset, support)[0], "
+        "self.sampler(logits, offset, support)[1])",
+        "test_tempered.py::test_the_whole_certificate",
+    ),
+    # GRPO.
+    Mutation(
+        "the ratio is not clipped above",
+        "grpo/losses/_clipped.py",
+        "jnp.clip(ratio, 1 - self.epsilon, 1 + epsilon_high)",
+        "jnp.maximum(ratio, 1 - self.epsilon)",
+        "test_grpo_math.py::test_clip_by_hand",
+    ),
+    Mutation(
+        "padding counts",
+        "grpo/losses/_average.py",
+        "return jnp.where(completion_mask, token_losses.astype(jnp.float32), 0.0)",
+        "return token_losses.astype(jnp.float32)",
+        "test_grpo_math.py::test_losses_accumulate_and_ignore_padding",
+    ),
+    Mutation(
+        "a micro-batch is divided by its own tokens",
+        "grpo/losses/_average.py",
+        "return _counted(token_losses, completion_mask).sum() / jnp.maximum(normalizer.num_tokens, 1.0)",
+        "return _counted(token_losses, completion_mask).sum() / jnp.maximum(completion_mask.sum(), 1.0)",
+        "test_grpo_math.py::test_accumulation_trap",
+    ),
+    Mutation(
+        "k3 has the wrong sign",
+        "grpo/_kl.py",
+        "return jnp.expm1(-difference) + difference",
+        "return jnp.expm1(difference) - difference",
+        "test_grpo_math.py::test_kl_estimators",
+    ),
+    # What a run leaves.
+    Mutation(
+        "a checkpoint is put in place before it is whole",
+        "records/_folder.py",
+        "os.replace(aside, path)",
+        "shutil.copy(aside, path)",
+        "test_run_folder.py::test_a_kill_while_rewinding_loses_nothing",
+    ),
+    Mutation(
+        "weakly typed arrays come back as others",
+        "files/_tree.py",
+        "return leaf.at[...].set(value) if leaf.weak_type else jnp.array(value)",
+        "return jnp.array(value)",
+        "test_checkpoint_files.py::test_bitwise_round_trip",
+    ),
+    Mutation(
+        "a resumed run begins with a fresh optimizer",
+        "train/_state.py",
+        "return RunState(**trees)",
+        "return RunState(**trees | {'policy_optimizer': jax.tree.map(jnp.zeros_like, trees['policy_optimizer'])})",
+        "test_run.py::test_killed_and_resumed_is_bitwise_a_straight_run",
+    ),
+)
+
+
+def caught(mutation: Mutation) -> bool:
+    """Whether the test fails with the fault in a copy of the package."""
+    with tempfile.TemporaryDirectory() as folder:
+        for part in ("eqx_specgrpo", "tests", "examples", "docs", "benchmarks"):
+            shutil.copytree(ROOT / part, Path(folder) / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md"):
+            shutil.copy(ROOT / name, folder)
+        path = Path(folder) / "eqx_specgrpo" / mutation.file
+        text = path.read_text(encoding="utf-8")
+        if text.count(mutation.old) != 1:
+            raise SystemExit(f"{mutation.name}: what it changes stands {text.count(mutation.old)} times in {path.name}")
+        path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", f"tests/{mutation.test}"]
+        done = subprocess.run(
+            command, cwd=folder, env=os.environ | {"PYTHONPATH": folder}, capture_output=True, text=True
+        )
+    if done.returncode not in (0, 1):  # nothing was collected, or pytest itself failed: that proves nothing
+        raise SystemExit(f"{mutation.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}")
+    return done.returncode == 1
+
+
+def table() -> str:
+    """All faults and their tests, for `tests/README.md`."""
+    rows = [f"| {m.name} | `{m.file}` | `{m.test}` |" for m in MUTATIONS]
+    return "\n".join(["| fault | in | caught by |", "| --- | --- | --- |", *rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table())
+        return
+    missed = []
+    for mutation in MUTATIONS:
+        if arguments.words and not any(word in mutation.name for word in arguments.words):
+            continue
+        start = time.perf_counter()
+        found = caught(mutation)
+        print(f"{'caught' if found else 'MISSED'}  {time.perf_counter() - start:5.0f} s  {mutation.name}", flush=True)
+        if not found:
+            missed.append(mutation.name)
+    sys.exit(f"missed: {', '.join(missed)}" if missed else 0)
+
+
+if __name__ == "__main__":
+    main()
