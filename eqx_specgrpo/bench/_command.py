@@ -26,7 +26,6 @@ from ..errors import UserError
 from ..grpo import compute_copy, make_update_batch
 from ..models import AbstractLanguageModel, Tokenizer
 from ..records import RunProgress, machine
-from ..runtime import count_compilations
 from ..sampling import make_sampling
 from ..train import Lesson, features_of, mean_entropy, next_examples, out_of_memory_advice, step_key
 from ._drafts import Generations, collect_generations, distil_on, expected_acceptance
@@ -101,9 +100,8 @@ def bench(
         for contender in made:
             _measurable(contender, settings)
         target = compute_copy(policy, base.model.dtype)
-        with count_compilations(progress.note):
-            generations = generate_for(made, target, settings.minutes, progress)
-            contenders = [prepare(one, target, settings.minutes, progress, generations) for one in made]
+        generations = generate_for(made, target, settings.minutes, progress)
+        contenders = [prepare(one, target, settings.minutes, progress, generations) for one in made]
         return measure_drafts(contenders, target, settings, progress, about)
 
 

@@ -18,3 +18,4 @@ from ._report import (
     summary_table as summary_table,
     summary_text as summary_text,
 )
+from ._times import PhaseTimes as PhaseTimes, step_times as step_times

@@ -2,30 +2,60 @@
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.status import Status
 
 from ..decoding import DecodeProgress
+from ..runtime import CompileCounter
+from ._times import PhaseTimes
 
 
 class RunProgress:
-    """One live line for the phase, permanent lines for steps and notes. Without a terminal, only the latter."""
+    """One live line for the phase, permanent lines for steps and notes. Without a terminal, only the latter.
+
+    Within its `with` block it tells what is compiled.
+
+    **Attributes:**
+
+    - `console`: where it goes.
+    - `compilations`: what was compiled in the `with` block.
+    - `times`: of the phases that were `timed`.
+    """
+
+    console: Console
+    compilations: CompileCounter
+    times: PhaseTimes
 
     def __init__(self, console: Console):
         self.console = console
+        self.compilations = CompileCounter(self.note)
+        self.times = PhaseTimes()
         self._status: Status | None = None
         self._phase = ""
         self._told: set[str] = set()
         self._since = time.perf_counter()
 
     def __enter__(self) -> "RunProgress":
+        self.compilations.attach()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.compilations.detach()
         self.close()
+
+    @contextmanager
+    def timed(self, name: str, text: str) -> Iterator[None]:
+        """A phase for the length of a `with` block: said by `text`, its time added up under `name`."""
+        self.phase(text)
+        begin, compiled = time.perf_counter(), self.compilations.seconds
+        try:
+            yield
+        finally:
+            self.times.add(name, time.perf_counter() - begin, self.compilations.seconds - compiled)
 
     def phase(self, text: str) -> None:
         """Says what is going on now. On a terminal it replaces the line of the phase before; in a log, where lines

@@ -11,9 +11,9 @@ from rich.table import Table
 
 from ..errors import UserError
 from ._folder import read_records
+from ._times import STEP_PHASES
 
 _WINDOW = 5
-_PHASES = ("rollout", "reward", "update", "draft")
 _CURVES = (
     ("reward", "Reward", "mean of a step"),
     ("spec/acceptance_length", "Acceptance length", "tokens per target pass"),
@@ -34,7 +34,7 @@ def first_to_last(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[float
 
 def phase_times(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Seconds spent in each phase over all steps; `other` is what of `time/step` no phase accounts for."""
-    times = {phase: sum(values) for phase in _PHASES if (values := _values(metrics, f"time/{phase}"))}
+    times = {phase: sum(values) for phase in STEP_PHASES if (values := _values(metrics, f"time/{phase}"))}
     total = sum(_values(metrics, "time/step"))
     other = total - sum(times.values())
     return times | {"other": other} if times and other > 0 else times
@@ -140,7 +140,7 @@ def plot_run(run_folder: Path) -> Path:
 def _draw_times(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
     steps = [record["step"] for record in metrics]
     below = [0.0] * len(metrics)
-    for phase, color in zip(_PHASES, ("#1b6ca8", "#e0a030", "#5a8f5a", "#c8553d"), strict=True):
+    for phase, color in zip(STEP_PHASES, ("#1b6ca8", "#e0a030", "#5a8f5a", "#c8553d"), strict=True):
         seconds = [record.get(f"time/{phase}") or 0.0 for record in metrics]
         if any(seconds):
             axes.bar(steps, seconds, bottom=below, width=1.0, color=color, label=phase)
@@ -153,7 +153,7 @@ def _draw_times(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
     if usual > 0:
         axes.set_ylim(0, 1.3 * usual)
     if any(below):
-        axes.legend(frameon=False, fontsize="small", ncols=len(_PHASES))
+        axes.legend(frameon=False, fontsize="small", ncols=len(STEP_PHASES))
 
 
 def _values(metrics: Sequence[Mapping[str, Any]], key: str) -> list[float]:

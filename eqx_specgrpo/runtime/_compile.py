@@ -24,10 +24,22 @@ class CompileCounter:
     count: int
     seconds: float
 
-    def __init__(self, tell: Callable[[str], None] | None):
+    def __init__(self, tell: Callable[[str], None] | None = None):
         self._tell = tell
         self.count = 0
         self.seconds = 0.0
+
+    def attach(self) -> None:
+        """Begins to count."""
+        import jax  # here, so that a program can set up its process before JAX reads the environment
+
+        jax.monitoring.register_event_duration_secs_listener(self)
+
+    def detach(self) -> None:
+        """Ends to count."""
+        import jax
+
+        jax.monitoring.unregister_event_duration_listener(self)
 
     def __call__(self, event: str, duration_secs: float, **details: Any) -> None:
         if event != _COMPILED:
@@ -42,11 +54,9 @@ class CompileCounter:
 @contextmanager
 def count_compilations(tell: Callable[[str], None] | None = None) -> Iterator[CompileCounter]:
     """Attaches a counter for the length of a `with` block."""
-    import jax  # here, so that a program can set up its process before JAX reads the environment
-
     counter = CompileCounter(tell)
-    jax.monitoring.register_event_duration_secs_listener(counter)
+    counter.attach()
     try:
         yield counter
     finally:
-        jax.monitoring.unregister_event_duration_listener(counter)
+        counter.detach()

@@ -17,7 +17,6 @@ from ..errors import UserError
 from ..grpo import compute_copy
 from ..models import AbstractLanguageModel
 from ..records import RunProgress, replace_file
-from ..runtime import count_compilations
 from ._interrupt import interrupts
 from ._lessons import (
     COMPARE,
@@ -79,7 +78,7 @@ def distill(
     _check(config, out)
     console = console or Console()
     progress = RunProgress(console)
-    with progress, out_of_memory_advice(), count_compilations(progress.note):
+    with progress, out_of_memory_advice():
         progress.phase(f"loading {model_name(config)}")
         policy, tokenizer = load_policy(config.model.path)
         progress.advise(dtype_advice(config.model.dtype, policy.hidden_size))

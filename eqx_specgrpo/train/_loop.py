@@ -2,7 +2,6 @@
 
 import dataclasses
 import shlex
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,12 +10,9 @@ import jax
 from rich.console import Console
 
 from ..config import (
-    DraftConfig,
     RunConfig,
     RunParts,
     check_resume,
-    default_model_path,
-    draft_spec,
     dtype_advice,
     dump_config,
     learning_rate,
@@ -27,24 +23,22 @@ from ..config import (
     make_parts,
     model_name,
 )
-from ..drafts import remember, save_draft
+from ..drafts import remember
 from ..errors import UserError
 from ..grpo import compute_copy
-from ..models import locate, save_model
+from ..models import AbstractLanguageModel
 from ..records import (
     RunFolder,
     RunProgress,
     latest_checkpoint,
     load_checkpoint,
     machine,
-    read_records,
     save_checkpoint,
-    summary_table,
+    step_times,
 )
-from ..runtime import count_compilations
-from ._compare import compare_with_plain
+from ._finish import finish
 from ._interrupt import interrupts
-from ._lessons import CHOOSE, COMPARE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
+from ._lessons import CHOOSE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
 from ._out_of_memory import out_of_memory_advice
 from ._segments import SegmentLog
 from ._state import RunState
@@ -82,54 +76,48 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     `UserError` for whatever the user can mend. What was done until then is in the folder.
     """
     console = console or Console()
-    progress = RunProgress(console)
     load_task_and_rewards(config)
-    with RunFolder(Path(config.out), resume) as folder, progress, out_of_memory_advice():
+    with RunFolder(Path(config.out), resume) as folder, RunProgress(console) as progress, out_of_memory_advice():
         if resume:
             check_resume(load_config(folder.config_path), config)
-        progress.phase(f"loading {model_name(config)}")
-        policy, tokenizer = load_policy(config.model.path)
-        if not resume:  # A run goes on in the dtype that it began with.
-            progress.advise(dtype_advice(config.model.dtype, policy.hidden_size))
-        with count_compilations(progress.note) as compilations:
-            draft = make_draft(config.draft, policy, config.seed, tokenizer)
-            parts = make_parts(config, tokenizer, draft)
-            # Frozen, in the dtype of computation; only held where the loss asks for it.
-            reference = compute_copy(policy, config.model.dtype) if config.grpo.beta != 0 else None
-            state = RunState.fresh(policy, draft, parts.policy_optimizer, parts.draft_optimizer)
+        with progress.timed("loading", f"loading {model_name(config)}"):
+            parts, state, reference = _load(config, resume, progress)
             start, state = _start_or_resume(folder, resume, state, config)
             folder.write_config(dump_config(config))
             folder.write_machine(start, machine())
-            del policy, draft
-
-            if start == 0 and config.draft.warms_up and state.draft.train_length > 0:
+        if start == 0 and config.draft.warms_up and state.draft.train_length > 0:
+            with progress.timed("warm-up", "warming up the draft"):
                 state = _warm_up(parts, state, progress)
-            segments = SegmentLog()
-            with interrupts(lambda: progress.say(_ON_CTRL_C)) as interrupted:
-                for step in range(start, config.steps):
-                    try:
-                        with out_of_memory_advice():  # here too: the steps before are saved then
-                            state = _one_step(parts, state, reference, step, folder, progress, compilations, segments)
-                    except UserError:
-                        if step > start:
-                            _save_finished(state, step, folder, progress)
-                        raise
-                    done = step + 1
-                    if interrupted() or done == config.steps or done % config.save_steps == 0:
-                        progress.phase("writing the checkpoint")
-                        save_checkpoint(folder.path, done, state.trees(), {})
-                    if interrupted() and done < config.steps:
-                        progress.close()
-                        console.print(
-                            f"Stopped after step {done} of {config.steps}; nothing is lost. Go on with: "
-                            f"specgrpo run --resume --out {shlex.quote(config.out)}",
-                            soft_wrap=True,  # to be copied: a line break or markup would spoil it
-                            markup=False,
-                            highlight=False,
-                        )
-                        return folder.path
-            _finish(parts, state, folder, progress, console, segments)
+        segments = SegmentLog()
+        done, state = _steps(parts, state, reference, start, folder, progress, segments)
+        if done == config.steps:
+            finish(parts, state, folder, progress, console, segments)
+        else:
+            progress.close()
+            console.print(
+                f"Stopped after step {done} of {config.steps}; nothing is lost. Go on with: "
+                f"specgrpo run --resume --out {shlex.quote(config.out)}",
+                soft_wrap=True,  # to be copied: a line break or markup would spoil it
+                markup=False,
+                highlight=False,
+            )
     return folder.path
+
+
+def _load(
+    config: RunConfig, resume: bool, progress: RunProgress
+) -> tuple[RunParts, RunState, AbstractLanguageModel | None]:
+    """The parts, the state before step 0, and the reference: the policy as it begins, only where the loss asks for it.
+
+    It stands still, so it is in the dtype of computation.
+    """
+    policy, tokenizer = load_policy(config.model.path)
+    if not resume:  # A run goes on in the dtype that it began with.
+        progress.advise(dtype_advice(config.model.dtype, policy.hidden_size))
+    draft = make_draft(config.draft, policy, config.seed, tokenizer)
+    parts = make_parts(config, tokenizer, draft)
+    reference = compute_copy(policy, config.model.dtype) if config.grpo.beta != 0 else None
+    return parts, RunState.fresh(policy, draft, parts.policy_optimizer, parts.draft_optimizer), reference
 
 
 def _start_or_resume(folder: RunFolder, resume: bool, state: RunState, config: RunConfig) -> tuple[int, RunState]:
@@ -148,6 +136,35 @@ def _start_or_resume(folder: RunFolder, resume: bool, state: RunState, config: R
         )
     folder.rewind(meta["step"])
     return meta["step"], RunState.from_trees(trees)
+
+
+def _steps(
+    parts: RunParts,
+    state: RunState,
+    reference: AbstractLanguageModel | None,
+    start: int,
+    folder: RunFolder,
+    progress: RunProgress,
+    segments: SegmentLog,
+) -> tuple[int, RunState]:
+    """The steps from `start` to the last, or to the one in which Ctrl-C was pressed; how many are done, and the state
+    after them, which is in a checkpoint."""
+    config = parts.config
+    done = start
+    with interrupts(lambda: progress.say(_ON_CTRL_C)) as interrupted:
+        while done < config.steps and not interrupted():
+            try:
+                with out_of_memory_advice():  # here too: the steps before are saved then
+                    state = _one_step(parts, state, reference, done, folder, progress, segments)
+            except UserError:
+                if done > start:
+                    _save_finished(state, done, folder, progress)
+                raise
+            done += 1
+            if interrupted() or done == config.steps or done % config.save_steps == 0:
+                with progress.timed("checkpoints", "writing the checkpoint"):
+                    save_checkpoint(folder.path, done, state.trees(), {})
+    return done, state
 
 
 def _save_finished(state: RunState, step: int, folder: RunFolder, progress: RunProgress) -> None:
@@ -180,124 +197,61 @@ def _warm_up(parts: RunParts, state: RunState, progress: RunProgress) -> RunStat
 def _one_step(
     parts: RunParts,
     state: RunState,
-    reference,
+    reference: AbstractLanguageModel | None,
     step: int,
     folder: RunFolder,
     progress: RunProgress,
-    compilations,
     segments: SegmentLog,
 ) -> RunState:
     """Prompts, rollouts, rewards, policy update, draft update, records."""
     config, grpo = parts.config, parts.config.grpo
-    clock = _Clock()
+    progress.times.laps()  # What was before the step is not its own.
 
-    progress.phase(f"step {step + 1}: rollout")
-    examples, prompts = next_examples(
-        parts.task,
-        parts.tokenizer,
-        state.policy,
-        step * grpo.prompts_per_step,
-        grpo.prompts_per_step,
-        grpo.max_completion_length,
-    )
-    target = compute_copy(state.policy, config.model.dtype)
-    draft = compute_copy(state.draft, config.model.dtype)
-    key = step_key(config.seed, step, DECODE)
-    segments.after_training(parts.length, draft.max_length, state.draft_acceptance)
-    rollouts = roll_out(parts, target, draft, prompts, key, progress.decoding, segments)
-    del target, draft
-    clock.lap("rollout")
+    with progress.timed("rollout", f"step {step + 1}: rollout"):
+        examples, prompts = next_examples(
+            parts.task,
+            parts.tokenizer,
+            state.policy,
+            step * grpo.prompts_per_step,
+            grpo.prompts_per_step,
+            grpo.max_completion_length,
+        )
+        target = compute_copy(state.policy, config.model.dtype)
+        draft = compute_copy(state.draft, config.model.dtype)
+        key = step_key(config.seed, step, DECODE)
+        segments.after_training(parts.length, draft.max_length, state.draft_acceptance)
+        rollouts = roll_out(parts, target, draft, prompts, key, progress.decoding, segments)
+        del target, draft
 
-    progress.phase(f"step {step + 1}: rewards")
-    scored, texts = score(parts.rewards, parts.tokenizer, examples, rollouts, grpo.scale_rewards, step)
-    metrics = {"step": step} | rollout_metrics(scored, parts.rewards.names) | segments.metrics()
-    metrics |= vocabulary_metrics(state.draft, rollouts)
-    clock.lap("reward")
+    with progress.timed("reward", f"step {step + 1}: rewards"):
+        scored, texts = score(parts.rewards, parts.tokenizer, examples, rollouts, grpo.scale_rewards, step)
+        metrics = {"step": step} | rollout_metrics(scored, parts.rewards.names) | segments.metrics()
+        metrics |= vocabulary_metrics(state.draft, rollouts)
 
-    progress.phase(f"step {step + 1}: policy update")
-    policy, optimizer_state, weights, features, batch, policy_metrics = update_policy(
-        parts, state.policy, state.policy_optimizer, reference, scored, learning_rate(config, step), step
-    )
-    state = RunState(policy, optimizer_state, state.draft, state.draft_optimizer, state.draft_acceptance)
-    metrics |= policy_metrics
-    jax.block_until_ready(eqx.filter(state.policy, eqx.is_array))
-    clock.lap("update")
+    with progress.timed("update", f"step {step + 1}: policy update"):
+        policy, optimizer_state, weights, features, batch, policy_metrics = update_policy(
+            parts, state.policy, state.policy_optimizer, reference, scored, learning_rate(config, step), step
+        )
+        state = RunState(policy, optimizer_state, state.draft, state.draft_optimizer, state.draft_acceptance)
+        metrics |= policy_metrics
+        jax.block_until_ready(eqx.filter(state.policy, eqx.is_array))
 
     if config.draft.learns:
         state = dataclasses.replace(state, draft=remember(state.draft, rollouts))
     if config.draft.learns and state.draft.train_length > 0:
-        progress.phase(f"step {step + 1}: draft update")
-        rows = draft_rows(step_key(config.seed, step, CHOOSE), len(rollouts.group), config.draft.fraction)
-        state, draft_metrics = update_draft(parts, state, weights, features, batch, rollouts.lengths, rows, step)
-        metrics |= draft_metrics
-        jax.block_until_ready(eqx.filter(state.draft, eqx.is_array))
-    clock.lap("draft")
+        with progress.timed("draft", f"step {step + 1}: draft update"):
+            rows = draft_rows(step_key(config.seed, step, CHOOSE), len(rollouts.group), config.draft.fraction)
+            state, draft_metrics = update_draft(parts, state, weights, features, batch, rollouts.lengths, rows, step)
+            metrics |= draft_metrics
+            jax.block_until_ready(eqx.filter(state.draft, eqx.is_array))
 
-    metrics |= clock.times()
+    metrics |= step_times(progress.times.laps())
     metrics["num_tokens"] = int(rollouts.lengths.sum() + prompts.lengths[rollouts.group].sum())
     metrics["spec/tokens_per_second"] = float(rollouts.lengths.sum() / metrics["time/rollout"])
-    metrics["compile/count"] = compilations.count
-    metrics["compile/seconds"] = compilations.seconds
-    folder.append_completions(completion_records(step, examples, scored, texts, parts.rewards.names))
-    folder.append_metrics(metrics)
-    progress.stepped(step, config.steps, metrics)
+    metrics["compile/count"] = progress.compilations.count
+    metrics["compile/seconds"] = progress.compilations.seconds
+    with progress.timed("records", f"step {step + 1}: records"):
+        folder.append_completions(completion_records(step, examples, scored, texts, parts.rewards.names))
+        folder.append_metrics(metrics)
+        progress.stepped(step, config.steps, metrics)
     return state
-
-
-def _finish(
-    parts: RunParts,
-    state: RunState,
-    folder: RunFolder,
-    progress: RunProgress,
-    console: Console,
-    segments: SegmentLog,
-) -> None:
-    """Writes policy and draft for others to load, measures what speculation gave, and sums up."""
-    config = parts.config
-    progress.phase("saving policy/ and draft/")
-    source = locate(config.model.path) if config.model.path else default_model_path()
-    save_model(state.policy, folder.policy_path, parts.tokenizer, source if source.is_dir() else None)  # pyright: ignore[reportArgumentType]
-    speedup = None
-    if config.draft.enabled:
-        save_draft(folder.draft_path, state.draft, state.policy, model_name(config), draft_spec(config.draft))
-        progress.say("policy/ and draft/ are saved; what follows only measures, and may be stopped")
-        segments.after_training(parts.length, state.draft.max_length, state.draft_acceptance)
-        speedup = compare_with_plain(
-            parts,
-            compute_copy(state.policy, config.model.dtype),
-            compute_copy(state.draft, config.model.dtype),
-            config.steps * config.grpo.prompts_per_step,
-            step_key(config.seed, config.steps, COMPARE),
-            progress,
-            segments,
-        )
-    progress.close()
-    console.print(summary_table(read_records(folder.metrics_path), speedup))
-    if speedup and max(speedup.values()) < 1:
-        progress.say(f"Speculation did not pay here. {_advice(config.draft)}")
-    console.print(f"Run folder: {folder.path}", soft_wrap=True, markup=False, highlight=False)
-
-
-def _advice(draft: DraftConfig) -> str:
-    """To whom speculation did not pay."""
-    better = "more draft.warmup, a draft that learned beforehand (specgrpo distill), or draft.kind=hydra or eagle"
-    if draft.adaptive:
-        return f"Lengths were chosen by what pays, so little was lost. For a gain try {better}."
-    return f"draft.adaptive=true drafts only what pays. Or try a shorter draft (draft.length), {better}."
-
-
-class _Clock:
-    """Wall-clock time by phase."""
-
-    def __init__(self):
-        self._start = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self._laps[phase] = now - self._last
-        self._last = now
-
-    def times(self) -> dict[str, float]:
-        times = {f"time/{phase}": seconds for phase, seconds in self._laps.items()}
-        return times | {"time/step": self._last - self._start}
