@@ -210,7 +210,7 @@ def test_bad_resumes(refused, tiny_folder, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     (out / "config.toml").write_text(dump_config(tiny_config(tiny_folder, out, *PLAIN)))
-    (out / "metrics.jsonl").write_text('{"step": 0}\n')
+    (out / "metrics.jsonl").write_text('{"step": 1}\n')
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     for change, words in {
         "grpo.beta=0.5": ("grpo.beta was 0.0", "is 0.5 now"),
@@ -242,7 +242,7 @@ def test_steps_is_the_total(refused, specgrpo, tiny_folder, tmp_path):
     assert len(read_records(out / "metrics.jsonl")) == 2
     code, _, err = specgrpo("run", "--resume", "--out", out, "--steps", 3)
     assert code == 0, err
-    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [0, 1, 2]
+    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [1, 2, 3]
     assert load_config(out / "config.toml").steps == 3
 
 
@@ -280,7 +280,7 @@ def test_full_disk(refused, specgrpo, monkeypatch, tiny_folder, tmp_path):
     before = (out / "policy" / "model.safetensors").read_bytes()
     code, _, err = specgrpo(*resume)
     assert code == 0, err
-    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [0, 1]
+    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [1, 2]
     assert (out / "policy" / "model.safetensors").read_bytes() != before
 
 

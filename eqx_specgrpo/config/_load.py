@@ -19,7 +19,7 @@ from ._toml import parse_toml_value, toml_key, toml_value
 from ._tree import DRAFT_KINDS, DRAFT_OPTIONS, DraftConfig, RunConfig, TaskConfig
 
 _NOTES = {"grpo.num_generations": "a group of one has nothing to be compared with"}
-_MAY_CHANGE = frozenset({"steps", "out", "save_steps"})
+_MAY_CHANGE = frozenset({"steps", "out", "save_steps", "compare"})
 _WHOLE_LAW = "a run draws from the whole distribution, which is the one in the loss"
 # Names of TRL's GRPOConfig that are not near what they are here; docs/run.md, "Coming from TRL", has them all.
 _OF_TRL = {

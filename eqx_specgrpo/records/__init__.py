@@ -7,6 +7,7 @@ from ._folder import (
     RunFolder as RunFolder,
     check_unused as check_unused,
     read_records as read_records,
+    read_steps as read_steps,
     replace_file as replace_file,
 )
 from ._machine import machine as machine, stolen_seconds as stolen_seconds
@@ -17,5 +18,10 @@ from ._report import (
     plot_run as plot_run,
     summary_table as summary_table,
     summary_text as summary_text,
+)
+from ._speculation import (
+    Balance as Balance,
+    Comparison as Comparison,
+    speculation_balance as speculation_balance,
 )
 from ._times import PhaseTimes as PhaseTimes, step_times as step_times

@@ -25,10 +25,14 @@ class RunFolder:
     """Opens a run's folder for writing, and holds it until `close` (or the end of a `with` block, or of the process).
 
     - `config.toml`: the resolved configuration.
-    - `metrics.jsonl`: one object a step, with its `step`.
+    - `metrics.jsonl`: one object a step, with its `step`, counted from 1.
     - `completions.jsonl`: one object a completion, with its `step`.
     - `machine.jsonl`: one object a start, of what the steps from `from_step` on were computed on.
+    - `times.jsonl`: one object a start, of where its wall-clock time went.
+    - `comparison.json`: what was measured against plain decoding at the end.
     - `checkpoints/`, `policy/`, `draft/`: written by others.
+
+    Older folders count steps from 0. They are counted anew when a run goes on there.
 
     **Arguments:**
 
@@ -83,6 +87,14 @@ class RunFolder:
         return self.path / "machine.jsonl"
 
     @property
+    def times_path(self) -> Path:
+        return self.path / "times.jsonl"
+
+    @property
+    def comparison_path(self) -> Path:
+        return self.path / "comparison.json"
+
+    @property
     def policy_path(self) -> Path:
         return self.path / "policy"
 
@@ -98,31 +110,53 @@ class RunFolder:
         """Adds one line to `metrics.jsonl`. JSON has no NaN and no infinity: both become `null`."""
         self._append(self.metrics_path, [metrics])
 
-    def write_machine(self, step: int, machine: Mapping[str, Any]) -> None:
-        """Says in `machine.jsonl` what the steps from `step` on are computed on. Starts whose steps are all done again
-        are forgotten."""
+    def write_machine(self, done: int, machine: Mapping[str, Any]) -> None:
+        """Says in `machine.jsonl` what the steps after `done` of them are computed on. Starts whose steps are all done
+        again are forgotten."""
         path = self.machine_path
-        starts = [record for _, _, record in _records(path)] if path.exists() else []
-        kept = [start for start in starts if start["from_step"] < step]
-        lines = [json.dumps(_plain(start)) + "\n" for start in [*kept, {"from_step": step} | dict(machine)]]
-        replace_file(path, "".join(lines).encode())
+        starts = _counted_from_one(read_records(path), "from_step") if path.exists() else []
+        kept = [start for start in starts if start["from_step"] <= done]
+        self._replace(path, [*kept, {"from_step": done + 1} | dict(machine)])
+
+    def times(self) -> list[dict[str, Any]]:
+        """The objects of `times.jsonl`, one a start; none in an older folder, which has no such file."""
+        return read_records(self.times_path) if self.times_path.exists() else []
+
+    def write_times(self, starts: Iterable[Mapping[str, Any]]) -> None:
+        """Writes `times.jsonl` anew."""
+        self._replace(self.times_path, starts)
+
+    def comparison(self) -> dict[str, Any] | None:
+        """What `comparison.json` holds, if it is there."""
+        if not self.comparison_path.exists():
+            return None
+        try:
+            return json.loads(self.comparison_path.read_bytes())
+        except (OSError, ValueError):
+            return None  # it can be measured again
+
+    def write_comparison(self, comparison: Mapping[str, Any]) -> None:
+        """Writes `comparison.json`."""
+        self._replace(self.comparison_path, [comparison])
 
     def append_completions(self, completions: Iterable[Mapping[str, Any]]) -> None:
         """Adds lines to `completions.jsonl`."""
         self._append(self.completions_path, completions)
 
-    def rewind(self, step: int) -> None:
-        """Drops the records of `step` and later ones: a run resumed from the checkpoint after `step` steps writes them
-        again. To be called after each resume: a last line that a kill left half-written goes as well."""
+    def rewind(self, done: int) -> None:
+        """Drops the records of the steps after the first `done`: a run resumed from there writes them again. To be
+        called after each resume: a last line that a kill left half-written goes as well."""
         self._close_files()
         for path in (self.metrics_path, self.completions_path):
             if path.exists():
-                lines = [
-                    line + b"\n"
-                    for number, line, record in _records(path)
-                    if _step(path, number, record) < step
-                ]  # fmt: skip
-                replace_file(path, b"".join(lines))
+                lines = _records(path)
+                steps = [_step(path, number, record) for number, _, record in lines]
+                if steps[:1] == [0]:
+                    anew = _counted_from_one([record for _, _, record in lines])
+                    self._replace(path, [record for record in anew if record["step"] <= done])
+                else:  # what is kept stays as it is, to the byte
+                    kept = [line for step, (_, line, _) in zip(steps, lines, strict=True) if step <= done]
+                    replace_file(path, b"".join(line + b"\n" for line in kept))
 
     def close(self) -> None:
         """Closes the files, and lets other processes have the folder."""
@@ -140,16 +174,41 @@ class RunFolder:
             file.close()
         self._files.clear()
 
+    def _replace(self, path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+        replace_file(path, _as_lines(records))
+
     def _append(self, path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-        text = "".join(json.dumps(_plain(record), allow_nan=False, ensure_ascii=False) + "\n" for record in records)
+        lines = _as_lines(records)
         try:
             if path not in self._files:
                 # Unbuffered: a line is in the file, whole, when this returns.
                 self._files[path] = open(path, "ab", buffering=0)
-            # A lone surrogate, half of a character that a completion broke off in, has no UTF-8.
-            _write_all(self._files[path], text.encode("utf-8", "replace"))
+            _write_all(self._files[path], lines)
         except OSError as error:
             raise _write_error(path, error) from error
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The objects of a `metrics.jsonl` or `completions.jsonl`, with steps counted from 1, whichever version wrote it.
+
+    **Raises:**
+
+    As `read_records`.
+    """
+    return _counted_from_one(read_records(path))
+
+
+def _counted_from_one(records: list[dict[str, Any]], key: str = "step") -> list[dict[str, Any]]:
+    """Records as they are written now: older ones begin with step 0."""
+    if not records or records[0].get(key) != 0:
+        return records
+    return [record | {key: record[key] + 1} for record in records]
+
+
+def _as_lines(records: Iterable[Mapping[str, Any]]) -> bytes:
+    lines = (json.dumps(_plain(record), allow_nan=False, ensure_ascii=False) + "\n" for record in records)
+    # A lone surrogate, half of a character that a completion broke off in, has no UTF-8.
+    return "".join(lines).encode("utf-8", "replace")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -192,7 +251,7 @@ def check_unused(path: Path) -> None:
         return
     names = {entry.name for entry in path.iterdir()}
     # A run that stopped before its first step has written nothing worth keeping.
-    if names and not (_LOCK in names and names <= {_LOCK, "config.toml", "machine.jsonl"}):
+    if names and not (_LOCK in names and names <= {_LOCK, "config.toml", "machine.jsonl", "times.jsonl"}):
         raise UserError(
             f"the folder {path} already holds a run or other files: go on with it with --resume, or choose another "
             "with --out"

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import UserError
-from ._folder import read_records
-from ._times import STEP_PHASES
+from ._folder import read_steps
+from ._speculation import Comparison, speculation_balance
+from ._times import STEP_PHASES, seconds_by_phase
 
 _WINDOW = 5
 _CURVES = (
@@ -47,13 +48,19 @@ def rounds_by_length(metrics: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     return {length: sum(_values(metrics, f"{prefix}{length}")) for length in lengths}
 
 
-def summary_table(metrics: Sequence[Mapping[str, Any]], speedup: Mapping[str, float] | None = None) -> Table:
-    """The end of a run on one screen: reward and acceptance length first to last, times, and what was drafted.
+def summary_table(
+    metrics: Sequence[Mapping[str, Any]],
+    starts: Sequence[Mapping[str, Any]] = (),
+    comparison: Comparison | None = None,
+) -> Table:
+    """The end of a run on one screen: reward and acceptance length first to last, where its time went, what was
+    drafted, and what that gave.
 
     **Arguments:**
 
     - `metrics`: the records of `metrics.jsonl`, times in seconds.
-    - `speedup`: what was measured against plain decoding, by label; ratios above 1 are faster.
+    - `starts`: those of `times.jsonl`; without them only the times of the steps are known.
+    - `comparison`: what was measured against plain decoding.
     """
     table = Table(box=box.SIMPLE_HEAD, title=f"Summary of {len(metrics)} steps", title_justify="left")
     for name in ("", "first", "last", "change"):
@@ -64,6 +71,47 @@ def summary_table(metrics: Sequence[Mapping[str, Any]], speedup: Mapping[str, fl
             window = _window(len(_values(metrics, key)))
             label = f"{label} (mean of {window} step{'s' if window > 1 else ''})"
             table.add_row(label, f"{ends[0]:.3f}", f"{ends[1]:.3f}", f"{ends[1] - ends[0]:+.3f}")
+    if starts and starts[0]["from_step"] == 1:
+        _add_times(table, starts)
+    else:
+        _add_times_of_steps(table, metrics)
+    rounds = rounds_by_length(metrics)
+    if len(rounds) > 1 or (comparison is not None and set(rounds) == {0}):
+        # An adaptive length, even if it never drafted.
+        table.add_section()
+        table.add_row("Draft length", "rounds", "share", "", style="bold")
+        for length, count in rounds.items():
+            label = f"  {length}" if length else "  0 (plain decoding)"
+            table.add_row(label, f"{count:.0f}", f"{count / sum(rounds.values()):.0%}", "")
+    if comparison is not None:
+        table.add_section()
+        table.add_row("Against plain decoding", "tokens/s", "plain", "ratio", style="bold")
+        rates = f"{comparison.speculative:.0f}", f"{comparison.plain:.0f}"
+        table.add_row(f"  rollouts after step {comparison.steps}", *rates, f"{comparison.ratio:.2f}x")
+    balance = speculation_balance(metrics, starts, comparison)
+    if balance is not None:
+        table.add_section()
+        table.add_row("Saved by speculation, if above 0", "seconds", "", "", style="bold")
+        table.add_row(f"  rollouts ({balance.basis})", f"{balance.rollouts:+.1f}", "", "")
+        table.add_row("  warm-up and learning of the draft", f"{balance.draft:+.1f}", "", "")
+        table.add_row("  compiling for it", f"{balance.compiling:+.1f}", "", "")
+        table.add_row("  in all", f"{balance.total:+.1f}", "", "")
+    return table
+
+
+def _add_times(table: Table, starts: Sequence[Mapping[str, Any]]) -> None:
+    """The whole wall-clock time, which the phases add up to."""
+    total = sum(start["total"] for start in starts)
+    phases = seconds_by_phase(starts)
+    table.add_section()
+    table.add_row("Time", "seconds", "share", "compiling", style="bold")
+    for phase, (seconds, compiling) in phases.items():
+        table.add_row(f"  {phase}", f"{seconds:.1f}", f"{seconds / total:.0%}", f"{compiling:.1f}")
+    label = "  in all" if len(starts) == 1 else f"  in all, of {len(starts)} starts"
+    table.add_row(label, f"{total:.1f}", "", f"{sum(compiling for _, compiling in phases.values()):.1f}")
+
+
+def _add_times_of_steps(table: Table, metrics: Sequence[Mapping[str, Any]]) -> None:
     times = phase_times(metrics)
     total = sum(_values(metrics, "time/step")) or sum(times.values())
     if times:
@@ -72,26 +120,17 @@ def summary_table(metrics: Sequence[Mapping[str, Any]], speedup: Mapping[str, fl
         for phase, seconds in times.items():
             table.add_row(f"  {phase}", f"{seconds:.1f}", f"{seconds / total:.0%}" if total else "", "")
         table.add_row("  all steps", f"{total:.1f}", "", "")
-    rounds = rounds_by_length(metrics)
-    if len(rounds) > 1 or (speedup and set(rounds) == {0}):  # An adaptive length, even if it never drafted.
-        table.add_section()
-        table.add_row("Draft length", "rounds", "share", "", style="bold")
-        for length, count in rounds.items():
-            label = f"  {length}" if length else "  0 (plain decoding)"
-            table.add_row(label, f"{count:.0f}", f"{count / sum(rounds.values()):.0%}", "")
-    if speedup:
-        table.add_section()
-        table.add_row("Against plain decoding", "ratio", "", "", style="bold")
-        for label, ratio in speedup.items():
-            table.add_row(f"  {label}", f"{ratio:.2f}x", "", "")
-    return table
 
 
-def summary_text(metrics: Sequence[Mapping[str, Any]], speedup: Mapping[str, float] | None = None) -> str:
+def summary_text(
+    metrics: Sequence[Mapping[str, Any]],
+    starts: Sequence[Mapping[str, Any]] = (),
+    comparison: Comparison | None = None,
+) -> str:
     """[`summary_table`][] without colours, for files."""
     console = Console(file=io.StringIO(), width=100, color_system=None, force_terminal=False)
     with console.capture() as capture:
-        console.print(summary_table(metrics, speedup))
+        console.print(summary_table(metrics, starts, comparison))
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
 
@@ -111,7 +150,7 @@ def plot_run(run_folder: Path) -> Path:
     except ImportError:
         raise UserError('drawing needs matplotlib: pip install "eqx_specgrpo[plot]"') from None
     path = run_folder / "metrics.jsonl"
-    metrics = read_records(path)
+    metrics = read_steps(path)
     if not metrics:
         raise UserError(f"{path} holds no steps yet: let the run do at least one")
     # A `Figure` of its own, not `pyplot`: nothing global, and no display is needed.

@@ -12,7 +12,7 @@ from rich.console import Console
 from .._types import Rollouts
 from ..config import RunConfig, RunParts, draft_spec, dtype_advice, load_policy, make_draft, make_parts, model_name
 from ..decoding import DecodeProgress, FixedLength
-from ..drafts import AbstractDraft, completion_tokens, coverage, draft_vocabulary, save_draft, tempered_part
+from ..drafts import AbstractDraft, NoDraft, completion_tokens, coverage, draft_vocabulary, save_draft, tempered_part
 from ..errors import UserError
 from ..grpo import compute_copy
 from ..models import AbstractLanguageModel
@@ -145,7 +145,7 @@ class _Session:
             layers = self.state.draft.layers
             self.progress.phase("the rollouts that are kept to examine the draft with")
             try:
-                held_out = make_lesson(self.parts, target, layers, 0, decoding)
+                held_out = make_lesson(self.parts, target, NoDraft(), layers, 0, decoding)
             except _Stopped:
                 self.progress.say("Stopped before anything was learned; nothing is saved.")
                 return
@@ -192,7 +192,7 @@ class _Session:
             if lesson is None or within == 0:
                 self.progress.phase(f"batch {number + 1} of rollouts")
                 try:
-                    lesson = make_lesson(self.parts, target, layers, 1 + number, decoding)
+                    lesson = make_lesson(self.parts, target, NoDraft(), layers, 1 + number, decoding)
                 except _Stopped:
                     break
                 self.state = recall_lesson(self.state, lesson)

@@ -2,11 +2,11 @@
 
 from rich.console import Console
 
-from ..config import DraftConfig, RunParts, default_model_path, draft_spec, model_name
+from ..config import DraftConfig, RunConfig, RunParts, default_model_path, draft_spec, model_name
 from ..drafts import save_draft
 from ..grpo import compute_copy
 from ..models import locate, save_model
-from ..records import RunFolder, RunProgress, read_records, summary_table
+from ..records import Comparison, RunFolder, RunProgress, read_steps, summary_table
 from ._compare import compare_with_plain
 from ._lessons import COMPARE
 from ._segments import SegmentLog
@@ -19,34 +19,51 @@ def finish(
     state: RunState,
     folder: RunFolder,
     progress: RunProgress,
-    console: Console,
     segments: SegmentLog,
-) -> None:
-    """Writes policy and draft for others to load, measures what speculation gave, and sums up."""
+) -> Comparison | None:
+    """Writes policy and draft for others to load, and measures what speculation gives, unless that was done already or
+    is not wanted."""
     config = parts.config
     with progress.timed("saving", "saving policy/ and draft/"):
         source = locate(config.model.path) if config.model.path else default_model_path()
         save_model(state.policy, folder.policy_path, parts.tokenizer, source if source.is_dir() else None)  # pyright: ignore[reportArgumentType]
         if config.draft.enabled:
             save_draft(folder.draft_path, state.draft, state.policy, model_name(config), draft_spec(config.draft))
-    speedup = None
-    if config.draft.enabled:
-        progress.say("policy/ and draft/ are saved; what follows only measures, and may be stopped")
-        segments.after_training(parts.length, state.draft.max_length, state.draft_acceptance)
-        with progress.timed("comparison", "comparing with plain decoding"):
-            speedup = compare_with_plain(
-                parts,
-                compute_copy(state.policy, config.model.dtype),
-                compute_copy(state.draft, config.model.dtype),
-                config.steps * config.grpo.prompts_per_step,
-                step_key(config.seed, config.steps, COMPARE),
-                progress,
-                segments,
-            )
-    progress.close()
-    console.print(summary_table(read_records(folder.metrics_path), speedup))
-    if speedup and max(speedup.values()) < 1:
-        progress.say(f"Speculation did not pay here. {_advice(config.draft)}")
+    if not config.draft.enabled:
+        return None
+    before = folder.comparison()
+    if before is not None and before["steps"] == config.steps:
+        return Comparison(**before)
+    if not config.compare:
+        return None
+    progress.say("policy/ and draft/ are saved; what follows measures, and may be stopped (compare=false: left out)")
+    segments.after_training(parts.length, state.draft.max_length, state.draft_acceptance)
+    with progress.timed("comparison", "comparing with plain decoding"):
+        comparison = compare_with_plain(
+            parts,
+            compute_copy(state.policy, config.model.dtype),
+            compute_copy(state.draft, config.model.dtype),
+            config.steps * config.grpo.prompts_per_step,
+            step_key(config.seed, config.steps, COMPARE),
+            progress,
+            segments,
+        )
+    if comparison is not None:
+        folder.write_comparison(comparison._asdict())
+    return comparison
+
+
+def sum_up(config: RunConfig, folder: RunFolder, comparison: Comparison | None, console: Console) -> None:
+    """Prints what the run has come to.
+
+    **Arguments:**
+
+    - `comparison`: what was measured against plain decoding.
+    """
+    console.print(summary_table(read_steps(folder.metrics_path), folder.times(), comparison))
+    if comparison is not None and comparison.ratio < 1:
+        advice = f"Speculation did not pay here. {_advice(config.draft)}"
+        console.print(advice, soft_wrap=True, markup=False, highlight=False)
     console.print(f"Run folder: {folder.path}", soft_wrap=True, markup=False, highlight=False)
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import shlex
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import equinox as eqx
@@ -23,6 +24,7 @@ from ..config import (
     make_parts,
     model_name,
 )
+from ..decoding import FixedLength
 from ..drafts import remember
 from ..errors import UserError
 from ..grpo import compute_copy
@@ -36,7 +38,8 @@ from ..records import (
     save_checkpoint,
     step_times,
 )
-from ._finish import finish
+from ._finish import finish, sum_up
+from ._header import header
 from ._interrupt import interrupts
 from ._lessons import CHOOSE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
 from ._out_of_memory import out_of_memory_advice
@@ -85,15 +88,20 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
             start, state = _start_or_resume(folder, resume, state, config)
             folder.write_config(dump_config(config))
             folder.write_machine(start, machine())
-        if start == 0 and config.draft.warms_up and state.draft.train_length > 0:
-            with progress.timed("warm-up", "warming up the draft"):
-                state = _warm_up(parts, state, progress)
-        segments = SegmentLog()
-        done, state = _steps(parts, state, reference, start, folder, progress, segments)
+        for line in header(parts, state, start):
+            progress.say(line)
+        segments, comparison = SegmentLog(), None
+        with _times_written(folder, progress, start + 1):
+            if start == 0 and config.draft.warms_up and state.draft.train_length > 0:
+                with progress.timed("warm-up", "warming up the draft"):
+                    state = _warm_up(parts, state, progress)
+            done, state = _steps(parts, state, reference, start, folder, progress, segments)
+            if done == config.steps:
+                comparison = finish(parts, state, folder, progress, segments)
+        progress.close()
         if done == config.steps:
-            finish(parts, state, folder, progress, console, segments)
+            sum_up(config, folder, comparison, console)
         else:
-            progress.close()
             console.print(
                 f"Stopped after step {done} of {config.steps}; nothing is lost. Go on with: "
                 f"specgrpo run --resume --out {shlex.quote(config.out)}",
@@ -104,12 +112,25 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     return folder.path
 
 
+@contextmanager
+def _times_written(folder: RunFolder, progress: RunProgress, from_step: int) -> Iterator[None]:
+    """Leaves in `times.jsonl` where the time went, however the `with` block ends."""
+    earlier = folder.times()
+    try:
+        yield
+    except BaseException:
+        with suppress(UserError):  # the other error is the one to tell
+            folder.write_times([*earlier, progress.times.record(from_step)])
+        raise
+    folder.write_times([*earlier, progress.times.record(from_step)])
+
+
 def _load(
     config: RunConfig, resume: bool, progress: RunProgress
 ) -> tuple[RunParts, RunState, AbstractLanguageModel | None]:
-    """The parts, the state before step 0, and the reference: the policy as it begins, only where the loss asks for it.
+    """The parts, the state before the first step, and the reference, which only some losses ask for.
 
-    It stands still, so it is in the dtype of computation.
+    The reference is the policy as it begins. It stands still, so it is in the dtype of computation.
     """
     policy, tokenizer = load_policy(config.model.path)
     if not resume:  # A run goes on in the dtype that it began with.
@@ -121,7 +142,7 @@ def _load(
 
 
 def _start_or_resume(folder: RunFolder, resume: bool, state: RunState, config: RunConfig) -> tuple[int, RunState]:
-    """The step to start at, and the state to start from."""
+    """How many steps are done, and the state after them."""
     if not resume:
         return 0, state
     checkpoint = latest_checkpoint(folder.path)
@@ -178,15 +199,21 @@ def _save_finished(state: RunState, step: int, folder: RunFolder, progress: RunP
 
 
 def _warm_up(parts: RunParts, state: RunState, progress: RunProgress) -> RunState:
-    """Trains the draft on the policy's first, plainly decoded rollouts, before step 0."""
+    """Trains the draft on the policy's first rollouts, before the first step.
+
+    They are decoded by the programs that the steps run, so that no others are compiled: with the draft, of a fixed
+    length, though it has learned nothing yet; or plainly, if the length adapts and begins so.
+    """
     config = parts.config
+    decoding = dataclasses.replace(parts, length=FixedLength(0)) if config.draft.adaptive else parts
     target = compute_copy(state.policy, config.model.dtype)
     lesson, per_lesson = None, updates_per_lesson(parts)
     for update in range(config.draft.warmup):
         number, within = divmod(update, per_lesson)
         if lesson is None or within == 0:
             progress.phase(f"warming up the draft: batch {number + 1} of rollouts")
-            lesson = make_lesson(parts, target, state.draft.layers, number, progress.decoding)
+            draft = compute_copy(state.draft, config.model.dtype)
+            lesson = make_lesson(decoding, target, draft, draft.layers, number, progress.decoding)
             state = recall_lesson(state, lesson)
         progress.phase(f"warming up the draft: update {update + 1} of {config.draft.warmup}")
         state, metrics = learn_lesson(parts, state, target, lesson, update)
@@ -198,39 +225,45 @@ def _one_step(
     parts: RunParts,
     state: RunState,
     reference: AbstractLanguageModel | None,
-    step: int,
+    done: int,
     folder: RunFolder,
     progress: RunProgress,
     segments: SegmentLog,
 ) -> RunState:
-    """Prompts, rollouts, rewards, policy update, draft update, records."""
+    """Prompts, rollouts, rewards, policy update, draft update, records.
+
+    **Arguments:**
+
+    - `done`: steps that came before. Keys, the place in the data and the learning rate derive from it.
+    """
     config, grpo = parts.config, parts.config.grpo
+    step = done + 1  # as it is counted wherever it is shown or written
     progress.times.laps()  # What was before the step is not its own.
 
-    with progress.timed("rollout", f"step {step + 1}: rollout"):
+    with progress.timed("rollout", f"step {step}: rollout"):
         examples, prompts = next_examples(
             parts.task,
             parts.tokenizer,
             state.policy,
-            step * grpo.prompts_per_step,
+            done * grpo.prompts_per_step,
             grpo.prompts_per_step,
             grpo.max_completion_length,
         )
         target = compute_copy(state.policy, config.model.dtype)
         draft = compute_copy(state.draft, config.model.dtype)
-        key = step_key(config.seed, step, DECODE)
+        key = step_key(config.seed, done, DECODE)
         segments.after_training(parts.length, draft.max_length, state.draft_acceptance)
         rollouts = roll_out(parts, target, draft, prompts, key, progress.decoding, segments)
         del target, draft
 
-    with progress.timed("reward", f"step {step + 1}: rewards"):
+    with progress.timed("reward", f"step {step}: rewards"):
         scored, texts = score(parts.rewards, parts.tokenizer, examples, rollouts, grpo.scale_rewards, step)
         metrics = {"step": step} | rollout_metrics(scored, parts.rewards.names) | segments.metrics()
         metrics |= vocabulary_metrics(state.draft, rollouts)
 
-    with progress.timed("update", f"step {step + 1}: policy update"):
+    with progress.timed("update", f"step {step}: policy update"):
         policy, optimizer_state, weights, features, batch, policy_metrics = update_policy(
-            parts, state.policy, state.policy_optimizer, reference, scored, learning_rate(config, step), step
+            parts, state.policy, state.policy_optimizer, reference, scored, learning_rate(config, done), step
         )
         state = RunState(policy, optimizer_state, state.draft, state.draft_optimizer, state.draft_acceptance)
         metrics |= policy_metrics
@@ -239,8 +272,8 @@ def _one_step(
     if config.draft.learns:
         state = dataclasses.replace(state, draft=remember(state.draft, rollouts))
     if config.draft.learns and state.draft.train_length > 0:
-        with progress.timed("draft", f"step {step + 1}: draft update"):
-            rows = draft_rows(step_key(config.seed, step, CHOOSE), len(rollouts.group), config.draft.fraction)
+        with progress.timed("draft", f"step {step}: draft update"):
+            rows = draft_rows(step_key(config.seed, done, CHOOSE), len(rollouts.group), config.draft.fraction)
             state, draft_metrics = update_draft(parts, state, weights, features, batch, rollouts.lengths, rows, step)
             metrics |= draft_metrics
             jax.block_until_ready(eqx.filter(state.draft, eqx.is_array))
@@ -250,7 +283,7 @@ def _one_step(
     metrics["spec/tokens_per_second"] = float(rollouts.lengths.sum() / metrics["time/rollout"])
     metrics["compile/count"] = progress.compilations.count
     metrics["compile/seconds"] = progress.compilations.seconds
-    with progress.timed("records", f"step {step + 1}: records"):
+    with progress.timed("records", f"step {step}: records"):
         folder.append_completions(completion_records(step, examples, scored, texts, parts.rewards.names))
         folder.append_metrics(metrics)
         progress.stepped(step, config.steps, metrics)

@@ -132,6 +132,8 @@ def update_policy(
         scored.rollouts, scored.advantages, mask_truncated_completions=grpo.mask_truncated_completions
     )
     width, new = batch.tokens.shape[1], batch.completion_tokens.shape[1]
+    # The update of a small model takes less time than compiling it for another shape, or its forward alone.
+    is_small = policy.hidden_size <= SMALL_HIDDEN_SIZE
     plan = plan_micro_batches(
         scored.rollouts.lengths,
         new,
@@ -140,10 +142,8 @@ def update_policy(
         sort=parts.loss.loss_type != "bnpo",  # whose value depends on which rows are together
         prompt_of_row=scored.rollouts.group,
         prompt_width=width - new,
-        # A small model's backward takes less time than compiling its forward alone.
-        rows_with_gradient=None
-        if policy.hidden_size <= SMALL_HIDDEN_SIZE
-        else batch.rows_with_gradient(with_kl=reference is not None),
+        rows_with_gradient=None if is_small else batch.rows_with_gradient(with_kl=reference is not None),
+        one_shape=is_small,
     )
     if reference is not None:
         gaps = np.zeros(batch.old_logprobs.shape, np.float32)
@@ -343,8 +343,8 @@ def step_key(seed: int, step: int, purpose: int) -> Key[Array, ""]:
 
     **Arguments:**
 
-    - `step`: counted from 0; -1 and below for the warm-up.
-    - `purpose`: see the constants of `_loop.py`.
+    - `step`: how many steps came before; -1 and below for the warm-up.
+    - `purpose`: see the constants of `_lessons.py`.
     """
     return jr.fold_in(jr.fold_in(jr.key(seed), step & 0xFFFFFFFF), purpose)
 
