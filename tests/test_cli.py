@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -301,6 +302,34 @@ def test_dry_run_starts_nothing(specgrpo, tiny_folder, tmp_path):
     assert load_config(path) == tiny_config(tiny_folder, out, "grpo.epsilon_high=0.28", "seed=7")
     # What is read back resolves to itself, comments and all.
     assert specgrpo("run", "--dry-run", path) == (0, text, "")
+
+
+def test_dry_run_finds_what_would_stop_the_run(refused, monkeypatch, tiny_folder, tiny_draft, tmp_path):
+    """Before any weights are read."""
+    monkeypatch.setattr("eqx_specgrpo.models._weights.fill_model", None)
+    settings = tiny_settings(tiny_folder, tmp_path / "run")
+
+    def says(*arguments):
+        return refused("run", "--dry-run", *as_flags(settings), *arguments)
+
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    assert f"{bare / 'config.json'}" in says("--model", bare)
+    with monkeypatch.context() as patch:
+        patch.setattr("eqx_specgrpo.models._locate.hf_hub_download", full)
+        assert "downloading the model 'no-such-org/model' failed" in says("--model", "no-such-org/model")
+    (tmp_path / "wants.py").write_text("def solved(completions, solution, **kwargs):\n    return [0.0]\n")
+    message = says("--reward", f"{tmp_path / 'wants.py'}:solved")
+    assert "'solved' needs 'solution', which the task has no column for" in message
+    other = tmp_path / "other"
+    save_draft(other, MedusaHeads.fresh(64, 3), tiny_model(hidden_size=64), "another")
+    assert "'another' with hidden_size 64, but this target's is 32" in says("--draft", other)
+    usage = shutil.disk_usage(tmp_path)._replace(free=200_000)
+    monkeypatch.setattr("eqx_specgrpo.config._check.shutil.disk_usage", lambda path: usage)
+    assert "0.2 MB free, but this model's checkpoints need " in says()
+    monkeypatch.setattr("eqx_specgrpo.config._check.os.access", lambda path, mode: False)
+    assert "cannot be written" in says()
+    assert not (tmp_path / "run").exists()
 
 
 FIELDS = {"prompt_tokens", "tokens", "text", "logprobs", "stop_reason", "acceptance_length", "target_forwards"}

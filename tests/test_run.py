@@ -210,6 +210,9 @@ def test_run_folder(straight, tiny_folder):
         )
         assert len({json.dumps(row["prompt"]) for row in rows}) == 2
         assert abs(sum(row["advantage"] for row in rows)) < 1e-4
+        # What the reward function logged.
+        assert [row["num_even"] / row["length"] for row in rows] == pytest.approx([row["even"] for row in rows])
+        assert metrics[step]["most_even"] == max(row["num_even"] for row in rows)
     assert {"prompt", "completion", "length", "stop_reason", "even", "reward", "advantage"} <= set(completions[0])
 
 

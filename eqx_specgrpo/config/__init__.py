@@ -1,4 +1,8 @@
-from ._check import check_places as check_places, load_task_and_rewards as load_task_and_rewards
+from ._check import (
+    check_places as check_places,
+    default_model_path as default_model_path,
+    load_task_and_rewards as load_task_and_rewards,
+)
 from ._dtype_advice import dtype_advice as dtype_advice
 from ._load import (
     check_resume as check_resume,
@@ -11,7 +15,6 @@ from ._load import (
 from ._parts import (
     RunParts as RunParts,
     check_prompt as check_prompt,
-    default_model_path as default_model_path,
     draft_spec as draft_spec,
     learning_rate as learning_rate,
     load_policy as load_policy,

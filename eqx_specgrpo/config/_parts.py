@@ -1,6 +1,5 @@
 """From a configuration to the objects of a run. The only place that turns names into classes."""
 
-from importlib import resources
 from pathlib import Path
 from typing import Literal
 
@@ -51,7 +50,7 @@ from ..grpo import LossSettings, adamw
 from ..models import AbstractLanguageModel, Tokenizer, Transformer, load_pretrained
 from ..sampling import AbstractSampling, Sampling
 from ..tasks import AbstractTask, Rewards, load_task
-from ._check import check_saved_draft, load_task_and_rewards
+from ._check import check_saved_draft, default_model_path, load_task_and_rewards
 from ._load import draft_config
 from ._tree import DRAFT_KINDS, DraftConfig, RunConfig
 
@@ -75,11 +74,6 @@ class RunParts(eqx.Module):
     draft_loss: AbstractDraftLoss
     policy_optimizer: optax.GradientTransformation
     draft_optimizer: optax.GradientTransformation
-
-
-def default_model_path() -> Path:
-    """The folder of the embedded default model."""
-    return Path(str(resources.files("eqx_specgrpo") / "assets" / "default_model"))
 
 
 def load_policy(path: str) -> tuple[AbstractLanguageModel, Tokenizer]:

@@ -16,6 +16,10 @@ _NEED_LEARNING = ("medusa", "hydra", "eagle")
 _NoneWord = BeforeValidator(lambda value: None if value in ("none", "None") else value)
 
 
+# TRL takes a boolean as well.
+_ScaleWord = BeforeValidator(lambda value: {True: "group", False: "none"}[value] if isinstance(value, bool) else value)
+
+
 class _Section(BaseModel):
     # `strict`: "60" is not a number, and `true` is not 1.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
@@ -102,8 +106,8 @@ class GRPOConfig(_Section):
     beta: float = Field(
         default=0.0, ge=0, description="weight of the KL to the starting policy; 0: no reference is held"
     )
-    scale_rewards: Literal["group", "batch", "none"] = Field(
-        default="group", description="whose standard deviation divides the advantages"
+    scale_rewards: Annotated[Literal["group", "batch", "none"], _ScaleWord] = Field(
+        default="group", description="whose standard deviation divides the advantages; true: group, false: none"
     )
     num_iterations: int = Field(default=1, ge=1, description="updates on each batch of rollouts")
     mask_truncated_completions: bool = Field(

@@ -16,10 +16,11 @@ from jaxtyping import DTypeLike
 from safetensors import SafetensorError
 
 from ..errors import UserError
+from ._config import TransformerConfig
 from ._gguf import GGUFFile
 from ._gguf_tokenizer import tokenizer_from_gguf
 from ._hf_config import config_from_hf, config_to_hf
-from ._locate import locate
+from ._locate import locate, locate_config
 from ._safetensors import folder_tensors, read_json, write_tensors
 from ._tokenizer import Tokenizer, check_tokenizer, tokenizer_from_folder
 from ._transformer import Transformer
@@ -49,6 +50,19 @@ def load_model(path: str | Path, dtype: DTypeLike = jnp.float32) -> Transformer:
     if path.is_dir():
         return _model_from_folder(path, dtype)
     return _model_from_gguf(GGUFFile(path), dtype)
+
+
+def load_model_config(path: str | Path) -> TransformerConfig:
+    """Reads what a checkpoint says of its model, and no weights. Of `org/name` only `config.json` is downloaded.
+
+    **Raises:**
+
+    `CheckpointError` as `load_model`.
+    """
+    path = locate_config(path)
+    if path.is_dir():
+        return config_from_hf(read_json(path / "config.json"), path / "config.json")
+    return GGUFFile(path).config()
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -14,6 +14,7 @@ from ._jsonl import JsonlTask as JsonlTask
 from ._load import load_rewards as load_rewards, load_task as load_task
 from ._numbers import find_numbers as find_numbers, last_number as last_number
 from ._reasoning_gym import ReasoningGymTask as ReasoningGymTask
+from ._reward_context import RewardLog as RewardLog, TrainerState as TrainerState
 from ._rewards import (
     RewardError as RewardError,
     RewardFunction as RewardFunction,

@@ -257,9 +257,9 @@ def _one_step(
         del target, draft
 
     with progress.timed("reward", f"step {step}: rewards"):
-        scored, texts = score(parts.rewards, parts.tokenizer, examples, rollouts, grpo.scale_rewards, step)
+        scored, texts, log = score(parts, examples, rollouts, done)
         metrics = {"step": step} | rollout_metrics(scored, parts.rewards.names) | segments.metrics()
-        metrics |= vocabulary_metrics(state.draft, rollouts)
+        metrics |= vocabulary_metrics(state.draft, rollouts) | log.metrics
 
     with progress.timed("update", f"step {step}: policy update"):
         policy, optimizer_state, weights, features, batch, policy_metrics = update_policy(
@@ -284,7 +284,8 @@ def _one_step(
     metrics["compile/count"] = progress.compilations.count
     metrics["compile/seconds"] = progress.compilations.seconds
     with progress.timed("records", f"step {step}: records"):
-        folder.append_completions(completion_records(step, examples, scored, texts, parts.rewards.names))
+        records = completion_records(step, examples, scored, texts, parts.rewards.names, log.extra)
+        folder.append_completions(records)
         folder.append_metrics(metrics)
         progress.stepped(step, config.steps, metrics)
     return state

@@ -3,7 +3,7 @@ the draft. `_loop.py` puts them together."""
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -37,7 +37,7 @@ from ..grpo import (
 )
 from ..models import AbstractLanguageModel, Features, Tokenizer
 from ..runtime import SMALL_HIDDEN_SIZE
-from ..tasks import AbstractTask, Example, Rewards, collate
+from ..tasks import AbstractTask, Example, RewardError, RewardLog, TrainerState, collate
 from ._segments import SegmentLog
 from ._state import RunState
 
@@ -97,15 +97,41 @@ def roll_out(
 
 
 def score(
-    rewards: Rewards, tokenizer: Tokenizer, examples: list[Example], rollouts: Rollouts, scale_rewards: str, step: int
-) -> tuple[ScoredRollouts, list[str]]:
-    """Rewards, advantages and the texts that were judged."""
+    parts: RunParts, examples: list[Example], rollouts: Rollouts, done: int
+) -> tuple[ScoredRollouts, list[str], RewardLog]:
+    """Rewards, advantages, the texts that were judged, and what the reward functions wrote down.
+
+    **Arguments:**
+
+    - `done`: steps that came before.
+    """
+    config, size = parts.config, parts.task.size
     ids = [rollouts.completion(row) for row in range(len(rollouts.group))]
-    texts = [tokenizer.decode(completion) for completion in ids]
+    texts = [parts.tokenizer.decode(completion) for completion in ids]
     prompts, columns = collate([examples[prompt] for prompt in rollouts.group])
-    per_function, total = rewards(prompts, texts, ids, columns, step)
-    advantages = group_advantages(total, rollouts.group, len(examples), scale_rewards)  # pyright: ignore[reportArgumentType]
-    return ScoredRollouts(rollouts, per_function, total, advantages), texts
+    epoch = None if size is None else done * config.grpo.prompts_per_step / size
+    log = RewardLog(len(ids))
+    trainer_state = TrainerState(global_step=done, max_steps=config.steps, epoch=epoch)
+    per_function, total = parts.rewards(prompts, texts, ids, columns, done + 1, trainer_state, log)
+    _check_names(log, parts.rewards.names)
+    advantages = group_advantages(total, rollouts.group, len(examples), config.grpo.scale_rewards)
+    return ScoredRollouts(rollouts, per_function, total, advantages), texts, log
+
+
+# What records hold besides what reward functions log.
+_COLUMNS = frozenset({"step", "prompt", "completion", "length", "stop_reason", "reward", "advantage"})
+_METRICS = frozenset({"step", "num_tokens", "loss", "learning_rate", "entropy", "kl"})
+_FAMILIES = ("reward", "grad_norm", "frac_", "completions/", "clip_ratio/", "sampling/", "spec/", "draft/", "time/",
+             "compile/")  # fmt: skip
+
+
+def _check_names(log: RewardLog, reward_names: Sequence[str]) -> None:
+    for column in log.extra:
+        if column in _COLUMNS or column in reward_names:
+            raise RewardError(f"log_extra was given the column {column!r}, which the records have already: rename it")
+    for name in log.metrics:
+        if name in _METRICS or name.startswith(_FAMILIES):
+            raise RewardError(f"log_metric was given the name {name!r}, which is for the run's own: rename it")
 
 
 def update_policy(
@@ -319,9 +345,14 @@ def rollout_metrics(scored: ScoredRollouts, reward_names: tuple[str, ...]) -> di
 
 
 def completion_records(
-    step: int, examples: list[Example], scored: ScoredRollouts, texts: list[str], reward_names: tuple[str, ...]
+    step: int,
+    examples: list[Example],
+    scored: ScoredRollouts,
+    texts: list[str],
+    reward_names: tuple[str, ...],
+    extra: Mapping[str, Sequence[Any]],
 ) -> list[dict[str, Any]]:
-    """One JSON-able object a completion, for `completions.jsonl`."""
+    """One JSON-able object a completion, for `completions.jsonl`; `extra` are further columns, one value a row."""
     rollouts = scored.rollouts
     return [
         {
@@ -333,6 +364,7 @@ def completion_records(
             **{name: float(scored.rewards_per_function[row, i]) for i, name in enumerate(reward_names)},
             "reward": float(scored.rewards[row]),
             "advantage": float(scored.advantages[row]),
+            **{name: values[row] for name, values in extra.items()},
         }
         for row, prompt in enumerate(rollouts.group)
     ]
