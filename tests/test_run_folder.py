@@ -11,7 +11,8 @@ import pytest
 
 from eqx_specgrpo.errors import UserError
 from eqx_specgrpo.records import Comparison, RunFolder, _folder as _run_folder, read_records, read_steps
-from eqx_specgrpo.records._report import first_to_last, phase_times, plot_run, summary_text
+from eqx_specgrpo.records._plot import draw_times, new_figure, plot_run
+from eqx_specgrpo.records._report import first_to_last, phase_times, summary_text
 from eqx_specgrpo.records._speculation import speculation_balance
 
 
@@ -302,5 +303,16 @@ def test_plot(tmp_path, monkeypatch):
     picture = plot_run(tmp_path)
     assert picture.parent == tmp_path and picture.read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match=r"pip install .*eqx_specgrpo\[plot\]"):
+    with pytest.raises(UserError, match="needs matplotlib, which is not installed: pip install matplotlib"):
         plot_run(tmp_path)
+
+
+def test_bars_beyond_the_axis_say_how_long_they_are():
+    axes = new_figure(4.0, 3.0).subplots()
+    metrics = [{"step": step, "time/rollout": 2.0, "time/update": 1.0} for step in range(1, 21)]
+    draw_times(axes, metrics)
+    assert not axes.texts and axes.get_ylim()[1] >= 3.0, "no step is unusual"
+    axes = new_figure(4.0, 3.0).subplots()
+    draw_times(axes, [{"step": 1, "time/rollout": 90.0, "time/update": 40.0}, *metrics[1:]])
+    assert 3.0 < axes.get_ylim()[1] < 6.0
+    assert [(text.get_text(), text.xy[0]) for text in axes.texts] == [("130 s", 1)]

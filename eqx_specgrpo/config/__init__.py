@@ -23,6 +23,7 @@ from ._parts import (
     make_verifier as make_verifier,
     model_name as model_name,
     named_draft as named_draft,
+    rate_advice as rate_advice,
 )
 from ._toml import toml_value as toml_value
 from ._tree import (

@@ -300,3 +300,20 @@ def learning_rate(config: RunConfig, step: int) -> float:
         return grpo.learning_rate * warm
     decayed = (config.steps - step) / max(config.steps - grpo.warmup_steps, 1)
     return grpo.learning_rate * min(warm, max(0.0, min(1.0, decayed)))
+
+
+def rate_advice(old: RunConfig, new: RunConfig, done: int) -> str | None:
+    """What to know of the learning rate of a run that goes on with another number of steps, if it changes.
+
+    **Arguments:**
+
+    - `done`: steps that are done.
+    """
+    before, after = learning_rate(old, max(done - 1, 0)), learning_rate(new, done)
+    if old.steps == new.steps or done == new.steps or after <= before:
+        return None
+    return (
+        f"the learning rate goes back up: it was {before:.3g} at step {done} of {old.steps} and is {after:.3g} at step "
+        f"{done + 1} of {new.steps}, since it falls linearly to 0 at the last step. For a rate that does not depend on "
+        'steps, start a run with grpo.lr_scheduler_type = "constant"'
+    )

@@ -11,11 +11,11 @@ from ._folder import (
     replace_file as replace_file,
 )
 from ._machine import machine as machine, stolen_seconds as stolen_seconds
+from ._plot import new_figure as new_figure, plot_run as plot_run
 from ._progress import RunProgress as RunProgress
 from ._report import (
     first_to_last as first_to_last,
     phase_times as phase_times,
-    plot_run as plot_run,
     summary_table as summary_table,
     summary_text as summary_text,
 )

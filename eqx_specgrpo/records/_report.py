@@ -1,24 +1,18 @@
-"""What a run has come to: a table at its end, and its curves as a picture."""
+"""What a run has come to: a table at its end."""
 
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import UserError
-from ._folder import read_steps
 from ._speculation import Comparison, speculation_balance
 from ._times import STEP_PHASES, seconds_by_phase
 
 _WINDOW = 5
-_CURVES = (
-    ("reward", "Reward", "mean of a step"),
-    ("spec/acceptance_length", "Acceptance length", "tokens per target pass"),
-)
+_CURVES = (("reward", "Reward"), ("spec/acceptance_length", "Acceptance length"))
 
 
 def first_to_last(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float] | None:
@@ -65,7 +59,7 @@ def summary_table(
     table = Table(box=box.SIMPLE_HEAD, title=f"Summary of {len(metrics)} steps", title_justify="left")
     for name in ("", "first", "last", "change"):
         table.add_column(name, justify="left" if not name else "right")
-    for key, label, _ in _CURVES:
+    for key, label in _CURVES:
         ends = first_to_last(metrics, key)
         if ends is not None:
             window = _window(len(_values(metrics, key)))
@@ -134,76 +128,9 @@ def summary_text(
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
 
-def plot_run(run_folder: Path) -> Path:
-    """Draws reward, acceptance length and time by phase over the steps of a run, into `curves.png` of its folder.
-
-    **Returns:**
-
-    The path of the picture.
-
-    **Raises:**
-
-    `UserError` without matplotlib (extra `plot`), or if the folder holds no metrics.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('drawing needs matplotlib: pip install "eqx_specgrpo[plot]"') from None
-    path = run_folder / "metrics.jsonl"
-    metrics = read_steps(path)
-    if not metrics:
-        raise UserError(f"{path} holds no steps yet: let the run do at least one")
-    # A `Figure` of its own, not `pyplot`: nothing global, and no display is needed.
-    figure = Figure(figsize=(7.5, 8.5), layout="constrained")
-    panels = figure.subplots(3, 1, sharex=True)
-    for axes, (key, title, unit), color in zip(panels, _CURVES, ("#1b6ca8", "#c8553d"), strict=False):
-        points = [(record["step"], record[key]) for record in metrics if record.get(key) is not None]
-        steps, values = [point[0] for point in points], [point[1] for point in points]
-        axes.plot(steps, values, color=color, alpha=0.35, linewidth=1, label="step")
-        axes.plot(steps, _smooth(values), color=color, linewidth=2, label=f"mean of {_WINDOW} steps")
-        axes.set_title(title, loc="left")
-        axes.set_ylabel(unit)
-        axes.grid(alpha=0.25)
-    panels[1].axhline(1.0, color="0.4", linestyle="--", linewidth=1, label="plain decoding")
-    for axes in panels[:2]:
-        axes.legend(frameon=False, fontsize="small")
-    _draw_times(panels[2], metrics)
-    target = run_folder / "curves.png"
-    try:
-        figure.savefig(target, dpi=150)
-    except OSError as error:
-        raise UserError(f"{target} could not be written: {error.strerror}") from error
-    return target
-
-
-def _draw_times(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
-    steps = [record["step"] for record in metrics]
-    below = [0.0] * len(metrics)
-    for phase, color in zip(STEP_PHASES, ("#1b6ca8", "#e0a030", "#5a8f5a", "#c8553d"), strict=True):
-        seconds = [record.get(f"time/{phase}") or 0.0 for record in metrics]
-        if any(seconds):
-            axes.bar(steps, seconds, bottom=below, width=1.0, color=color, label=phase)
-            below = [low + high for low, high in zip(below, seconds, strict=True)]
-    axes.set_title("Time", loc="left")
-    axes.set_ylabel("seconds a step")
-    axes.set_xlabel("step")
-    # The first steps compile, and would flatten all others: the axis ends a little above the usual step.
-    usual = sorted(below)[int(0.9 * (len(below) - 1))]
-    if usual > 0:
-        axes.set_ylim(0, 1.3 * usual)
-    if any(below):
-        axes.legend(frameon=False, fontsize="small", ncols=len(STEP_PHASES))
-
-
 def _values(metrics: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     return [float(record[key]) for record in metrics if record.get(key) is not None]
 
 
 def _window(count: int) -> int:
     return max(1, min(_WINDOW, count // 2))
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """Mean of each value and up to four before it."""
-    windows = [values[max(0, end - _WINDOW) : end] for end in range(1, len(values) + 1)]
-    return [sum(window) / len(window) for window in windows]

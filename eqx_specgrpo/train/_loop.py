@@ -23,6 +23,7 @@ from ..config import (
     make_draft,
     make_parts,
     model_name,
+    rate_advice,
 )
 from ..decoding import FixedLength
 from ..drafts import remember
@@ -81,11 +82,12 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     console = console or Console()
     load_task_and_rewards(config)
     with RunFolder(Path(config.out), resume) as folder, RunProgress(console) as progress, out_of_memory_advice():
-        if resume:
-            check_resume(load_config(folder.config_path), config)
+        before = load_config(folder.config_path) if resume else config
+        check_resume(before, config)
         with progress.timed("loading", f"loading {model_name(config)}"):
             parts, state, reference = _load(config, resume, progress)
             start, state = _start_or_resume(folder, resume, state, config)
+            progress.advise(rate_advice(before, config, start))
             folder.write_config(dump_config(config))
             folder.write_machine(start, machine())
         for line in header(parts, state, start):
