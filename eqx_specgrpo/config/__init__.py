@@ -1,5 +1,6 @@
 from ._check import (
     check_places as check_places,
+    default_draft_path as default_draft_path,
     default_model_path as default_model_path,
     load_task_and_rewards as load_task_and_rewards,
 )

@@ -82,6 +82,11 @@ def default_model_path() -> Path:
     return Path(str(resources.files("eqx_specgrpo") / "assets" / "default_model"))
 
 
+def default_draft_path() -> Path:
+    """The folder of trained Medusa heads for the embedded default model, up to four tokens ahead."""
+    return Path(str(resources.files("eqx_specgrpo") / "assets" / "default_draft"))
+
+
 def check_saved_draft(config: DraftConfig) -> None:
     """Raises `UserError` if the folder of a saved draft is none, or holds another draft than the configuration says.
     Loads nothing."""
