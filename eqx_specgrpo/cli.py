@@ -12,7 +12,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from .errors import UserError
-from .runtime import keep_compiled_programs, keep_freed_memory, package_version
+from .runtime import (
+    check_output_arrived,
+    ending_on_our_terms,
+    guarded_streams,
+    hold_standard_descriptors,
+    keep_compiled_programs,
+    keep_freed_memory,
+    package_version,
+)
 
 app = typer.Typer(
     name="specgrpo",
@@ -26,9 +34,15 @@ app = typer.Typer(
 
 def main() -> None:
     """Runs the command line. A `UserError` is its message and exit code 2; any other exception is ours, and shown."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    hold_standard_descriptors()
     keep_compiled_programs()
     keep_freed_memory()
+    with guarded_streams():
+        _run_app()
+
+
+def _run_app() -> None:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         console.print(f"[bold yellow]warning:[/] {escape(str(message))}")
@@ -96,6 +110,13 @@ def run(
     out: Annotated[Path | None, typer.Option(help="The run folder.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changes",
+            help="Resume also where the task's data or the starting model is not what the run began with.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved configuration, check what it names, and stop.")
     ] = False,
@@ -129,19 +150,16 @@ def run(
         load_task_and_rewards(resolved)
         check_places(resolved, resume)
         print(dump_config(resolved), end="")
+        check_output_arrived()
         return
     from . import train
 
-    try:
-        train.run(resolved, resume=resume, console=Console())
-    except KeyboardInterrupt:
-        # In a step the first Ctrl-C only asks; here it came before the steps, after them, or a second time.
-        print(
-            f"Stopped at once. What was saved in {resolved.out} is whole; go on with: "
-            f"specgrpo run --resume --out {shlex.quote(resolved.out)}",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from None
+    # In a step the first signal only asks; at once is before the steps, after them, or a second time.
+    with ending_on_our_terms(
+        f"Stopped at once. What was saved in {resolved.out} is whole; go on with: "
+        f"specgrpo run --resume --out {shlex.quote(resolved.out)}"
+    ):
+        train.run(resolved, resume=resume, accept_changes=accept_changes)
 
 
 @app.command()
@@ -161,7 +179,8 @@ def distill(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="The most updates; 300 without --minutes.")] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0.01, help="The most time, compilation included; 10 without --steps.")
+        float | None,
+        typer.Option(min=0.01, help="The most time to learn, from the first update on; 10 without --steps."),
     ] = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts a batch of rollouts (grpo.prompts_per_step).")] = None,
     max_completion_length: Annotated[
@@ -192,14 +211,10 @@ def distill(
     resolved = load_config(config, set_ or [], flags)
     from . import train
 
-    try:
-        train.distill(resolved, steps=steps, minutes=minutes, console=Console())
-    except KeyboardInterrupt:
-        print(
-            f"Stopped at once. What was saved in {resolved.out}, if anything, is whole; go on with it by --draft.",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from None
+    with ending_on_our_terms(
+        f"Stopped at once. What was saved in {resolved.out}, if anything, is whole; go on with it by --draft."
+    ):
+        train.distill(resolved, steps=steps, minutes=minutes)
 
 
 @app.command()
@@ -228,18 +243,19 @@ def generate(
         raise UserError("--prompt is empty: give it some text")
     from . import train
 
-    completions: list[dict[str, Any]] = train.generate_text(
-        prompt,
-        model=model,
-        chat=chat,
-        draft=draft,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        max_new_tokens=max_completion_length,
-        num=num,
-        seed=seed,
-    )
+    with ending_on_our_terms("Stopped."):
+        completions: list[dict[str, Any]] = train.generate_text(
+            prompt,
+            model=model,
+            chat=chat,
+            draft=draft,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            max_new_tokens=max_completion_length,
+            num=num,
+            seed=seed,
+        )
     for number, completion in enumerate(completions):
         if json_:
             print(json.dumps(completion, ensure_ascii=False))
@@ -252,6 +268,7 @@ def generate(
             f"{completion['acceptance_length']:.2f}, stopped by {completion['stop_reason']}]",
             file=sys.stderr,
         )
+    check_output_arrived()
 
 
 @app.command()
@@ -270,21 +287,23 @@ def verify(
     """Prove, as far as can be, that a draft leaves a model's distribution as it is; exit code 1 if a check fails."""
     from .testing import verify_pair
 
-    certificate = verify_pair(
-        model=model,
-        draft=draft,
-        rows=rows,
-        tokens=tokens,
-        seed=seed,
-        frozen=frozen or (),
-        console=Console(stderr=True),
-    )
+    with ending_on_our_terms("Stopped before everything was checked."):
+        certificate = verify_pair(
+            model=model,
+            draft=draft,
+            rows=rows,
+            tokens=tokens,
+            seed=seed,
+            frozen=frozen or (),
+            console=Console(stderr=True),
+        )
     if json_:
         print(json.dumps(certificate.to_json()))
     else:
         console = Console()
         console.print(certificate.table())
         console.print(certificate.verdict(), highlight=False, soft_wrap=True)
+    check_output_arrived()
     if not certificate.passed:
         raise typer.Exit(1)
 
@@ -333,7 +352,10 @@ def bench(
 ) -> None:
     """Measure drafts against plain decoding: acceptance, tokens a second, and the ratio, interleaved in one process."""
     del renamed
-    from .bench import BenchSettings, bench as run_bench, plot_bench, whole_numbers
+    from .bench import BenchSettings, bench as run_bench, check_plot, plot_bench, whole_numbers
+
+    if plot is not None:
+        check_plot(plot)
 
     settings = BenchSettings(
         rows=whole_numbers("--rows", rows),
@@ -349,18 +371,11 @@ def bench(
         rounds=rounds,
         minutes=minutes,
     )
-    if plot is not None:
-        from .records import new_figure
-
-        new_figure(1.0, 1.0)  # before the measuring, which takes long: is there anything to draw with?
     flags = {"model.path": model, "task.name": task, "seed": seed, "model.dtype": dtype}
-    try:
+    with ending_on_our_terms("Stopped before everything was measured; there is nothing to report."):
         result = run_bench(
             settings, draft or (), path=config, overrides=set_ or [], flags=flags, console=Console(stderr=True)
         )
-    except KeyboardInterrupt:
-        print("Stopped before everything was measured; there is nothing to report.", file=sys.stderr)
-        raise typer.Exit(130) from None
     if json_:
         print(json.dumps(result.to_json()))
     else:
@@ -370,6 +385,7 @@ def bench(
     if plot is not None:
         title = f"{result.model['name']}, {result.policy['entropy']:.2f} nats a token"
         print(plot_bench(result.results(), plot, title), file=sys.stderr)
+    check_output_arrived()
 
 
 @app.command()
@@ -378,3 +394,4 @@ def plot(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run
     from .records import plot_run
 
     print(plot_run(run_folder))
+    check_output_arrived()

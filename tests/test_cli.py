@@ -290,6 +290,11 @@ def test_full_disk_at_the_draft(monkeypatch, tmp_path):
     monkeypatch.setattr("eqx_specgrpo.drafts._save.save_file", full_in_rust)
     with pytest.raises(ValueError, match="the draft could not be written to .*No space left on device"):
         save_draft(tmp_path / "draft", MedusaHeads.fresh(32, 3), tiny_model(), "tiny")
+    monkeypatch.undo()
+    monkeypatch.setattr("eqx_specgrpo.drafts._save.os.fsync", full)
+    with pytest.raises(ValueError, match="the draft could not be written to .*No space left on device"):
+        save_draft(tmp_path / "draft", MedusaHeads.fresh(32, 3), tiny_model(), "tiny")
+    assert not list((tmp_path / "draft").iterdir()), "half a file would be in the way of trying again"
 
 
 def test_dry_run_starts_nothing(specgrpo, tiny_folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 
 import equinox as eqx
@@ -181,13 +182,78 @@ def test_ctrl_c_keeps_what_was_learned(tiny_folder, tmp_path, specgrpo, monkeypa
     monkeypatch.setattr(_distill, "learn_lesson", learn_and_interrupt)
     before = signal.getsignal(signal.SIGINT)
     code, text, err = specgrpo(*distil(tiny_folder, tmp_path / "draft", "--draft", "hydra", "--minutes", 5))
-    assert code == 0 and err == "" and "Ctrl-C: finishing" in text, err
+    assert code == 130 and err == "" and "Ctrl-C: finishing" in text, err
+    assert "Stopped by Ctrl-C after 5 updates; what was learned is in" in text
     assert signal.getsignal(signal.SIGINT) is before and len(done) == 5
     record = json.loads((tmp_path / "draft" / "distill.json").read_text())
     assert record["updates"] == 5 and not record["finished"] and "decoding" not in record
     model, _ = load_pretrained(tiny_folder)
     draft = load_draft(tmp_path / "draft", model)
     assert float(jnp.abs(draft.heads[0].down.weight).max()) > 0
+
+
+def test_the_time_counts_from_the_first_update(tiny_folder, tmp_path, specgrpo, monkeypatch):
+    """Loading, compiling and the rollouts before it take longer than there is."""
+    from eqx_specgrpo.train import _distill
+
+    make = _distill.make_lesson
+
+    def slow(*arguments):
+        time.sleep(0.4)
+        return make(*arguments)
+
+    monkeypatch.setattr(_distill, "make_lesson", slow)
+    code, text, err = specgrpo(*distil(tiny_folder, tmp_path / "draft", "--draft", "hydra", "--minutes", 0.01))
+    record = json.loads((tmp_path / "draft" / "distill.json").read_text())
+    assert code == 0 and record["updates"] > 1 and record["finished"] and "after: " in text, err
+    assert record["held_out"]["loss_after"] != record["held_out"]["loss_before"]
+
+
+def test_an_error_keeps_what_was_learned(tiny_folder, tmp_path, refused, monkeypatch):
+    from eqx_specgrpo.train import _distill
+
+    learn, done = _distill.learn_lesson, []
+
+    def fail_at_the_third(*arguments):
+        done.append(None)
+        if len(done) == 3:
+            raise UserError("the third update")
+        return learn(*arguments)
+
+    monkeypatch.setattr(_distill, "learn_lesson", fail_at_the_third)
+    assert "the third update" in refused(*distil(tiny_folder, tmp_path / "draft", "--draft", "hydra", "--steps", 9))
+    record = json.loads((tmp_path / "draft" / "distill.json").read_text())
+    assert record["updates"] == 2 and not record["finished"]
+    assert (tmp_path / "draft" / "draft.safetensors").is_file()
+
+
+def test_a_stop_before_the_first_update_saves_nothing(tiny_folder, tmp_path, specgrpo, monkeypatch):
+    from eqx_specgrpo.train import _distill
+
+    lessons, make = [], _distill.make_lesson
+
+    def terminate_in_the_second(*arguments):
+        lessons.append(None)
+        if len(lessons) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return make(*arguments)
+
+    monkeypatch.setattr(_distill, "make_lesson", terminate_in_the_second)
+    code, text, err = specgrpo(*distil(tiny_folder, tmp_path / "draft", "--draft", "hydra", "--steps", 9))
+    assert code == 143 and err == "" and "before anything was learned; nothing is saved" in text, err
+    assert not (tmp_path / "draft").exists()
+
+
+def test_the_place_is_tried_before_the_work(tiny_folder, tmp_path, refused, monkeypatch):
+    from eqx_specgrpo.train import _distill
+
+    monkeypatch.setattr(_distill, "load_policy", None)  # it does not come to that
+    (tmp_path / "file").write_text("")
+    message = refused(*distil(tiny_folder, tmp_path / "file" / "draft", "--draft", "hydra", "--steps", 1))
+    assert "file/draft cannot be written" in message and "--out" in message
+    for limits in ({"steps": 0}, {"minutes": 0.0}, {"minutes": float("nan")}):
+        with pytest.raises(UserError, match="leave no time to learn"):
+            _distill.distill(tiny_config(tiny_folder, tmp_path / "draft"), **limits)
 
 
 def test_what_can_not_be_distilled(tiny_folder, tmp_path, refused):

@@ -128,7 +128,14 @@ def test_options_of_tasks_are_documented(task):
 def metric_patterns() -> set[str]:
     """The names of metrics as they stand in the source; what is filled in at run time is `{}`."""
     patterns = set()
-    for file in ("train/_step.py", "train/_loop.py", "train/_segments.py", "records/_times.py", "grpo/_metrics.py"):
+    for file in (
+        "train/_step.py",
+        "train/_step_records.py",
+        "train/_loop.py",
+        "train/_segments.py",
+        "records/_times.py",
+        "grpo/_metrics.py",
+    ):
         nodes = list(ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8"))))
         fragments = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
         for node in nodes:

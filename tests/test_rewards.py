@@ -1,5 +1,6 @@
 import asyncio
 import math
+import signal
 import sys
 import textwrap
 from decimal import Decimal
@@ -10,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from eqx_specgrpo.errors import UserError
+from eqx_specgrpo.errors import Stopped, UserError
 from eqx_specgrpo.files._import_spec import import_callable, import_spec_of
 from eqx_specgrpo.tasks import (
     Arithmetic,
@@ -332,6 +333,7 @@ def test_async_function_inside_a_running_loop():
         (lambda **kw: np.float32(1.0), ["float32", "a list of 3"]),
         (lambda **kw: "abc", ["str", "a list of 3"]),
         (lambda **kw: {0: 1.0, 1: 1.0, 2: 1.0}, ["dict", "a list of 3"]),
+        (lambda completions: sys.exit(0), ["'f0'", "SystemExit: 0", "item 0 of 3", "test_rewards.py, line"]),
         (lambda answer, **kw: answer, ["'f0'", "'answer'", "no column", "'completions'"]),
         (lambda completions, /: [1.0] * 3, ["'completions'", "by position only"]),
     ],
@@ -355,8 +357,14 @@ def test_interrupting_is_no_reward_error():
     def interrupted(**kwargs):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    def stopped(**kwargs):
+        raise Stopped(signal.SIGTERM, at_once=True)
+
+    with pytest.raises(KeyboardInterrupt) as info:
         score([interrupted])
+    assert "in the reward 'f0'" in info.value.__notes__
+    with pytest.raises(Stopped):
+        score([stopped])
 
 
 def test_columns_must_fit_the_rows():

@@ -135,16 +135,38 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(straight, tiny_folder, t
     with monkeypatch.context() as patch:
         patch.setenv("TINY_RUN_INTERRUPT_AT", "1")
         code, text, err = main_like(patch, capsys, "run", *as_flags(tiny_settings(tiny_folder, out)))
-    assert code == 0 and err == "" and "Traceback" not in text
+    assert code == 130 and err == "" and "Traceback" not in text
     assert signal.getsignal(signal.SIGINT) is before
     assert "Ctrl-C" in text
     assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [1, 2]
     assert latest_checkpoint(out) == out / "checkpoints" / "step-000002"
-    (line,) = [line for line in text.splitlines() if line.startswith("Stopped after step 2 of 6;")]
+    (line,) = [line for line in text.splitlines() if line.startswith("Stopped by Ctrl-C after step 2 of 6;")]
     command = shlex.split(line.partition("Go on with: ")[2])
     assert command == ["specgrpo", "run", "--resume", "--out", str(out)]
     code, _, err = main_like(monkeypatch, capsys, *command[1:])
     assert code == 0, err
+    assert_same_as(straight[0], out)
+
+
+def test_sigterm_leaves_the_rollouts_and_keeps_the_warm_up(straight, tiny_folder, tmp_path, monkeypatch, capsys):
+    """A kill may follow. The step is done again; before the first one there is what the draft has learned."""
+    out, updates, decoding = tmp_path / "run", [], train_loop.RunProgress.decoding
+
+    def terminate(self, progress):
+        decoding(self, progress)
+        if updates:  # in the first step, after the warm-up
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_loop.RunProgress, "warmed", lambda self, update, *_: update == 2 and updates.append(update))
+        patch.setattr(train_loop.RunProgress, "decoding", terminate)
+        patch.setattr(train_loop, "score", None)  # it does not come to that
+        # Waiting rows make a second segment, before which the step is left.
+        code, text, err = main_like(patch, capsys, "run", *as_flags(tiny_settings(tiny_folder, out)))
+    assert code == 143 and err == "" and "Stopped by SIGTERM after step 0 of 6" in text, err
+    assert latest_checkpoint(out) == out / "checkpoints" / "step-000000"
+    code, text, err = main_like(monkeypatch, capsys, "run", "--resume", "--out", str(out))
+    assert code == 0 and "warm-up" not in text, err
     assert_same_as(straight[0], out)
 
 
@@ -181,6 +203,7 @@ def test_run_folder(straight, tiny_folder):
         "metrics.jsonl",
         "completions.jsonl",
         "machine.jsonl",
+        "inputs.jsonl",
         "times.jsonl",
         "comparison.json",
         "checkpoints",
@@ -257,7 +280,7 @@ def test_summary_is_printed(straight):
     for phase in ("loading", "warm-up", "rollout", "reward", "update", "draft", "checkpoints", "saving", "comparison"):
         assert re.search(rf"  {phase} +\d+\.\d +\d+% +\d+\.\d", text), phase
     assert "Against plain decoding" in text and re.search(r"\d+\.\d\dx", text)
-    assert re.search(r"  rollouts \(plain ones at the rate of the comparison\) +[+-]\d+\.\d", text)
+    assert re.search(r"  rollouts \(by the comparison\) +[+-]\d+\.\d", text)
     (start,) = read_records(out / "times.jsonl")
     assert sum(start["seconds"].values()) == pytest.approx(start["total"], abs=0.1)
     assert 0 < sum(start["compiling"].values()) < start["total"]

@@ -218,6 +218,8 @@ GOOD = '{"prompt": "hello"}'
         (['{"prompt": [{"role": "user", "content": [1]}]}'], ["'content' of message 0", "a list"]),
         (['{"prompt": "a", "completions": 1}'], ["line 1", "'completions'", "Rename"]),
         ([GOOD, b'{"prompt": "\xff"}'], ["line 2", "UTF-8"]),
+        ([GOOD, '{"prompt": "cut \\ud83d"}'], ["line 2", "`prompt`", "\\ud83d", "character 5"]),
+        (['{"prompt": [{"role": "user", "content": "\\ude00"}]}'], ["line 1", "'content' of message 0", "character 1"]),
         ([""], ["empty", "data.jsonl"]),
         (["", "  ", ""], ["empty", "data.jsonl"]),
     ],

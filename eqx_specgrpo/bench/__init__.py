@@ -17,7 +17,7 @@ from ._measure import (
     plain_arm as plain_arm,
     rotating as rotating,
 )
-from ._plot import plot_bench as plot_bench
+from ._plot import check_plot as check_plot, plot_bench as plot_bench
 from ._result import (
     BenchResult as BenchResult,
     expected_length as expected_length,

@@ -6,11 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..records import new_figure
+from ..records import new_figure, save_figure, try_folder
 from ._measure import ADAPTIVE, PLAIN
 
 _COLORS = ("#1b6ca8", "#c8553d", "#5a8f5a", "#e0a030", "#7a5195", "#3aa6a6", "#8c564b", "#444444")
 _LINES = ("-", "--", ":", "-.")
+
+
+def check_plot(path: Path) -> None:
+    """To be done before the work that is to be drawn.
+
+    **Raises:**
+
+    `UserError` without matplotlib (extra `plot`), or if the picture can't be written: no such format, or no such place.
+    """
+    formats = new_figure(1.0, 1.0).canvas.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in formats:
+        raise UserError(f"{path}: there is no picture format {path.suffix}; name a file such as bench.png")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file, such as {path / 'bench.png'}")
+    if not path.parent.is_dir():
+        raise UserError(f"{path} could not be written: there is no folder {path.parent}")
+    try_folder(path.parent)
 
 
 def plot_bench(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path:
@@ -56,11 +73,7 @@ def plot_bench(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
     panels[1][0].set_ylabel("acceptance length, tokens a target pass")
     if speculative:
         panels[1][0].legend(frameon=False, fontsize="small")
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} could not be written: {error}; name a file such as bench.png") from error
-    return path
+    return save_figure(figure, path)
 
 
 def _ratio(row: Mapping[str, Any]) -> float:

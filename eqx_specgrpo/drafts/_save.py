@@ -1,5 +1,6 @@
 """Drafts on disk: `draft.json` says what it is and whom it was made for, `draft.safetensors` holds its weights."""
 
+import contextlib
 import json
 import os
 import warnings
@@ -73,9 +74,9 @@ def save_draft(
             "fingerprint": fingerprint(target),
         },
     }
+    aside = folder / ".tmp-draft.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / ".tmp-draft.safetensors"
         save_file(named_arrays(draft), aside)
         aside.chmod(0o644)  # safetensors makes it readable for its owner alone
         _put_in_place(aside, folder / "draft.safetensors")
@@ -83,6 +84,8 @@ def save_draft(
         aside.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         _put_in_place(aside, folder / "draft.json")
     except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise UserError(
             f"the draft could not be written to {folder}: {error}; make room there, then try again"
         ) from error

@@ -1,4 +1,7 @@
-"""Errors that are the user's to mend. They sit below every station, because every station raises them."""
+"""Errors that are the user's to mend, and the end that a signal asks for. They sit below every station, because every
+station raises them."""
+
+import signal
 
 
 class UserError(ValueError):
@@ -16,3 +19,24 @@ class ConfigError(UserError):
 
 class CheckpointError(UserError):
     """A file of weights or of run state that is missing, truncated, corrupt, or made for something else."""
+
+
+class Stopped(SystemExit):
+    """A signal has asked for an end, and got it.
+
+    A `SystemExit`, so that a script ends as well, without a traceback and with the exit code that shells give to a
+    signal's end: 130 of Ctrl-C, 143 of SIGTERM, 129 of SIGHUP.
+
+    **Arguments:**
+
+    - `number`: of the signal.
+    - `at_once`: whether what was being done was left as it was; else it was finished or saved first, and that was said.
+    """
+
+    number: signal.Signals
+    at_once: bool
+
+    def __init__(self, number: signal.Signals, *, at_once: bool):
+        super().__init__(128 + number)
+        self.number = number
+        self.at_once = at_once

@@ -82,7 +82,18 @@ class Tokenizer:
         **Arguments:**
 
         - `add_special_tokens`: put a BOS token in front, if this tokenizer's post-processor does so.
+
+        **Raises:**
+
+        `UserError` if the text holds half of a character, which has no UTF-8 and so no tokens.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the text can't be encoded: its character {error.start + 1} is {ascii(text[error.start])}, half of a "
+                "character or a byte that is no UTF-8. Give the text in UTF-8, whole"
+            ) from error
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

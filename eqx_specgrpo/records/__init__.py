@@ -1,17 +1,20 @@
 from ._checkpoint import (
+    checkpointed_steps as checkpointed_steps,
     latest_checkpoint as latest_checkpoint,
     load_checkpoint as load_checkpoint,
     save_checkpoint as save_checkpoint,
 )
+from ._fingerprint import changed_inputs as changed_inputs, fingerprint_file as fingerprint_file
 from ._folder import (
     RunFolder as RunFolder,
     check_unused as check_unused,
     read_records as read_records,
     read_steps as read_steps,
     replace_file as replace_file,
+    try_folder as try_folder,
 )
 from ._machine import machine as machine, stolen_seconds as stolen_seconds
-from ._plot import new_figure as new_figure, plot_run as plot_run
+from ._plot import new_figure as new_figure, plot_run as plot_run, save_figure as save_figure
 from ._progress import RunProgress as RunProgress
 from ._report import (
     first_to_last as first_to_last,

@@ -96,6 +96,11 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
+def checkpointed_steps(run_folder: Path) -> int:
+    """How many steps are done in the [`latest_checkpoint`][]; 0 without one."""
+    return max(_checkpoints(run_folder / "checkpoints"), default=0)
+
+
 def load_checkpoint(folder: Path, templates: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], dict[str, Any]]:
     """Reads named PyTrees of a checkpoint.
 

@@ -1,5 +1,6 @@
 """The folder of a run: its configuration, its records, and the guard that one process at a time writes there."""
 
+import contextlib
 import json
 import math
 import os
@@ -19,6 +20,9 @@ else:
 
 
 _LOCK = ".lock"
+_AS_IT_WAS = (
+    "what is in the run folder, its checkpoints included, is as it was. Make room there, then run again with --resume"
+)
 
 
 class RunFolder:
@@ -28,6 +32,7 @@ class RunFolder:
     - `metrics.jsonl`: one object a step, with its `step`, counted from 1.
     - `completions.jsonl`: one object a completion, with its `step`.
     - `machine.jsonl`: one object a start, of what the steps from `from_step` on were computed on.
+    - `inputs.jsonl`: one object a start, of what they were computed from: fingerprints by name.
     - `times.jsonl`: one object a start, of where its wall-clock time went.
     - `comparison.json`: what was measured against plain decoding at the end.
     - `checkpoints/`, `policy/`, `draft/`: written by others.
@@ -56,12 +61,11 @@ class RunFolder:
         if not resume:
             check_unused(path)
         try:
+            try_folder(path)
             path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(path)
         except OSError as error:
-            raise UserError(
-                f"the run folder {path} cannot be written: {error.strerror}; choose another --out"
-            ) from None
+            raise UserError(f"the folder {path} cannot be written: {error.strerror}; choose another --out") from None
         try:
             if not resume:
                 check_unused(path)  # Again: another run may have come and gone before the lock was ours.
@@ -85,6 +89,10 @@ class RunFolder:
     @property
     def machine_path(self) -> Path:
         return self.path / "machine.jsonl"
+
+    @property
+    def inputs_path(self) -> Path:
+        return self.path / "inputs.jsonl"
 
     @property
     def times_path(self) -> Path:
@@ -113,10 +121,26 @@ class RunFolder:
     def write_machine(self, done: int, machine: Mapping[str, Any]) -> None:
         """Says in `machine.jsonl` what the steps after `done` of them are computed on. Starts whose steps are all done
         again are forgotten."""
-        path = self.machine_path
-        starts = _counted_from_one(read_records(path), "from_step") if path.exists() else []
-        kept = [start for start in starts if start["from_step"] <= done]
-        self._replace(path, [*kept, {"from_step": done + 1} | dict(machine)])
+        self._write_start(self.machine_path, done, machine)
+
+    def write_inputs(self, done: int, inputs: Mapping[str, Any]) -> None:
+        """Says in `inputs.jsonl` what the steps after `done` of them are computed from, in the same way."""
+        self._write_start(self.inputs_path, done, {"inputs": dict(inputs)})
+
+    def read_inputs(self, done: int) -> dict[str, dict[str, Any]] | None:
+        """What the first `done` steps were computed from, the last of them if it changed; `None` if nothing says so.
+
+        **Raises:**
+
+        `UserError` if the record is damaged.
+        """
+        kept = _starts_of(self.inputs_path, done)
+        if not kept:
+            return None
+        inputs = kept[-1].get("inputs")
+        if not isinstance(inputs, dict) or not all(isinstance(value, dict) for value in inputs.values()):
+            raise UserError(f"{self.inputs_path} has a line without inputs: remove it")
+        return inputs
 
     def times(self) -> list[dict[str, Any]]:
         """The objects of `times.jsonl`, one a start; none in an older folder, which has no such file."""
@@ -176,6 +200,9 @@ class RunFolder:
 
     def _replace(self, path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         replace_file(path, _as_lines(records))
+
+    def _write_start(self, path: Path, done: int, about: Mapping[str, Any]) -> None:
+        self._replace(path, [*_starts_of(path, done), {"from_step": done + 1} | dict(about)])
 
     def _append(self, path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         lines = _as_lines(records)
@@ -238,11 +265,20 @@ def _records(path: Path) -> list[tuple[int, bytes, dict[str, Any]]]:
     return records
 
 
-def _step(path: Path, number: int, record: Mapping[str, Any]) -> int:
-    step = record.get("step")
+def _step(path: Path, number: int, record: Mapping[str, Any], name: str = "step") -> int:
+    step = record.get(name)
     if not isinstance(step, int):
-        raise UserError(f"line {number} of {path} has no step: remove it")
+        raise UserError(f"line {number} of {path} has no {name}: remove it")
     return step
+
+
+def _starts_of(path: Path, done: int) -> list[dict[str, Any]]:
+    """The records of the starts that the first `done` steps are of: what came of the others is done again."""
+    starts = _records(path) if path.exists() else []
+    for number, _, start in starts:
+        _step(path, number, start, "from_step")
+    anew = _counted_from_one([start for _, _, start in starts], "from_step")
+    return [start for start in anew if start["from_step"] <= done]
 
 
 def check_unused(path: Path) -> None:
@@ -251,11 +287,39 @@ def check_unused(path: Path) -> None:
         return
     names = {entry.name for entry in path.iterdir()}
     # A run that stopped before its first step has written nothing worth keeping.
-    if names and not (_LOCK in names and names <= {_LOCK, "config.toml", "machine.jsonl", "times.jsonl"}):
+    ours = {_LOCK, "config.toml", "machine.jsonl", "inputs.jsonl", "times.jsonl"}
+    if names and not (_LOCK in names and names <= ours):
         raise UserError(
             f"the folder {path} already holds a run or other files: go on with it with --resume, or choose another "
             "with --out"
         )
+
+
+def try_folder(folder: Path) -> None:
+    """Writes into a folder and leaves it as it was, or not there: to be done before the work whose results go there.
+
+    **Raises:**
+
+    `UserError` if it cannot be written, a full disk included.
+    """
+    made = []
+    probe = folder / f".tmp-tried-{os.getpid()}"
+    try:
+        for missing in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
+            missing.mkdir()
+            made.append(missing)
+        try:
+            probe.write_bytes(bytes(4096))
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the folder {folder} cannot be written: {error.strerror}; choose another with --out"
+        ) from error
+    finally:
+        for place in reversed(made):
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                place.rmdir()
 
 
 def _lock(folder: Path) -> IO[bytes]:
@@ -274,8 +338,17 @@ def _lock(folder: Path) -> IO[bytes]:
     return file
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file aside and renames it, so that it is either the old one or the new one, and whole."""
+def replace_file(path: Path, content: bytes, otherwise: str = _AS_IT_WAS) -> None:
+    """Writes a file aside and renames it, so that it is either the old one or the new one, and whole.
+
+    **Arguments:**
+
+    - `otherwise`: a sentence for the case that it could not be written, of a file that is not of a run.
+
+    **Raises:**
+
+    `UserError` if it could not be written.
+    """
     aside = path.with_name(f".tmp-{path.name}")
     try:
         with open(aside, "wb") as file:
@@ -284,8 +357,9 @@ def replace_file(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise _write_error(path, error) from error
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise _write_error(path, error, otherwise) from error
 
 
 def _write_all(file: IO[bytes], content: bytes) -> None:
@@ -293,11 +367,8 @@ def _write_all(file: IO[bytes], content: bytes) -> None:
         content = content[file.write(content) :]
 
 
-def _write_error(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{path} could not be written: {error.strerror}; what is in the run folder, its checkpoints included, is as it "
-        "was. Make room there, then run again with --resume"
-    )
+def _write_error(path: Path, error: OSError, otherwise: str = _AS_IT_WAS) -> UserError:
+    return UserError(f"{path} could not be written: {error.strerror}; {otherwise}")
 
 
 def _plain(value: Any) -> Any:

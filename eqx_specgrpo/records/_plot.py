@@ -1,11 +1,12 @@
 """The curves of a run as a picture."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ._folder import read_steps
+from ._folder import read_steps, replace_file
 from ._times import STEP_PHASES
 
 _WINDOW = 5
@@ -63,12 +64,24 @@ def plot_run(run_folder: Path) -> Path:
     for axes in panels[:2]:
         axes.legend(frameon=False, fontsize="small")
     draw_times(panels[2], metrics)
-    target = run_folder / "curves.png"
+    return save_figure(figure, run_folder / "curves.png")
+
+
+def save_figure(figure: Any, path: Path) -> Path:
+    """Writes a figure of matplotlib, in the format that the name ends in (PNG without an ending), aside and renamed.
+
+    **Raises:**
+
+    `UserError` if it can't be written; an earlier picture is as it was then.
+    """
+    content = io.BytesIO()
+    name = path.name if path.suffix else f"{path.name}.png"
     try:
-        figure.savefig(target, dpi=150)
-    except OSError as error:
-        raise UserError(f"{target} could not be written: {error.strerror}") from error
-    return target
+        figure.savefig(content, dpi=150, format=Path(name).suffix[1:])
+    except ValueError as error:
+        raise UserError(f"{path} could not be written: {error}; name a file such as curves.png") from error
+    replace_file(path.with_name(name), content.getvalue(), "the picture that was there, if any, is as it was")
+    return path.with_name(name)
 
 
 def draw_times(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:

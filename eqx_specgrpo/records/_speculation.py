@@ -36,7 +36,7 @@ class Balance(NamedTuple):
     - `draft`: of warming up and teaching the draft, compiling left out.
     - `compiling`: of what a run without a draft would not have compiled; without a comparison, of the warm-up and the
         draft's lessons.
-    - `basis`: where the time of plain rollouts is from, in words.
+    - `basis`: how the time of plain rollouts is known, in words.
     """
 
     rollouts: float
@@ -82,9 +82,9 @@ def speculation_balance(
         tokens = sum(record["spec/tokens_per_second"] * record["time/rollout"] for record in metrics)
         saved = tokens / comparison.plain - (decoding - decoding_compiled)
         compiled = warm_up_compiled + lessons_compiled + decoding_compiled - comparison.compiling
-        return Balance(saved, -draft, -max(0.0, compiled), "plain ones at the rate of the comparison")
+        return Balance(saved, -draft, -max(0.0, compiled), "by the comparison")
     expected = [record["spec/seconds_saved"] for record in metrics if record.get("spec/seconds_saved") is not None]
     if not expected:
         return None
     compiled = warm_up_compiled + lessons_compiled
-    return Balance(sum(expected), -draft, -compiled, "an estimate from its own plain rounds")
+    return Balance(sum(expected), -draft, -compiled, "an estimate")

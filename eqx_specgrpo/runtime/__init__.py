@@ -3,6 +3,15 @@ from ._compile import (
     CompileCounter as CompileCounter,
     count_compilations as count_compilations,
 )
+from ._exit import ending_on_our_terms as ending_on_our_terms
+from ._output import (
+    GuardedOutput as GuardedOutput,
+    OutputLost as OutputLost,
+    check_output_arrived as check_output_arrived,
+    guarded_streams as guarded_streams,
+    hold_standard_descriptors as hold_standard_descriptors,
+    progress_console as progress_console,
+)
 from ._process import (
     keep_compiled_programs as keep_compiled_programs,
     keep_freed_memory as keep_freed_memory,

@@ -10,6 +10,8 @@ import equinox as eqx
 
 from .._types import Message
 
+_FINGERPRINTED = 4  # items; some take a while to make
+
 
 @dataclass(frozen=True)
 class Example:
@@ -41,6 +43,15 @@ class AbstractTask(eqx.Module):
     def default_rewards(self) -> Mapping[str, Callable[..., Any]]:
         """The rewards used if none is asked for, by name; they may also be asked for by that name."""
         return {}
+
+    def fingerprint(self) -> str:
+        """Changes when the items do, as hexadecimal digits. Here of the first of them, which tell another version of
+        whatever makes the items; a task that is read from a file takes all of it."""
+        first = range(_FINGERPRINTED if self.size is None else min(_FINGERPRINTED, self.size))
+        digest = hashlib.blake2b(digest_size=16)
+        for index in first:
+            digest.update(repr(self.example(index)).encode("utf-8", "replace"))
+        return digest.hexdigest()
 
     def at(self, position: int) -> Example:
         """The item at a position of the endless, shuffled stream of this task.

@@ -1,5 +1,6 @@
 """Tasks from a file: one JSON object a line."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ class JsonlTask(AbstractTask):
     seed: int
     size: int | None
     path: Path
+    digest: str
     examples: tuple[Example, ...]
 
     def __init__(self, path: str | Path, seed: int = 0):
@@ -45,11 +47,15 @@ class JsonlTask(AbstractTask):
         self.seed = seed
         self.size = len(rows)
         self.path = path
+        self.digest = hashlib.blake2b(data, digest_size=16).hexdigest()
         self.examples = tuple(Example(row["prompt"], {name: row.get(name) for name in names}) for row in rows)
 
     def example(self, index: int) -> Example:
         check_index(index, self.size)
         return self.examples[index]
+
+    def fingerprint(self) -> str:
+        return self.digest
 
 
 def _parse_line(line: bytes, where: str) -> dict[str, Any]:
@@ -81,6 +87,7 @@ def _check_prompt(prompt: Any, where: str) -> None:
     if not prompt:
         raise UserError(f"{where}: `prompt` is empty. Give it some text, or delete the line.")
     if isinstance(prompt, str):
+        _check_text(prompt, f"{where}: `prompt`")
         return
     for position, message in enumerate(prompt):
         example = '{"role": "user", "content": "..."}'
@@ -93,6 +100,19 @@ def _check_prompt(prompt: Any, where: str) -> None:
                 raise UserError(
                     f"{where}: the {key!r} of message {position} of `prompt` is {_kind(message[key])}, not text"
                 )
+            _check_text(message[key], f"{where}: the {key!r} of message {position} of `prompt`")
+
+
+def _check_text(text: str, what: str) -> None:
+    """JSON can hold half of a character (a lone surrogate), which no tokenizer can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])[1:-1]
+        raise UserError(
+            f"{what} holds half of a character, {half}, at its character {error.start + 1}: text that was cut in the "
+            "middle of an emoji, say. Take it out, or put the whole character there"
+        ) from error
 
 
 def _kind(value: Any) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from .._types import Message
-from ..errors import UserError
+from ..errors import Stopped, UserError
 from ._reward_context import RewardLog, TrainerState
 
 # (prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns) -> list[float | None]
@@ -145,7 +145,12 @@ def _score(
 
     try:
         result = call(None)
-    except Exception as error:
+    except Stopped:
+        raise
+    except KeyboardInterrupt as error:
+        error.add_note(f"in the reward {name!r}")  # in a notebook it is the user's, and ends what is being done
+        raise
+    except BaseException as error:  # sys.exit() among them: how a program ends is not for a reward to say
         raise RewardError(_explain(name, error, call, prompts)) from error
     return _checked(name, result, len(prompts))
 
@@ -196,12 +201,14 @@ def _wait_for(awaitable: Awaitable[Any]) -> Any:
         return executor.submit(asyncio.run, wait()).result()
 
 
-def _explain(name: str, error: Exception, call: Callable[[int], Any], prompts: Sequence[Any]) -> str:
+def _explain(name: str, error: BaseException, call: Callable[[int], Any], prompts: Sequence[Any]) -> str:
     rows = len(prompts)
     for row, prompt in enumerate(prompts):
         try:
             call(row)
-        except Exception as alone:
+        except (Stopped, KeyboardInterrupt):
+            raise
+        except BaseException as alone:
             if type(alone) is not type(error):
                 continue  # not what happened to the batch
             where = f"item {row} of {rows}, the prompt {_shortened(prompt)}"
@@ -209,7 +216,7 @@ def _explain(name: str, error: Exception, call: Callable[[int], Any], prompts: S
     return f"the reward {name!r} raised {_described(error)} on a batch of {rows}, though on no item alone"
 
 
-def _described(error: Exception) -> str:
+def _described(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}" if str(error) else f"{type(error).__name__}{place}"

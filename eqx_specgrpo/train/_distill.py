@@ -5,7 +5,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -13,11 +13,13 @@ from .._types import Rollouts
 from ..config import RunConfig, RunParts, draft_spec, dtype_advice, load_policy, make_draft, make_parts, model_name
 from ..decoding import DecodeProgress, FixedLength
 from ..drafts import AbstractDraft, NoDraft, completion_tokens, coverage, draft_vocabulary, save_draft, tempered_part
-from ..errors import UserError
+from ..errors import Stopped, UserError
 from ..grpo import compute_copy
 from ..models import AbstractLanguageModel
-from ..records import RunProgress, replace_file
-from ._interrupt import interrupts
+from ..records import RunProgress, replace_file, try_folder
+from ..runtime import progress_console
+from ._ending import is_donated
+from ._interrupt import StopRequest, stop_requests, stopped_at_once
 from ._lessons import (
     COMPARE,
     examine,
@@ -37,8 +39,8 @@ _SECONDS_BETWEEN_SAVES = 60.0
 _RECORD_EVERY = 10
 
 
-class _Stopped(Exception):
-    """Ctrl-C while a batch of rollouts was being decoded: it is of no use."""
+class _BatchLeft(Exception):
+    """A stop was asked for while a batch of rollouts was being decoded: it is of no use."""
 
 
 def distill(
@@ -59,9 +61,10 @@ def distill(
     - `config`: as for a run. What matters of it: `model`, `task`, `draft`, `seed`, `out` (the folder to write) and, of
         `grpo`, how many prompts a batch has, completions a prompt, the longest completion, and the temperature.
     - `steps`: the most updates.
-    - `minutes`: the most wall-clock time, compilation included. Without either, 300 updates or 10 minutes, whichever
-        comes first; only with `steps` alone does the same seed give the same draft.
-    - `console`: where progress goes.
+    - `minutes`: the most wall-clock time to learn. It counts from the first update on, which has compiled: there is
+        always that one, and loading, compiling and the rollouts before it take none of the time. Without either, 300
+        updates or 10 minutes, whichever comes first; only with `steps` alone does the same seed give the same draft.
+    - `console`: where progress goes; by default standard output, and where that is closed or full, nowhere.
 
     **Returns:**
 
@@ -70,15 +73,18 @@ def distill(
 
     **Raises:**
 
-    `UserError` for whatever the user can mend.
+    `UserError` for whatever the user can mend. `Stopped` where SIGINT, SIGTERM or SIGHUP has asked for an end: what was
+    learned is saved first.
     """
+    if (steps is not None and steps < 1) or (minutes is not None and not minutes > 0):
+        raise UserError(f"steps = {steps} and minutes = {minutes} leave no time to learn: give more, or neither")
     if steps is None and minutes is None:
         steps, minutes = DEFAULT_STEPS, DEFAULT_MINUTES
     out = Path(config.out)
     _check(config, out)
-    console = console or Console()
+    console = console or progress_console()
     progress = RunProgress(console)
-    with progress, out_of_memory_advice():
+    with progress, stopped_at_once(), out_of_memory_advice():
         progress.phase(f"loading {model_name(config)}")
         policy, tokenizer = load_policy(config.model.path)
         progress.advise(dtype_advice(config.model.dtype, policy.hidden_size))
@@ -108,6 +114,7 @@ def _check(config: RunConfig, out: Path) -> None:
         raise UserError(
             f"the folder {out} is not empty: choose another with --out, or go on with the draft in it by --draft {out}"
         )
+    try_folder(out)
 
 
 class _Session:
@@ -125,30 +132,35 @@ class _Session:
         self.parts, self.state, self.out, self.progress = parts, state, out, progress
         self.steps = math.inf if steps is None else steps
         self.seconds = math.inf if minutes is None else 60 * minutes
-        self.begin, self.learning_since = time.perf_counter(), 0.0
+        self.begin, self.updates = time.perf_counter(), 0
+        self.learning_since: float | None = None  # the end of the first update, which compiles
         self.record: dict[str, Any] = _provenance(parts.config) | {"learned_from_tokens": 0, "history": []}
 
     def work(self) -> None:
-        """Learns until time is up or the user stops it, then writes what was learned."""
+        """Learns until time is up or a signal asks for an end, then writes what was learned.
+
+        **Raises:**
+
+        `Stopped`, once that is done, if a signal has asked for it.
+        """
         target = compute_copy(self.state.policy, self.parts.config.model.dtype)
 
-        def told():
-            self.progress.say("Ctrl-C: finishing, then saving what was learned (press again to stop at once)")
+        def told(stop: StopRequest) -> None:
+            self.progress.say(f"{stop.name}: finishing, then saving what was learned (once more to stop at once)")
 
-        with interrupts(told) as interrupted:
+        with stop_requests(told) as stop:
 
             def decoding(progress: DecodeProgress) -> None:
                 self.progress.decoding(progress)
-                if interrupted():
-                    raise _Stopped
+                if stop.asked:
+                    raise _BatchLeft
 
             layers = self.state.draft.layers
             self.progress.phase("the rollouts that are kept to examine the draft with")
             try:
                 held_out = make_lesson(self.parts, target, NoDraft(), layers, 0, decoding)
-            except _Stopped:
-                self.progress.say("Stopped before anything was learned; nothing is saved.")
-                return
+            except _BatchLeft:
+                self._end_without_updates(stop)
             entropy = mean_entropy(self.parts, target, held_out)
             loss, before = self._examine(target, held_out)
             self.progress.say(f"before: draft loss {loss:.3f}  {_positions(before)}  entropy {entropy:.2f}")
@@ -158,18 +170,31 @@ class _Session:
                 "loss_before": loss,
                 "expected_acceptance_before": before,
             }
-            updates = self._learn(target, layers, decoding, interrupted)
+            updates = self._learn(target, layers, decoding, stop)
+            if updates == 0:
+                self._end_without_updates(stop)
+            if stop.asked:  # a kill may follow, and examining takes a while
+                self._save(updates, finished=False)
             loss, after = self._examine(target, held_out)
             self.progress.say(f"after:  draft loss {loss:.3f}  {_positions(after)}  on rollouts it did not learn from")
             self.record["held_out"] |= {"loss_after": loss, "expected_acceptance_after": after}
             self._tell_of_options(held_out)
-            self._save(updates, finished=not interrupted())
-            if not interrupted():
+            self._save(updates, finished=not stop.asked)
+            if not stop.asked:
                 try:
                     self._measure(target, decoding)
-                except _Stopped:
+                except _BatchLeft:
                     pass
                 self._save(updates, finished=True)
+            if stop.number is not None:
+                self.progress.say(f"Stopped by {stop.name} after {updates} updates; what was learned is in {self.out}")
+                raise Stopped(stop.number, at_once=False)
+
+    def _end_without_updates(self, stop: StopRequest) -> NoReturn:
+        if stop.number is None:
+            raise UserError("the draft has learned nothing, for there was no update: give more --minutes or --steps")
+        self.progress.say(f"Stopped by {stop.name} before anything was learned; nothing is saved.")
+        raise Stopped(stop.number, at_once=False)
 
     def _tell_of_options(self, held_out) -> None:
         """What the draft's vocabulary covers of rollouts that it was not chosen from, and its temperatures."""
@@ -183,17 +208,38 @@ class _Session:
             self.progress.say("temperature by position " + " ".join(f"{value:.2f}" for value in temperatures))
             self.record["temperature_by_position"] = temperatures
 
-    def _learn(self, target: AbstractLanguageModel, layers: tuple[int, ...], decoding, interrupted) -> int:
-        """Updates until there is no more time; how many there were."""
+    def _learn(self, target: AbstractLanguageModel, layers: tuple[int, ...], decoding, stop: StopRequest) -> int:
+        """Updates until there is no more time; how many there were. Whatever ends it, what was learned is saved."""
+        try:
+            self._update_until_done(target, layers, decoding, stop)
+        except Stopped:
+            raise  # a second signal: at once
+        except BaseException:
+            if self.updates and not is_donated(self.state.draft):
+                self._keep()
+            raise
+        return self.updates
+
+    def _keep(self) -> None:
+        try:
+            self._save(self.updates, finished=False)
+        except UserError as error:  # a full disk: what ended the learning is told all the same
+            self.progress.say(f"what {self.updates} updates have taught could not be saved: {error}")
+        else:
+            self.progress.say(f"what {self.updates} updates have taught is in {self.out}")
+
+    def _update_until_done(
+        self, target: AbstractLanguageModel, layers: tuple[int, ...], decoding, stop: StopRequest
+    ) -> None:
         per_lesson = updates_per_lesson(self.parts)
         lesson, saved, update = None, time.perf_counter(), 0
-        while update < self.steps and self._elapsed() < self.seconds and not interrupted():
+        while update < self.steps and self._learning() < self.seconds and not stop.asked:
             number, within = divmod(update, per_lesson)
             if lesson is None or within == 0:
                 self.progress.phase(f"batch {number + 1} of rollouts")
                 try:
                     lesson = make_lesson(self.parts, target, NoDraft(), layers, 1 + number, decoding)
-                except _Stopped:
+                except _BatchLeft:
                     break
                 self.state = recall_lesson(self.state, lesson)
                 self.record["learned_from_tokens"] += int(lesson.rollouts.lengths.sum())
@@ -201,14 +247,14 @@ class _Session:
             parts = with_scheduled_rate(self.parts, update, self._done(update))
             self.state, metrics = learn_lesson(parts, self.state, target, lesson, update)
             update += 1
-            if update == 1:
-                self.learning_since = self._elapsed()
+            self.updates = update
+            if self.learning_since is None:
+                self.learning_since = time.perf_counter()
             self._tell(update, metrics)
             if time.perf_counter() - saved > _SECONDS_BETWEEN_SAVES:
                 self.progress.phase("saving")
                 self._save(update, finished=False)
                 saved = time.perf_counter()
-        return update
 
     def _examine(self, target: AbstractLanguageModel, held_out) -> tuple[float, list[float]]:
         self.progress.phase("examining the draft")
@@ -245,20 +291,25 @@ class _Session:
     def _elapsed(self) -> float:
         return time.perf_counter() - self.begin
 
+    def _learning(self) -> float:
+        """Seconds since the first update."""
+        return 0.0 if self.learning_since is None else time.perf_counter() - self.learning_since
+
     def _done(self, update: int) -> float:
         """The share of the work that is done, by updates or by time, whichever is further."""
-        return min(1.0, max(update / self.steps, self._elapsed() / self.seconds))
+        return min(1.0, max(update / self.steps, self._learning() / self.seconds))
 
     def _tell(self, update: int, metrics: dict[str, float]) -> None:
-        is_last = update >= self.steps or self._elapsed() >= self.seconds
+        is_last = update >= self.steps or self._learning() >= self.seconds
         if update % _RECORD_EVERY and update != 1 and not is_last:
             return
         seconds = self._elapsed()
         acceptance = [value for name, value in metrics.items() if name.startswith("draft/expected_acceptance_pos_")]
         total = "" if math.isinf(self.steps) else f"/{self.steps}"
         # The first update has compiled; those after it say how long the others will take.
-        pace = (seconds - self.learning_since) / max(update - 1, 1)
-        left = min((self.steps - update) * pace, self.seconds - seconds) if update > 1 else self.seconds - seconds
+        pace = self._learning() / max(update - 1, 1)
+        time_left = self.seconds - self._learning()
+        left = min((self.steps - update) * pace, time_left) if update > 1 else time_left
         left = "" if math.isinf(left) else f", about {max(left, 0):.0f} s left"
         self.progress.say(
             f"update {update}{total}  draft loss {metrics['draft/loss']:.3f}  {_positions(acceptance)}  "

@@ -1,30 +1,102 @@
-"""Ctrl-C as a request: the first one asks to stop at a good place, the second one stops at once."""
+"""Signals as requests: the first one asks to stop at a good place, the second one stops at once."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+from ..errors import Stopped
+
+_STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is what a closed terminal sends; Windows has none
+
+
+class StopRequest:
+    """Whether a signal has asked for an end.
+
+    **Attributes:**
+
+    - `number`: of the signal, `None` while there was none.
+    """
+
+    number: signal.Signals | None
+
+    def __init__(self):
+        self.number = None
+
+    @property
+    def asked(self) -> bool:
+        return self.number is not None
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether a kill may follow in seconds, as after SIGTERM. Who presses Ctrl-C waits."""
+        return self.number is not None and self.number != signal.SIGINT
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        assert self.number is not None
+        return "Ctrl-C" if self.number == signal.SIGINT else self.number.name
 
 
 @contextmanager
-def interrupts(tell: Callable[[], None]) -> Iterator[Callable[[], bool]]:
-    """Within the `with` block, what it yields says whether Ctrl-C was pressed; `tell` is called when it is."""
-    asked = False
+def stop_requests(tell: Callable[[StopRequest], None]) -> Iterator[StopRequest]:
+    """Within the `with` block the first of SIGINT, SIGTERM and SIGHUP is noted in the `StopRequest`, and `tell` called.
 
-    def ask(signum: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        del frame
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        tell()
+    **Raises:**
+
+    `Stopped` wherever the program is when the second one comes.
+    """
+    request = StopRequest()
+
+    def ask(number: signal.Signals) -> None:
+        if request.asked:
+            raise Stopped(number, at_once=True)
+        request.number = number
+        tell(request)
+
+    with _handled(ask):
+        yield request
+
+
+@contextmanager
+def stopped_at_once() -> Iterator[None]:
+    """Within the `with` block the first of SIGINT, SIGTERM and SIGHUP raises `Stopped`: files are closed then, and
+    whoever called says what there is."""
+
+    def stop(number: signal.Signals) -> None:
+        raise Stopped(number, at_once=True)
+
+    with _handled(stop):
+        yield
+
+
+@contextmanager
+def _handled(handle: Callable[[signal.Signals], None]) -> Iterator[None]:
+    owner = os.getpid()
+    before: dict[int, Any] = {}
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            handle(signal.Signals(number))
+        elif callable(before[number]):
+            before[number](number, frame)
+        else:  # of a worker that was forked from this process, as a pool of a reward's: it must end when it is told to
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     try:
-        before = signal.signal(signal.SIGINT, ask)
+        for name in _STOPPING:
+            number = signal.Signals.__members__.get(name)
+            # What `nohup` ignores stays ignored; None is a handler that is not Python's.
+            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, handler)
     except ValueError:  # not the main thread, where signals can't be taken: the caller's business then
-        yield lambda: False
-        return
+        pass
     try:
-        yield lambda: asked
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, previous in before.items():
+            signal.signal(number, previous)

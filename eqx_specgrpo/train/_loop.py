@@ -1,7 +1,6 @@
 """A whole run: from a configuration to a trained policy, its draft, and a folder that tells the story."""
 
 import dataclasses
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,40 +35,41 @@ from ..records import (
     latest_checkpoint,
     load_checkpoint,
     machine,
-    save_checkpoint,
     step_times,
 )
+from ..runtime import progress_console
+from ._ending import Keeper, on_stop, unless_urgent
 from ._finish import finish, sum_up
 from ._header import header
-from ._interrupt import interrupts
+from ._inputs import check_inputs, run_inputs
+from ._interrupt import StopRequest, stop_requests, stopped_at_once
 from ._lessons import CHOOSE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
 from ._out_of_memory import out_of_memory_advice
 from ._segments import SegmentLog
 from ._state import RunState
 from ._step import (
-    completion_records,
     draft_rows,
     next_examples,
     roll_out,
-    rollout_metrics,
     score,
     step_key,
     update_draft,
     update_policy,
-    vocabulary_metrics,
 )
+from ._step_records import completion_records, rollout_metrics, vocabulary_metrics
 
-_ON_CTRL_C = "Ctrl-C: finishing this step, then writing a checkpoint (press again to stop at once)"
 
-
-def run(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Path:
+def run(
+    config: RunConfig, *, resume: bool = False, console: Console | None = None, accept_changes: bool = False
+) -> Path:
     """Trains a policy with GRPO, its rollouts decoded speculatively by a draft that keeps learning.
 
     **Arguments:**
 
     - `config`: everything; see `RunConfig`.
     - `resume`: go on from the newest checkpoint in the run folder.
-    - `console`: where progress goes.
+    - `console`: where progress goes; by default standard output, and where that is closed or full, nowhere.
+    - `accept_changes`: resume also where the task's data or the starting model is not what it was.
 
     **Returns:**
 
@@ -77,40 +77,43 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
 
     **Raises:**
 
-    `UserError` for whatever the user can mend. What was done until then is in the folder.
+    `UserError` for whatever the user can mend, and `Stopped` where SIGINT, SIGTERM or SIGHUP has asked for an end. What
+    was done until then is in the folder.
     """
-    console = console or Console()
-    load_task_and_rewards(config)
-    with RunFolder(Path(config.out), resume) as folder, RunProgress(console) as progress, out_of_memory_advice():
+    console = console or progress_console()
+    progress = RunProgress(console)
+    task, _ = load_task_and_rewards(config)
+    with RunFolder(Path(config.out), resume) as folder, progress, stopped_at_once(), out_of_memory_advice():
         before = load_config(folder.config_path) if resume else config
         check_resume(before, config)
+        inputs = run_inputs(config, task)
+        if resume:
+            check_inputs(folder, config, inputs, accept=accept_changes)
         with progress.timed("loading", f"loading {model_name(config)}"):
             parts, state, reference = _load(config, resume, progress)
             start, state = _start_or_resume(folder, resume, state, config)
             progress.advise(rate_advice(before, config, start))
             folder.write_config(dump_config(config))
             folder.write_machine(start, machine())
+            folder.write_inputs(start, inputs)
         for line in header(parts, state, start):
             progress.say(line)
-        segments, comparison = SegmentLog(), None
         with _times_written(folder, progress, start + 1):
-            if start == 0 and config.draft.warms_up and state.draft.train_length > 0:
+            saved: int | None = start
+            is_new = latest_checkpoint(folder.path) is None
+            if is_new and config.draft.warms_up and state.draft.train_length > 0:
                 with progress.timed("warm-up", "warming up the draft"):
-                    state = _warm_up(parts, state, progress)
-            done, state = _steps(parts, state, reference, start, folder, progress, segments)
-            if done == config.steps:
-                comparison = finish(parts, state, folder, progress, segments)
+                    state, saved = _warm_up(parts, state, progress), None
+            segments = SegmentLog()
+            with stop_requests(on_stop(progress)) as stop:
+                keeper = Keeper(folder, config, saved, progress, console, stop)
+                for done in range(start, config.steps):
+                    with keeper.before(done, state), out_of_memory_advice():  # here too: what is done is saved then
+                        state = _one_step(parts, state, reference, done, folder, progress, segments, stop)
+                    keeper.after(done + 1, state)
+            comparison = finish(parts, state, folder, progress, segments)
         progress.close()
-        if done == config.steps:
-            sum_up(config, folder, comparison, console)
-        else:
-            console.print(
-                f"Stopped after step {done} of {config.steps}; nothing is lost. Go on with: "
-                f"specgrpo run --resume --out {shlex.quote(config.out)}",
-                soft_wrap=True,  # to be copied: a line break or markup would spoil it
-                markup=False,
-                highlight=False,
-            )
+        sum_up(config, folder, comparison, console)
     return folder.path
 
 
@@ -161,45 +164,6 @@ def _start_or_resume(folder: RunFolder, resume: bool, state: RunState, config: R
     return meta["step"], RunState.from_trees(trees)
 
 
-def _steps(
-    parts: RunParts,
-    state: RunState,
-    reference: AbstractLanguageModel | None,
-    start: int,
-    folder: RunFolder,
-    progress: RunProgress,
-    segments: SegmentLog,
-) -> tuple[int, RunState]:
-    """The steps from `start` to the last, or to the one in which Ctrl-C was pressed; how many are done, and the state
-    after them, which is in a checkpoint."""
-    config = parts.config
-    done = start
-    with interrupts(lambda: progress.say(_ON_CTRL_C)) as interrupted:
-        while done < config.steps and not interrupted():
-            try:
-                with out_of_memory_advice():  # here too: the steps before are saved then
-                    state = _one_step(parts, state, reference, done, folder, progress, segments)
-            except UserError:
-                if done > start:
-                    _save_finished(state, done, folder, progress)
-                raise
-            done += 1
-            if interrupted() or done == config.steps or done % config.save_steps == 0:
-                with progress.timed("checkpoints", "writing the checkpoint"):
-                    save_checkpoint(folder.path, done, state.trees(), {})
-    return done, state
-
-
-def _save_finished(state: RunState, step: int, folder: RunFolder, progress: RunProgress) -> None:
-    """Before an error in a step ends the run: a checkpoint of the steps before it, unless its updates had begun."""
-    if any(leaf.is_deleted() for leaf in jax.tree.leaves(eqx.filter(state, eqx.is_array))):
-        progress.note("an update of this step had been made already: --resume goes on from the last checkpoint")
-        return
-    with suppress(UserError):  # A full disk, perhaps, and that may be what the run stops for.
-        saved = save_checkpoint(folder.path, step, state.trees(), {})
-        progress.note(f"the steps before are in {saved}; once the cause is mended, go on with --resume")
-
-
 def _warm_up(parts: RunParts, state: RunState, progress: RunProgress) -> RunState:
     """Trains the draft on the policy's first rollouts, before the first step.
 
@@ -231,6 +195,7 @@ def _one_step(
     folder: RunFolder,
     progress: RunProgress,
     segments: SegmentLog,
+    stop: StopRequest,
 ) -> RunState:
     """Prompts, rollouts, rewards, policy update, draft update, records.
 
@@ -255,7 +220,7 @@ def _one_step(
         draft = compute_copy(state.draft, config.model.dtype)
         key = step_key(config.seed, done, DECODE)
         segments.after_training(parts.length, draft.max_length, state.draft_acceptance)
-        rollouts = roll_out(parts, target, draft, prompts, key, progress.decoding, segments)
+        rollouts = roll_out(parts, target, draft, prompts, key, unless_urgent(stop, progress.decoding), segments)
         del target, draft
 
     with progress.timed("reward", f"step {step}: rewards"):

@@ -2,8 +2,7 @@
 the draft. `_loop.py` puts them together."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -13,18 +12,18 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from .._types import Prompts, Rollouts, ScoredRollouts, StopReason
+from .._types import Prompts, Rollouts, ScoredRollouts
 from ..config import RunParts, check_prompt
 from ..decoding import DecodeProgress, decode
 from ..distill import DraftBatch, draft_gradients, fit_temperature, select_rows
-from ..drafts import AbstractDraft, completion_tokens, coverage, draft_vocabulary, tempered_part, with_temperature
+from ..drafts import AbstractDraft, tempered_part, with_temperature
+from ..errors import Stopped, UserError
 from ..grpo import (
     LossNormalizer,
     UpdateBatch,
     apply_gradients,
     check_finite,
     compute_copy,
-    frac_reward_zero_std,
     global_norm,
     group_advantages,
     make_update_batch,
@@ -37,9 +36,10 @@ from ..grpo import (
 )
 from ..models import AbstractLanguageModel, Features, Tokenizer
 from ..runtime import SMALL_HIDDEN_SIZE
-from ..tasks import AbstractTask, Example, RewardError, RewardLog, TrainerState, collate
+from ..tasks import AbstractTask, Example, RewardLog, TrainerState, collate
 from ._segments import SegmentLog
 from ._state import RunState
+from ._step_records import check_names
 
 # A micro-batch of more tokens is no faster on a CPU, and takes more memory.
 _TOKENS_ON_CPU = 2048
@@ -53,12 +53,25 @@ def next_examples(
     """Items of the task's stream from a position on, and their prompts as token ids."""
     examples, rows = [], []
     for position in range(start, start + count):
-        example = task.at(position)
-        ids = tokenizer.encode_prompt(example.prompt)
+        example, ids = _example(task, tokenizer, position)
         check_prompt(len(ids), position, target, max_new)
         examples.append(example)
         rows.append(ids)
     return examples, Prompts.from_lists(rows, multiple_of=_PROMPT_WIDTH)
+
+
+def _example(task: AbstractTask, tokenizer: Tokenizer, position: int) -> tuple[Example, list[int]]:
+    """An item and its prompt's token ids; what is wrong with them is told with the item's place."""
+    try:
+        example = task.at(position)
+    except Stopped:
+        raise
+    except (Exception, SystemExit) as error:  # whatever made the item; how a program ends is not for it to say
+        raise UserError(f"item {position} could not be made: {type(error).__name__}: {error}") from error
+    try:
+        return example, tokenizer.encode_prompt(example.prompt)
+    except UserError as error:
+        raise UserError(f"the prompt of item {position}: {error}") from error
 
 
 def roll_out(
@@ -113,25 +126,9 @@ def score(
     log = RewardLog(len(ids))
     trainer_state = TrainerState(global_step=done, max_steps=config.steps, epoch=epoch)
     per_function, total = parts.rewards(prompts, texts, ids, columns, done + 1, trainer_state, log)
-    _check_names(log, parts.rewards.names)
+    check_names(log, parts.rewards.names)
     advantages = group_advantages(total, rollouts.group, len(examples), config.grpo.scale_rewards)
     return ScoredRollouts(rollouts, per_function, total, advantages), texts, log
-
-
-# What records hold besides what reward functions log.
-_COLUMNS = frozenset({"step", "prompt", "completion", "length", "stop_reason", "reward", "advantage"})
-_METRICS = frozenset({"step", "num_tokens", "loss", "learning_rate", "entropy", "kl"})
-_FAMILIES = ("reward", "grad_norm", "frac_", "completions/", "clip_ratio/", "sampling/", "spec/", "draft/", "time/",
-             "compile/")  # fmt: skip
-
-
-def _check_names(log: RewardLog, reward_names: Sequence[str]) -> None:
-    for column in log.extra:
-        if column in _COLUMNS or column in reward_names:
-            raise RewardError(f"log_extra was given the column {column!r}, which the records have already: rename it")
-    for name in log.metrics:
-        if name in _METRICS or name.startswith(_FAMILIES):
-            raise RewardError(f"log_metric was given the name {name!r}, which is for the run's own: rename it")
 
 
 def update_policy(
@@ -290,14 +287,6 @@ def _fit_temperature(
     return with_temperature(draft, part.steps), metrics
 
 
-def vocabulary_metrics(draft: AbstractDraft, rollouts: Rollouts) -> dict[str, float]:
-    """How much of the policy's completions a draft of a reduced vocabulary could have said; nothing for others."""
-    vocabulary = draft_vocabulary(draft)
-    if vocabulary.size == 0:
-        return {}
-    return {"draft/coverage": coverage(vocabulary, completion_tokens(rollouts))}
-
-
 def features_of(target: AbstractLanguageModel, batch: UpdateBatch, layers: tuple[int, ...]) -> Features:
     """The target's features of whole sequences, for a draft that learns outside a policy update."""
     return _features(target, batch, layers)
@@ -306,68 +295,6 @@ def features_of(target: AbstractLanguageModel, batch: UpdateBatch, layers: tuple
 @eqx.filter_jit
 def _features(target: AbstractLanguageModel, batch: UpdateBatch, layers: tuple[int, ...]) -> Features:
     return training_features(target, batch, layers=layers)[1]
-
-
-def rollout_metrics(scored: ScoredRollouts, reward_names: tuple[str, ...]) -> dict[str, float]:
-    """What the rollouts themselves say: rewards, lengths, acceptance. TRL's names where it has them."""
-    rollouts, rewards = scored.rollouts, scored.rewards
-    lengths, ended = rollouts.lengths, rollouts.stop_reasons == StopReason.EOS
-    groups = len(rollouts.prompts.lengths)
-    valid = ~np.isnan(rewards)
-    per_group = [rewards[(rollouts.group == g) & valid] for g in range(groups)]
-    metrics = {
-        "reward": float(rewards[valid].mean()) if valid.any() else math.nan,
-        "reward_std": float(np.mean([r.std(ddof=1) if len(r) > 1 else 0.0 for r in per_group])),
-        "frac_reward_zero_std": frac_reward_zero_std(rewards, rollouts.group, groups),
-    }
-    for name, column in zip(reward_names, scored.rewards_per_function.T, strict=True):
-        applied = column[~np.isnan(column)]
-        metrics[f"rewards/{name}/mean"] = float(applied.mean()) if len(applied) else math.nan
-        metrics[f"rewards/{name}/std"] = float(applied.std(ddof=1)) if len(applied) > 1 else 0.0
-    metrics |= {
-        "completions/mean_length": float(lengths.mean()),
-        "completions/min_length": float(lengths.min()),
-        "completions/max_length": float(lengths.max()),
-        "completions/mean_terminated_length": float(lengths[ended].mean()) if ended.any() else 0.0,
-        "completions/clipped_ratio": float((~ended).mean()),
-    }
-    statistics = rollouts.statistics
-    metrics |= {
-        "spec/acceptance_length": statistics.acceptance_length,
-        "spec/acceptance_rate": statistics.acceptance_rate,
-        "spec/draft_length": float(statistics.drafted.sum() / max(statistics.target_forwards.sum(), 1)),
-        "spec/target_forwards": float(statistics.target_forwards.sum()),
-    }
-    for position, rate in enumerate(statistics.acceptance_rate_by_position):
-        if statistics.drafted[:, position].any():
-            metrics[f"spec/acceptance_rate_pos_{position}"] = rate
-    return metrics
-
-
-def completion_records(
-    step: int,
-    examples: list[Example],
-    scored: ScoredRollouts,
-    texts: list[str],
-    reward_names: tuple[str, ...],
-    extra: Mapping[str, Sequence[Any]],
-) -> list[dict[str, Any]]:
-    """One JSON-able object a completion, for `completions.jsonl`; `extra` are further columns, one value a row."""
-    rollouts = scored.rollouts
-    return [
-        {
-            "step": step,
-            "prompt": examples[prompt].prompt,
-            "completion": texts[row],
-            "length": int(rollouts.lengths[row]),
-            "stop_reason": StopReason(int(rollouts.stop_reasons[row])).name.lower(),
-            **{name: float(scored.rewards_per_function[row, i]) for i, name in enumerate(reward_names)},
-            "reward": float(scored.rewards[row]),
-            "advantage": float(scored.advantages[row]),
-            **{name: values[row] for name, values in extra.items()},
-        }
-        for row, prompt in enumerate(rollouts.group)
-    ]
 
 
 def step_key(seed: int, step: int, purpose: int) -> Key[Array, ""]:

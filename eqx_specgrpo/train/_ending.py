@@ -1,0 +1,144 @@
+"""How a run ends: whatever ends it, the steps that were done are saved first, and that is said."""
+
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import equinox as eqx
+import jax
+from jaxtyping import PyTree
+from rich.console import Console
+
+from ..config import RunConfig
+from ..decoding import DecodeProgress
+from ..errors import Stopped, UserError
+from ..records import RunFolder, RunProgress, save_checkpoint
+from ._interrupt import StopRequest
+from ._state import RunState
+
+
+class StepLeft(Exception):
+    """A step was left in its rollouts, because a kill may come before they are done: it is done again on resuming."""
+
+
+def unless_urgent(stop: StopRequest, decoding: Callable[[DecodeProgress], None]) -> Callable[[DecodeProgress], None]:
+    """`decoding`, the callback of a rollout, that raises [`StepLeft`][] once a stop is urgent."""
+
+    def callback(progress: DecodeProgress) -> None:
+        if stop.is_urgent:
+            raise StepLeft
+        decoding(progress)
+
+    return callback
+
+
+class Keeper:
+    """Keeps the steps of a run: in a checkpoint every so many steps, and whatever ends it.
+
+    **Arguments:**
+
+    - `folder`, `config`: of the run.
+    - `saved`: the step whose state is in a checkpoint, or costs nothing to make again; `None` if there is none such.
+    - `stop`: who asks for an end.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        saved: int | None,
+        progress: RunProgress,
+        console: Console,
+        stop: StopRequest,
+    ):
+        self._folder, self._config, self._saved = folder, config, saved
+        self._progress, self._console, self._stop = progress, console, stop
+
+    @contextmanager
+    def before(self, step: int, state: RunState) -> Iterator[None]:
+        """Around a step. If it raises, the state before it is saved, unless its updates had begun.
+
+        **Raises:**
+
+        What the step raises. `Stopped` where it was left for a signal, or failed after one: Ctrl-C also ends the
+        processes that a reward has started. A `UserError` for a `KeyboardInterrupt`: no signal has led to it, so code
+        that was called has raised it.
+        """
+        try:
+            yield
+        except Stopped:
+            raise  # a second signal: who sent it does not want to wait
+        except StepLeft:
+            self._save(step, state)
+            self._end(step)
+        except BaseException as error:
+            is_kept = self._keep(step, state)
+            if is_kept and self._stop.asked:
+                self._progress.note(f"step {step + 1} was not finished: {error}")
+                self._end(step)
+            if isinstance(error, KeyboardInterrupt):
+                notes = "".join(f" {note}" for note in vars(error).get("__notes__", ()))
+                raise UserError(f"step {step + 1}: KeyboardInterrupt was raised, without a Ctrl-C{notes}") from error
+            raise
+
+    def after(self, done: int, state: RunState) -> None:
+        """After so many steps: a checkpoint if one is due.
+
+        **Raises:**
+
+        `Stopped` if a signal has asked for it.
+        """
+        config = self._config
+        if self._stop.asked or done == config.steps or done % config.save_steps == 0:
+            self._save(done, state)
+        if self._stop.asked:
+            self._end(done)
+
+    def _save(self, step: int, state: RunState) -> None:
+        if self._saved != step:
+            with self._progress.timed("checkpoints", "writing the checkpoint"):
+                save_checkpoint(self._folder.path, step, state.trees(), {})
+            self._saved = step
+
+    def _keep(self, step: int, state: RunState) -> bool:
+        """Saves the state before a step that failed, if it can, and says so; whether the steps before are kept."""
+        if self._saved == step:
+            return True
+        if is_donated(state):
+            self._progress.note("an update of this step had been made: --resume goes on from the last checkpoint")
+            return False
+        try:
+            self._save(step, state)
+        except Exception as error:  # a full disk, or a lost device: what ended the step is told all the same
+            self._progress.note(f"the steps before could not be saved: {error}")
+            return False
+        self._progress.note("the steps before are saved; once the cause is mended, go on with --resume")
+        return True
+
+    def _end(self, done: int) -> None:
+        assert self._stop.number is not None
+        self._progress.close()
+        self._console.print(
+            f"Stopped by {self._stop.name} after step {done} of {self._config.steps}; nothing is lost. Go on with: "
+            f"specgrpo run --resume --out {shlex.quote(self._config.out)}",
+            soft_wrap=True,  # to be copied: a line break or markup would spoil it
+            markup=False,
+            highlight=False,
+        )
+        raise Stopped(self._stop.number, at_once=False)
+
+
+def is_donated(tree: PyTree) -> bool:
+    """Whether an update has taken an array of the tree for its own: it can't be read any more."""
+    return any(leaf.is_deleted() for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
+
+
+def on_stop(progress: RunProgress) -> Callable[[StopRequest], None]:
+    """Says what is done now that a signal has asked for an end."""
+
+    def tell(stop: StopRequest) -> None:
+        what = "leaving the step if it still decodes, else finishing it" if stop.is_urgent else "finishing this step"
+        again = "a second signal stops" if stop.is_urgent else "press again to stop"
+        progress.say(f"{stop.name}: {what}, then writing a checkpoint ({again} at once)")
+
+    return tell
