@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", default="16")
     parser.add_argument("--lengths", default="1,2,3,4")
     parser.add_argument("--verifiers", default="rejection,block,coupled")
-    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--max-completion-length", type=int, default=128)
     parser.add_argument("--samples", type=int, default=4, help="completions of a prompt")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--adaptive", action="store_true")
@@ -236,7 +236,7 @@ def main() -> int:
         lengths=whole_numbers("--lengths", arguments.lengths),
         adaptive=arguments.adaptive,
         verifiers=tuple(arguments.verifiers.split(",")),
-        new=arguments.new,
+        max_completion_length=arguments.max_completion_length,
         samples=arguments.samples,
         rounds=arguments.rounds,
         minutes=arguments.minutes,

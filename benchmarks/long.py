@@ -96,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2, help="tokens drafted a round where that is fixed")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--at-once", type=int, default=16, help="rows at a time, where not all")
-    parser.add_argument("--new", type=int, default=1024, help="longest completion")
+    parser.add_argument("--max-completion-length", type=int, default=1024, help="longest completion")
     parser.add_argument("--mean", type=float, default=200.0, help="tokens of a completion on average")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=2.0, help="to get a draft ready that is not a saved one")
@@ -123,7 +123,7 @@ def make_arms(
 
         return decode(
             target, batch, draft=draft, verifier=Coupled(), length=length, length_state=length_states.get(name),
-            key=jr.key(seed), max_new_tokens=arguments.new, eos_ids=(target.eos_id,), samples=samples,
+            key=jr.key(seed), max_new_tokens=arguments.max_completion_length, eos_ids=(target.eos_id,), samples=samples,
             on_segment=keep, **options,
         )  # fmt: skip
 
@@ -231,13 +231,18 @@ def main() -> int:
             f"--rows {arguments.rows} has to be a multiple of --at-once {arguments.at_once}, and that of {samples}"
         )
     arguments.out.mkdir(parents=True, exist_ok=True)
-    settings = BenchSettings(rows=(arguments.rows,), lengths=(arguments.length,), new=arguments.new, samples=samples)
+    settings = BenchSettings(
+        rows=(arguments.rows,),
+        lengths=(arguments.length,),
+        max_completion_length=arguments.max_completion_length,
+        samples=samples,
+    )
     flags = {"model.path": arguments.model or None, "seed": arguments.seed, "model.dtype": arguments.dtype}
     with RunProgress(Console(stderr=True)) as progress:
         policy, tokenizer = load_policy(arguments.model)
         config = draft_run_config(arguments.draft, settings, None, arguments.set, flags)
         made = make_contender(Path(arguments.draft).name, config, policy, tokenizer)
-        widest = 256 + arguments.new
+        widest = 256 + arguments.max_completion_length
         target = EndsAtRandom(
             compute_copy(policy, arguments.dtype), tokenizer.eos_ids[0], arguments.mean, max(policy.max_length, widest)
         )
@@ -246,7 +251,7 @@ def main() -> int:
         ready = prepare(made, target, arguments.minutes, progress, generations)
         count = arguments.rows // samples
         _, prompts = next_examples(
-            made.parts.task, tokenizer, target, 1 << 21, count * (1 + arguments.rounds), arguments.new
+            made.parts.task, tokenizer, target, 1 << 21, count * (1 + arguments.rounds), arguments.max_completion_length
         )
         draft = compute_copy(ready.draft, arguments.dtype)
         arms = make_arms(target, draft, prompts.parts(count), samples, arguments)

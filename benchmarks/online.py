@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="TOML file of the run; the embedded default run otherwise")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--warmup", type=int, default=60, help="updates of the fresh draft before step 0")
+    parser.add_argument("--warmup", type=int, default=60, help="updates of the fresh draft before the first step")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for specgrpo; repeatable")
     parser.add_argument("--draw", action="store_true", help="only draw what is there")
     return parser.parse_args()

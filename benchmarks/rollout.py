@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", default="1,4,8,16,32,64")
     parser.add_argument("--lengths", default="1,2,3,4")
     parser.add_argument("--verifier", default="block")
-    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--max-completion-length", type=int, default=128)
     parser.add_argument(
         "--ignore-eos", action="store_true", help="go on after an end of sequence: all arms make as many tokens"
     )
@@ -166,16 +166,18 @@ def against_transformers(
     verifier = make_verifier(arguments.verifier)
     arms: dict[str, Callable[[Prompts, int], tuple[int, float]]] = {}
     ours = f"ours {arguments.dtype}, "
-    arms[ours + PLAIN] = our_decoding(target, NoDraft(), None, FixedLength(0), samples, eos_ids, arguments.new)
+    arms[ours + PLAIN] = our_decoding(
+        target, NoDraft(), None, FixedLength(0), samples, eos_ids, arguments.max_completion_length
+    )
     for name, draft in drafts.items():
         for length in (*map(FixedLength, lengths), AdaptiveLength(max(lengths))):
             text = f"length {length.length}" if isinstance(length, FixedLength) else "adaptive"
             arms[f"{ours}{name}, {text}"] = our_decoding(
-                target, draft, verifier, length, samples, eos_ids, arguments.new
+                target, draft, verifier, length, samples, eos_ids, arguments.max_completion_length
             )
     for name, model in models.items():
         arms[name] = lambda batch, seed, model=model: transformers_generate(
-            model, batch, samples, arguments.new, eos_ids, seed
+            model, batch, samples, arguments.max_completion_length, eos_ids, seed
         )
     found = []
     for number, batch in enumerate(prompts):
@@ -326,7 +328,7 @@ def settings_of(rows: int, arguments: argparse.Namespace) -> BenchSettings:
         lengths=whole_numbers("--lengths", arguments.lengths),
         adaptive=True,
         verifiers=(arguments.verifier,),
-        new=arguments.new,
+        new=arguments.max_completion_length,
         ignore_eos=arguments.ignore_eos,
         samples=min(rows, SAMPLES),
         rounds=arguments.rounds,
@@ -360,7 +362,9 @@ def main() -> int:
         for text in filter(None, arguments.transformers_rows.split(",")):
             rows, samples = int(text), min(int(text), SAMPLES)
             count, task = rows // samples, made[0].parts.task
-            _, prompts = next_examples(task, tokenizer, target, 1 << 21, count * (1 + arguments.rounds), arguments.new)
+            _, prompts = next_examples(
+                task, tokenizer, target, 1 << 21, count * (1 + arguments.rounds), arguments.max_completion_length
+            )
             record["transformers"] += against_transformers(
                 arguments.model or str(default_model_path()), target, {one.name: one.draft for one in ready},
                 prompts.parts(count), samples, () if arguments.ignore_eos else tokenizer.eos_ids, arguments,

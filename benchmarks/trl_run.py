@@ -98,7 +98,7 @@ def main() -> int:
     )
     clock, records = Clock(), []
     arguments.out.mkdir(parents=True, exist_ok=True)
-    about = {"from_step": 0} | machine()
+    about = {"from_step": 1} | machine()
     about["versions"] |= {name: importlib.metadata.version(name) for name in ("trl", "transformers", "torch")}
     (arguments.out / "machine.jsonl").write_text(json.dumps(about) + "\n", encoding="utf-8")
 
@@ -115,7 +115,7 @@ def main() -> int:
             seconds = time.perf_counter() - self.begin
             rollout = phases.get("rollout", 0.0)
             record = {
-                "step": state.global_step - 1,
+                "step": state.global_step,
                 **{key: logs[key] for key in ("reward", "reward_std", "entropy", "loss", "grad_norm") if key in logs},
                 "completions/mean_length": logs.get("completions/mean_length"),
                 "time/rollout": rollout,

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._types import Prompts as Prompts, Rollouts as Rollouts, ScoredRollouts as ScoredRollouts
-    from .config import RunConfig as RunConfig, default_model_path as default_model_path, load_config as load_config
+    from .config import (
+        RunConfig as RunConfig,
+        default_draft_path as default_draft_path,
+        default_model_path as default_model_path,
+        load_config as load_config,
+    )
     from .decoding import (
         AdaptiveLength as AdaptiveLength,
         Block as Block,
@@ -42,7 +47,7 @@ if TYPE_CHECKING:
 # Where a headline name is; the test of the structure holds it to be what stands above.
 _HOMES = {
     "_types": ("Prompts", "Rollouts", "ScoredRollouts"),
-    "config": ("RunConfig", "default_model_path", "load_config"),
+    "config": ("RunConfig", "default_draft_path", "default_model_path", "load_config"),
     "decoding": (
         *("AdaptiveLength", "FixedLength", "Block", "Coupled", "GreedyMatch", "Rejection"),
         *("GreedySampling", "Sampling", "decode"),

@@ -67,6 +67,20 @@ def _print_version(wanted: bool) -> bool:
     return wanted
 
 
+def _say_its_name(given: str | None) -> None:
+    if given is not None:
+        raise UserError(
+            "the longest completion is --max-completion-length in every command, as grpo.max_completion_length: write "
+            f"--max-completion-length {given}"
+        )
+
+
+# What one thing is called elsewhere, or was here: answered with its name.
+_Renamed = Annotated[
+    str | None, typer.Option("--max-new-tokens", "--max-new", "--new", hidden=True, callback=_say_its_name)
+]
+
+
 @app.callback()
 def _options(
     version: Annotated[
@@ -170,15 +184,17 @@ def distill(
         typer.Option(min=0.01, help="The most time to learn, from the first update on; 10 without --steps."),
     ] = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts a batch of rollouts (grpo.prompts_per_step).")] = None,
-    max_new: Annotated[
+    max_completion_length: Annotated[
         int | None, typer.Option(help="Longest completion, in tokens (grpo.max_completion_length).")
     ] = None,
+    renamed: _Renamed = None,
     temperature: Annotated[float | None, typer.Option(help="Of sampling (grpo.temperature).")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="At its height (draft.learning_rate).")] = None,
     loss: Annotated[str | None, typer.Option(help=f"{listed(DRAFT_LOSSES)} (draft.loss).")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
 ) -> None:
     """Train a draft on the model's own completions of a task, for `specgrpo run --draft` and `generate --draft`."""
+    del renamed
     from .config import draft_flags, load_config
 
     flags = {} if draft is None else draft_flags(draft)
@@ -186,7 +202,7 @@ def distill(
         "model.path": model,
         "task.name": task,
         "grpo.prompts_per_step": prompts,
-        "grpo.max_completion_length": max_new,
+        "grpo.max_completion_length": max_completion_length,
         "grpo.temperature": temperature,
         "draft.learning_rate": learning_rate,
         "draft.loss": loss,
@@ -216,12 +232,14 @@ def generate(
         float | None,
         typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens that make up this probability."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 128,
+    max_completion_length: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 128,
+    renamed: _Renamed = None,
     num: Annotated[int, typer.Option(min=1, help="Completions of the prompt.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a completion.")] = False,
 ) -> None:
     """Complete a prompt, speculatively where a draft is given; the distribution is the model's either way."""
+    del renamed
     if not prompt:
         raise UserError("--prompt is empty: give it some text")
     from . import train
@@ -235,7 +253,7 @@ def generate(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_completion_length,
             num=num,
             seed=seed,
         )
@@ -309,9 +327,10 @@ def bench(
     lengths: Annotated[str, typer.Option(help="Tokens drafted a round; 0 is always measured.")] = "1,2,3,4",
     adaptive: Annotated[bool, typer.Option("--adaptive", help="Also let a controller choose the length.")] = False,
     verifiers: Annotated[str, typer.Option(help=f"Of {listed(VERIFIERS)}; greedy only at temperature 0.")] = "",
-    new: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 128,
+    max_completion_length: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 128,
+    renamed: _Renamed = None,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after an end of sequence, to --new tokens.")
+        bool, typer.Option("--ignore-eos", help="Go on after an end of sequence, to --max-completion-length tokens.")
     ] = False,
     samples: Annotated[int, typer.Option(help="Completions of a prompt; divides the rows.")] = 4,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
@@ -333,6 +352,7 @@ def bench(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object, raw figures included.")] = False,
 ) -> None:
     """Measure drafts against plain decoding: acceptance, tokens a second, and the ratio, interleaved in one process."""
+    del renamed
     from .bench import BenchSettings, bench as run_bench, check_plot, plot_bench, whole_numbers
 
     if plot is not None:
@@ -343,7 +363,7 @@ def bench(
         lengths=whole_numbers("--lengths", lengths),
         adaptive=adaptive,
         verifiers=tuple(verifiers.split(",")) if verifiers else (),
-        new=new,
+        max_completion_length=max_completion_length,
         ignore_eos=ignore_eos,
         samples=samples,
         temperature=temperature,
@@ -371,7 +391,7 @@ def bench(
 
 @app.command()
 def plot(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]) -> None:
-    """Draw a run's reward, acceptance length and times into curves.png of its folder."""
+    """Draw a run's reward, acceptance length and times into curves.png of its folder (pip install matplotlib)."""
     from .records import plot_run
 
     print(plot_run(run_folder))

@@ -29,12 +29,15 @@ from eqx_specgrpo.grpo import (
 )
 from eqx_specgrpo.grpo.losses import DAPO
 from eqx_specgrpo.models import load_pretrained
+from eqx_specgrpo.runtime import keep_compiled_programs
 from eqx_specgrpo.tasks import Arithmetic, collate, load_rewards
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=20)
 parser.add_argument("--model", default=str(default_model_path()), help="folder, .gguf file or org/name")
 arguments = parser.parse_args()
+
+keep_compiled_programs()  # as the command line does, and in the same place: a second start is quick
 
 PROMPTS, SAMPLES, NEW, TEMPERATURE = 4, 8, 128, 1.0
 

@@ -87,8 +87,10 @@ class MyDraft(AbstractDraft):
 if __name__ == "__main__":
     from eqx_specgrpo.config import default_model_path
     from eqx_specgrpo.models import load_model
+    from eqx_specgrpo.runtime import keep_compiled_programs
     from eqx_specgrpo.testing import check_draft
 
+    keep_compiled_programs()  # as the command line does: a second start is quick
     target = load_model(default_model_path())
     # A fresh cell writes nothing; with weights at random more can go wrong.
     draft = MyDraft(target, 3, key=jr.key(0))

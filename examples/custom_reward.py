@@ -8,22 +8,31 @@ or from Python:
 
     python examples/custom_reward.py --steps 20
 
-A reward function is called with keyword arguments: `prompts`, `completions`, `completion_ids` and every column of the
-task. It names those it needs, and returns one number a completion, or `None` for one that it doesn't apply to.
+A reward function is called with keyword arguments: `prompts`, `completions`, `completion_ids`, `trainer_state`,
+`log_extra`, `log_metric` and every column of the task. It names those it needs, and returns one number a completion, or
+`None` for one that it doesn't apply to.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from eqx_specgrpo.config import load_config
-from eqx_specgrpo.runtime import keep_freed_memory
+from eqx_specgrpo.runtime import keep_compiled_programs, keep_freed_memory
 from eqx_specgrpo.tasks import completion_text
 from eqx_specgrpo.train import run
 
 
-def digits_reward(completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
-    """The share of digits among the characters that aren't spaces; it doesn't apply where there are none."""
+def digits_reward(
+    completions: Sequence[Any], log_extra: Callable[..., None], log_metric: Callable[..., None], **kwargs: Any
+) -> list[float | None]:
+    """The share of digits among the characters that aren't spaces; it doesn't apply where there are none.
+
+    How many characters there are goes into `completions.jsonl`, the most of them into `metrics.jsonl`.
+    """
+    lengths = [len(completion_text(completion)) for completion in completions]
+    log_extra("characters", lengths)
+    log_metric("most_characters", max(lengths))
     rewards: list[float | None] = []
     for completion in completions:
         characters = [character for character in completion_text(completion) if not character.isspace()]
@@ -37,7 +46,9 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", default="runs/custom_reward")
     arguments = parser.parse_args()
-    keep_freed_memory()  # as the command line does: on a CPU, updates are faster by it
+    # As the command line does: a second start is quick, and on a CPU updates are faster.
+    keep_compiled_programs()
+    keep_freed_memory()
     settings = {
         "steps": arguments.steps,
         "out": arguments.out,

@@ -38,7 +38,20 @@ def small(folder: Path, *more) -> list:
         "grpo.prompts_per_step=2",
         "draft.fraction=0.5",
     ]
-    common = ["--rows", 4, "--samples", 2, "--new", 8, "--rounds", 2, "--lengths", "1,2", "--minutes", 0.01]
+    common = [
+        "--rows",
+        4,
+        "--samples",
+        2,
+        "--max-completion-length",
+        8,
+        "--rounds",
+        2,
+        "--lengths",
+        "1,2",
+        "--minutes",
+        0.01,
+    ]
     return ["bench", "--model", folder, *as_flags(settings), *common, *more]
 
 
@@ -221,7 +234,7 @@ def test_ends_of_sequence_can_be_ignored_and_rows_held_back(tiny_folder, specgrp
     tokens, rows = {}, {}
     for changed in (False, True):
         options = ["--ignore-eos", *as_flags(["grpo.max_rows=8"])] if changed else []
-        more = ["--draft", "ngram", "--rows", 16, "--new", 48, "--lengths", 2, "--json", *options]
+        more = ["--draft", "ngram", "--rows", 16, "--max-completion-length", 48, "--lengths", 2, "--json", *options]
         code, out, err = specgrpo(*small(tiny_folder, *more))
         assert code == 0, err
         found = json.loads(out)
@@ -297,7 +310,22 @@ def script():
 
 def test_the_script_goes_on_where_it_was_stopped(script, tiny_folder, tmp_path, monkeypatch, capsys):
     """A line that was cut short is measured again; what is there is kept; other settings are refused."""
-    common = ["--rows", 4, "--samples", 2, "--new", 8, "--rounds", 1, "--lengths", 1, "--seeds", 0, "--minutes", 0.01]
+    common = [
+        "--rows",
+        4,
+        "--samples",
+        2,
+        "--max-completion-length",
+        8,
+        "--rounds",
+        1,
+        "--lengths",
+        1,
+        "--seeds",
+        0,
+        "--minutes",
+        0.01,
+    ]
     common += ["--verifiers", "rejection", "--policy", f"tiny={tiny_folder}", "--set", "task.prompt='{expression}='"]
     common += ["--set", "grpo.num_generations=2", "--set", "grpo.prompts_per_step=2", "--out", tmp_path]
     common += ["--set", "hydra:draft.learning_rate=0.002"]

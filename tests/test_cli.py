@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -210,7 +211,7 @@ def test_bad_resumes(refused, tiny_folder, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     (out / "config.toml").write_text(dump_config(tiny_config(tiny_folder, out, *PLAIN)))
-    (out / "metrics.jsonl").write_text('{"step": 0}\n')
+    (out / "metrics.jsonl").write_text('{"step": 1}\n')
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     for change, words in {
         "grpo.beta=0.5": ("grpo.beta was 0.0", "is 0.5 now"),
@@ -235,15 +236,16 @@ def test_bad_resumes(refused, tiny_folder, tmp_path):
 
 def test_steps_is_the_total(refused, specgrpo, tiny_folder, tmp_path):
     out = tmp_path / "run"
-    code, _, err = specgrpo(*start(tiny_folder, out, "grpo.lr_scheduler_type=constant", "steps=2"))
+    code, _, err = specgrpo(*start(tiny_folder, out, "grpo.learning_rate=1e-3", "steps=2"))
     assert code == 0, err
     message = refused("run", "--resume", "--out", out, "--steps", 1)
     assert "steps = 1" in message and "has done 2" in message
     assert len(read_records(out / "metrics.jsonl")) == 2
-    code, _, err = specgrpo("run", "--resume", "--out", out, "--steps", 3)
+    code, text, err = specgrpo("run", "--resume", "--out", out, "--steps", 6)
     assert code == 0, err
-    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [0, 1, 2]
-    assert load_config(out / "config.toml").steps == 3
+    assert "goes back up: it was 0.0005 at step 2 of 2 and is 0.000667 at step 3 of 6" in text
+    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert load_config(out / "config.toml").steps == 6
 
 
 def full(*args, **kwargs):
@@ -280,7 +282,7 @@ def test_full_disk(refused, specgrpo, monkeypatch, tiny_folder, tmp_path):
     before = (out / "policy" / "model.safetensors").read_bytes()
     code, _, err = specgrpo(*resume)
     assert code == 0, err
-    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [0, 1]
+    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [1, 2]
     assert (out / "policy" / "model.safetensors").read_bytes() != before
 
 
@@ -306,6 +308,46 @@ def test_dry_run_starts_nothing(specgrpo, tiny_folder, tmp_path):
     assert load_config(path) == tiny_config(tiny_folder, out, "grpo.epsilon_high=0.28", "seed=7")
     # What is read back resolves to itself, comments and all.
     assert specgrpo("run", "--dry-run", path) == (0, text, "")
+
+
+def test_dry_run_finds_what_would_stop_the_run(refused, monkeypatch, tiny_folder, tiny_draft, tmp_path):
+    """Before any weights are read."""
+    monkeypatch.setattr("eqx_specgrpo.models._weights.fill_model", None)
+    settings = tiny_settings(tiny_folder, tmp_path / "run")
+
+    def says(*arguments):
+        return refused("run", "--dry-run", *as_flags(settings), *arguments)
+
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    assert f"{bare / 'config.json'}" in says("--model", bare)
+    with monkeypatch.context() as patch:
+        patch.setattr("eqx_specgrpo.models._locate.hf_hub_download", full)
+        assert "downloading the model 'no-such-org/model' failed" in says("--model", "no-such-org/model")
+    (tmp_path / "wants.py").write_text("def solved(completions, solution, **kwargs):\n    return [0.0]\n")
+    message = says("--reward", f"{tmp_path / 'wants.py'}:solved")
+    assert "'solved' needs 'solution', which the task has no column for" in message
+    other = tmp_path / "other"
+    save_draft(other, MedusaHeads.fresh(64, 3), tiny_model(hidden_size=64), "another")
+    assert "'another' with hidden_size 64, but this target's is 32" in says("--draft", other)
+    usage = shutil.disk_usage(tmp_path)._replace(free=200_000)
+    monkeypatch.setattr("eqx_specgrpo.config._check.shutil.disk_usage", lambda path: usage)
+    assert "0.2 MB free, but this model's checkpoints need " in says()
+    monkeypatch.setattr("eqx_specgrpo.config._check.os.access", lambda path, mode: False)
+    assert "cannot be written" in says()
+    assert not (tmp_path / "run").exists()
+
+
+def test_bench_asks_for_what_it_draws_with_first(refused, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("eqx_specgrpo.bench.bench", None)
+    assert "pip install matplotlib" in refused("bench", "--plot", tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("spelling", ["--max-new", "--new", "--max-new-tokens"])
+@pytest.mark.parametrize("command", [("generate", "--prompt", "a"), ("distill", "--out", "b"), ("bench",)])
+def test_other_names_of_the_longest_completion_are_answered(command, spelling, refused):
+    assert "write --max-completion-length 16" in refused(*command, spelling, 16)
 
 
 FIELDS = {"prompt_tokens", "tokens", "text", "logprobs", "stop_reason", "acceptance_length", "target_forwards"}
@@ -338,7 +380,7 @@ def generate(specgrpo, *arguments) -> list[dict]:
 
 
 def test_generate(specgrpo, tiny_folder, tiny_draft):
-    common = ["--model", tiny_folder, "--prompt", "12 + 34=", "--max-new-tokens", 16]
+    common = ["--model", tiny_folder, "--prompt", "12 + 34=", "--max-completion-length", 16]
     (plain,) = generate(specgrpo, *common, "--temperature", 0)
     assert plain["prompt_tokens"] == tiny_tokenizer().encode("12 + 34=")
     assert plain["acceptance_length"] == 1 and plain["target_forwards"] == len(plain["tokens"]) - 1
@@ -381,7 +423,12 @@ def test_bad_generate(refused, specgrpo, tiny_folder, tiny_draft, tmp_path):
     (broken / "draft.safetensors").write_bytes(weights.read_bytes()[:-8])
     assert "is truncated or corrupt" in refused(*common, "--prompt", "1", "--draft", broken)
 
-    for option, value in (("--temperature", "-1"), ("--top-p", "1.5"), ("--num", "0"), ("--max-new-tokens", "0")):
+    for option, value in (
+        ("--temperature", "-1"),
+        ("--top-p", "1.5"),
+        ("--num", "0"),
+        ("--max-completion-length", "0"),
+    ):
         code, _, err = specgrpo(*common, "--prompt", "1", option, value)
         assert code == 2 and option in err and "Traceback" not in err
 

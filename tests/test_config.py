@@ -6,6 +6,7 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from eqx_specgrpo.cli import app, main
+from eqx_specgrpo.config import rate_advice
 from eqx_specgrpo.config._load import check_resume, draft_flags, dump_config, load_config
 from eqx_specgrpo.config._toml import toml_value
 from eqx_specgrpo.config._tree import RunConfig
@@ -100,6 +101,9 @@ def test_toml_refuses_what_it_cannot_hold(value):
         ("grp.beta", "grpo.beta"),
         ("learning_rate", "grpo.learning_rate or draft.learning_rate"),
         ("draft.num_generations", "grpo.num_generations"),
+        ("draft.vocab", "draft.vocabulary"),
+        ("gradient_accumulation", "grpo.gradient_accumulation_steps"),
+        ("draft.length_max", "draft.max_length"),
     ],
 )
 def test_unknown_key_suggests(key, suggestion, tmp_path):
@@ -119,6 +123,10 @@ def test_unknown_key_suggests(key, suggestion, tmp_path):
         ("grpo.per_device_train_batch_size", "grpo.prompts_per_step times grpo.num_generations"),
         ("grpo.max_steps", "set steps"),
         ("grpo.output_dir", "set out"),
+        ("eval_steps", "does not evaluate"),
+        ("grpo.eval_steps", "does not evaluate"),
+        ("grpo.max_new_tokens", "set grpo.max_completion_length"),
+        ("model.name", "set model.path"),
     ],
 )
 def test_names_of_trl_are_answered_with_ours(key, advice):
@@ -127,9 +135,11 @@ def test_names_of_trl_are_answered_with_ours(key, advice):
     assert "did you mean" not in message
 
 
-def test_a_shared_section_makes_no_word_alike():
-    message = fails("grpo.top_q=1")
-    assert "did you mean" not in message and "the keys there are" in message and "num_generations" in message
+@pytest.mark.parametrize("key", ["grpo.top_q", "grpo.cooldown_steps", "num_heads", "grpo.max_loss"])
+def test_what_names_share_makes_no_name_alike(key):
+    """A section, or a word such as `steps`, `num` or `max`."""
+    message = fails(f"{key}=1")
+    assert "did you mean" not in message and "the keys there are" in message
 
 
 def test_unknown_key_without_a_near_one_lists():
@@ -303,6 +313,27 @@ def test_resume():
         with pytest.raises(ConfigError) as info:
             check_resume(old, load_config(None, change))
         assert str(info.value).startswith(f"{key} was {was} in the run to be resumed and is {now} now")
+
+
+def test_a_rate_that_rises_again_on_resume_is_told():
+    def advice(old: int, new: int, done: int, schedule: str = "linear"):
+        common = ["grpo.learning_rate=1e-3", f"grpo.lr_scheduler_type={schedule}"]
+        configs = [load_config(None, [*common, f"steps={steps}"]) for steps in (old, new)]
+        return rate_advice(*configs, done)
+
+    told = advice(10, 20, 10)
+    assert told is not None and "was 0.0001 at step 10 of 10 and is 0.0005 at step 11 of 20" in told
+    assert advice(10, 10, 5) is None, "nothing has changed"
+    assert advice(10, 11, 10) is None, "it falls on: 0.0001 and 0.00009"
+    assert advice(10, 20, 10, "constant") is None
+
+
+def test_scale_rewards_is_a_boolean_too():
+    """As TRL has it."""
+    for value, means in (("true", "group"), ("false", "none"), ("batch", "batch")):
+        assert load_config(None, [f"grpo.scale_rewards={value}"]).grpo.scale_rewards == means
+    with pytest.raises(ConfigError, match='scale_rewards = 1: it must be one of "group", "batch", "none"'):
+        load_config(None, ["grpo.scale_rewards=1"])
 
 
 def test_dry_run_prints_what_can_be_read_back(tmp_path):

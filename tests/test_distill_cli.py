@@ -469,7 +469,7 @@ def test_the_command_line_shows_the_warning(tiny_folder, tmp_path, specgrpo):
     other = _embedding(tiny_model(), 0.4 * jr.normal(jr.key(2), (260, 32)))
     save_draft(tmp_path, MedusaHeads.fresh(32, 3), other, "another model")
     code, out, err = specgrpo(
-        "generate", "--model", tiny_folder, "--prompt", "1 + 2=", "--max-new-tokens", 4, "--draft", tmp_path
+        "generate", "--model", tiny_folder, "--prompt", "1 + 2=", "--max-completion-length", 4, "--draft", tmp_path
     )
     assert code == 0 and err.startswith("warning: the draft in ") and "'another model'" in err.splitlines()[0]
     assert ".py" not in err.splitlines()[0]

@@ -17,7 +17,9 @@ from eqx_specgrpo.tasks import (
     Arithmetic,
     JsonlTask,
     RewardError,
+    RewardLog,
     Rewards,
+    TrainerState,
     arithmetic_reward,
     find_numbers,
     last_number,
@@ -181,13 +183,13 @@ def test_soft_overlong():
     assert rewards == pytest.approx([0.0, 0.0, -0.05, -0.5, -1.0, -1.0, -1.0])
 
 
-def score(functions, weights=None, rows=3, chat=False, columns=None, step=None):
+def score(functions, weights=None, rows=3, chat=False, columns=None, step=None, **context):
     names = tuple(f"f{i}" for i in range(len(functions)))
     rewards = Rewards(names, tuple(functions), tuple(weights or [1.0] * len(functions)))
     prompts = [[{"role": "user", "content": f"prompt {i}"}] if chat else f"prompt {i}" for i in range(rows)]
     completions = [f"completion {i}" for i in range(rows)]
     ids = [list(range(i)) for i in range(rows)]
-    return rewards(prompts, completions, ids, columns or {}, step)
+    return rewards(prompts, completions, ids, columns or {}, step, **context)
 
 
 def test_weighted_sum_skips_what_does_not_apply():
@@ -208,7 +210,7 @@ def test_what_a_function_is_given(chat):
         return np.zeros(3)
 
     score([function], chat=chat, columns={"answer": ["a", "b", "c"]}, step=4)
-    assert set(seen) == {"prompts", "completions", "completion_ids", "answer"}
+    assert set(seen) == {"prompts", "completions", "completion_ids", "answer", "log_extra", "log_metric"}
     text = "completion 1"
     assert seen["completions"][1] == ([{"role": "assistant", "content": text}] if chat else text)
     assert seen["completion_ids"] == [[], [0], [0, 1]]
@@ -231,6 +233,61 @@ def test_a_function_gets_only_what_it_names():
 def test_a_column_called_step_comes_first():
     per_function, _ = score([lambda step: step], columns={"step": [7, 8, 9]}, step=4)
     assert per_function[:, 0].tolist() == [7, 8, 9]
+
+
+def logging_reward(completions, trainer_state, log_extra, log_metric, **kwargs):
+    """With TRL's whole signature."""
+    lengths = [len(text) for text in completions]
+    log_extra("characters", lengths)
+    log_extra("who", [np.float32(0.5), "é", {1, 2}])
+    log_metric("left", trainer_state.max_steps - trainer_state.global_step)
+    return [float(trainer_state.epoch or 0.0)] * len(lengths)
+
+
+def test_trl_s_whole_signature():
+    log, where = RewardLog(3), TrainerState(global_step=4, max_steps=10, epoch=0.25)
+    functions = [logging_reward, lambda completions, log_metric: log_metric("left", 8.0) or [0.0] * 3]
+    per_function, _ = score(functions, step=5, trainer_state=where, log=log)
+    assert per_function[:, 0].tolist() == [0.25] * 3
+    assert log.extra == {"characters": [12, 12, 12], "who": [0.5, "é", "{1, 2}"]}
+    assert log.metrics == {"left": (6 + 8) / 2}, "the mean of what was logged"
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (
+            lambda log_extra, log_metric: log_extra("a", [1, 2]),
+            r"log_extra\('a'\) was given 2 values for 3 completions",
+        ),
+        (lambda log_extra, log_metric: log_metric("a", math.nan), r"log_metric\('a'\) was given nan"),
+    ],
+)
+def test_what_cannot_be_written_down(write, message):
+    def function(completions, log_extra, log_metric):
+        write(log_extra, log_metric)
+        return [0.0] * 3
+
+    with pytest.raises(RewardError, match=message):
+        score([function])
+
+
+def test_calls_that_look_for_the_row_write_nothing_down():
+    def function(completions, log_extra, **kwargs):
+        log_extra("rows", completions)
+        raise ValueError
+
+    log = RewardLog(3)
+    with pytest.raises(RewardError, match="item 0 of 3"):
+        score([function], log=log)
+    assert log.extra == {"rows": ["completion 0", "completion 1", "completion 2"]}
+
+
+def test_columns_are_checked_before_anything_is_decoded():
+    rewards = Rewards(("f",), (lambda completions, answer, trainer_state, step=None: [0.0],), (1.0,))
+    rewards.check_columns({"answer": "a"})
+    with pytest.raises(RewardError, match="needs 'answer', which the task has no column for; there are 'prompts'"):
+        rewards.check_columns({"solution": "a"})
 
 
 def test_a_function_that_changes_its_arguments_changes_no_other():

@@ -121,7 +121,7 @@ def test_killed_and_resumed_is_bitwise_a_straight_run(straight, tiny_folder, tmp
         text=True,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [1, 2, 3, 4]
     assert latest_checkpoint(out) == out / "checkpoints" / "step-000003"
     assert not (out / "policy").exists()
     code, _, err = main_like(monkeypatch, capsys, "run", "--resume", "--out", str(out))
@@ -138,7 +138,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(straight, tiny_folder, t
     assert code == 130 and err == "" and "Traceback" not in text
     assert signal.getsignal(signal.SIGINT) is before
     assert "Ctrl-C" in text
-    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [0, 1]
+    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [1, 2]
     assert latest_checkpoint(out) == out / "checkpoints" / "step-000002"
     (line,) = [line for line in text.splitlines() if line.startswith("Stopped by Ctrl-C after step 2 of 6;")]
     command = shlex.split(line.partition("Go on with: ")[2])
@@ -204,6 +204,8 @@ def test_run_folder(straight, tiny_folder):
         "completions.jsonl",
         "machine.jsonl",
         "inputs.jsonl",
+        "times.jsonl",
+        "comparison.json",
         "checkpoints",
         "policy",
         "draft",
@@ -212,7 +214,7 @@ def test_run_folder(straight, tiny_folder):
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-000003", "step-000006"}
 
     metrics = read_records(out / "metrics.jsonl")
-    assert [record["step"] for record in metrics] == list(range(6))
+    assert [record["step"] for record in metrics] == list(range(1, 7))
     for record in metrics:
         assert not METRICS - set(record)
         assert all(isinstance(value, int | float) for value in record.values())
@@ -224,13 +226,16 @@ def test_run_folder(straight, tiny_folder):
     completions = read_records(out / "completions.jsonl")
     assert len(completions) == 6 * 8
     for step in range(6):
-        rows = [record for record in completions if record["step"] == step]
+        rows = [record for record in completions if record["step"] == step + 1]
         np.testing.assert_allclose(np.mean([row["reward"] for row in rows]), metrics[step]["reward"], rtol=1e-6)
         np.testing.assert_allclose(
             np.mean([row["length"] for row in rows]), metrics[step]["completions/mean_length"], rtol=1e-6
         )
         assert len({json.dumps(row["prompt"]) for row in rows}) == 2
         assert abs(sum(row["advantage"] for row in rows)) < 1e-4
+        # What the reward function logged.
+        assert [row["num_even"] / row["length"] for row in rows] == pytest.approx([row["even"] for row in rows])
+        assert metrics[step]["most_even"] == max(row["num_even"] for row in rows)
     assert {"prompt", "completion", "length", "stop_reason", "even", "reward", "advantage"} <= set(completions[0])
 
 
@@ -272,10 +277,29 @@ def test_summary_is_printed(straight):
         assert words in text, words
     assert re.search(r"compiled .*_segment.* in \d+\.\d s", text)
     assert re.search(r"step 6/6  reward \d\.\d+ .*acceptance length \d\.\d\d .*tokens/s", text)
-    for phase in ("rollout", "reward", "update", "draft"):
-        assert re.search(rf"  {phase} +\d+\.\d +\d+%", text)
+    for phase in ("loading", "warm-up", "rollout", "reward", "update", "draft", "checkpoints", "saving", "comparison"):
+        assert re.search(rf"  {phase} +\d+\.\d +\d+% +\d+\.\d", text), phase
     assert "Against plain decoding" in text and re.search(r"\d+\.\d\dx", text)
+    assert re.search(r"  rollouts \(by the comparison\) +[+-]\d+\.\d", text)
+    (start,) = read_records(out / "times.jsonl")
+    assert sum(start["seconds"].values()) == pytest.approx(start["total"], abs=0.1)
+    assert 0 < sum(start["compiling"].values()) < start["total"]
+    (comparison,) = read_records(out / "comparison.json")
+    assert comparison["steps"] == 6 and comparison["plain"] > 0 and comparison["compiling"] > 0
     assert str(out) in text
+
+
+def test_the_header_says_what_is_about_to_run(straight):
+    _, text = straight
+    for words in (
+        r"model     \S+: \d[\d,]+ parameters, float32 on 1 x cpu",
+        r"task      \S+problems.jsonl, rewards even",
+        r"rollouts  6 steps of 2 prompts x 4 completions, each of up to 16 tokens",
+        r"draft     medusa \([\d,]+ parameters\), learns at every step; guesses 3 tokens a round, verifier \w+",
+        r"programs  (\d+ are kept in /|compiled anew)",
+    ):
+        assert re.search(words, text), words
+    assert text.index("programs") < text.index("warming up")
 
 
 @pytest.fixture
@@ -506,12 +530,12 @@ def test_a_run_that_diverges_says_so(tiny_folder, tmp_path, monkeypatch, capsys)
     out = tmp_path / "run"
     settings = ["grpo.learning_rate=1e38", "draft.mode=off", "save_steps=1"]
     code, _, err = main_like(monkeypatch, capsys, "run", *as_flags(tiny_settings(tiny_folder, out, *settings)))
-    assert code == 2 and err.startswith("error: step 1: the policy's ") and "Traceback" not in err
+    assert code == 2 and err.startswith("error: step 2: the policy's ") and "Traceback" not in err
     # What was done before is there, as it was.
     (start,) = read_records(out / "machine.jsonl")
-    assert start["from_step"] == 0 and start["versions"]["jax"] == jax.__version__
+    assert start["from_step"] == 1 and start["versions"]["jax"] == jax.__version__
     assert latest_checkpoint(out) == out / "checkpoints" / "step-000001"
-    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [0]
+    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [1]
 
 
 def test_too_little_memory_is_told_with_what_takes_less(tiny_folder, tmp_path, monkeypatch):
@@ -544,4 +568,4 @@ def test_the_machine_of_steps_that_are_done_again_is_forgotten(tmp_path):
     with RunFolder(tmp_path / "run") as folder:
         for step, name in ((0, "failed"), (0, "a"), (20, "killed"), (20, "b")):
             folder.write_machine(step, {"device": name})
-        assert read_records(folder.machine_path) == [{"from_step": 0, "device": "a"}, {"from_step": 20, "device": "b"}]
+        assert read_records(folder.machine_path) == [{"from_step": 1, "device": "a"}, {"from_step": 21, "device": "b"}]

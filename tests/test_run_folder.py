@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from eqx_specgrpo.errors import UserError
-from eqx_specgrpo.records import RunFolder, _folder as _run_folder, read_records
-from eqx_specgrpo.records._report import first_to_last, phase_times, plot_run, summary_text
+from eqx_specgrpo.records import Comparison, RunFolder, _folder as _run_folder, read_records, read_steps
+from eqx_specgrpo.records._plot import draw_times, new_figure, plot_run
+from eqx_specgrpo.records._report import first_to_last, phase_times, summary_text
+from eqx_specgrpo.records._speculation import speculation_balance
 
 
 def finished(path, steps=3):
     with RunFolder(path) as folder:
         folder.write_config("steps = 3\n")
-        for step in range(steps):
+        for step in range(1, steps + 1):
             folder.append_metrics({"step": step, "reward": step / 4})
             folder.append_completions([{"step": step, "text": f"{step}{row}é\n"} for row in range(2)])
     return path
@@ -49,7 +51,7 @@ def test_records_round_trip(tmp_path):
 
 def test_lone_surrogates_do_not_stop_a_run(tmp_path):
     with RunFolder(tmp_path) as folder:
-        folder.append_completions([{"step": 0, "text": "a\ud83d"}])
+        folder.append_completions([{"step": 1, "text": "a\ud83d"}])
         assert read_records(folder.completions_path)[0]["text"] == "a?"
 
 
@@ -85,25 +87,25 @@ def test_resume_needs_a_run(tmp_path):
 def test_rewind(tmp_path):
     run = finished(tmp_path / "run")
     with open(run / "metrics.jsonl", "ab") as file:
-        file.write(b'{"step": 3, "rew')  # A kill in the middle of a line.
+        file.write(b'{"step": 4, "rew')  # A kill in the middle of a line.
     with RunFolder(run, resume=True) as folder:
         kept = folder.metrics_path.read_bytes().splitlines(keepends=True)[:2]
         folder.rewind(2)
         assert folder.metrics_path.read_bytes() == b"".join(kept)
-        assert [record["step"] for record in read_records(folder.completions_path)] == [0, 0, 1, 1]
-        folder.append_metrics({"step": 2})
-        assert [record["step"] for record in read_records(folder.metrics_path)] == [0, 1, 2]
+        assert [record["step"] for record in read_records(folder.completions_path)] == [1, 1, 2, 2]
+        folder.append_metrics({"step": 3})
+        assert [record["step"] for record in read_records(folder.metrics_path)] == [1, 2, 3]
     assert not list(run.glob(".tmp*"))
 
 
 def test_half_a_line_is_dropped_even_if_its_step_is_kept(tmp_path):
     run = finished(tmp_path / "run")
     with open(run / "metrics.jsonl", "ab") as file:
-        file.write(b'{"step": 3}')
+        file.write(b'{"step": 4}')
     with RunFolder(run, resume=True) as folder:
         folder.rewind(9)
-        folder.append_metrics({"step": 4})
-        assert [record["step"] for record in read_records(folder.metrics_path)] == [0, 1, 2, 4]
+        folder.append_metrics({"step": 5})
+        assert [record["step"] for record in read_records(folder.metrics_path)] == [1, 2, 3, 5]
 
 
 def test_damaged_line_is_named(tmp_path):
@@ -141,7 +143,7 @@ def test_full_disk(tmp_path, monkeypatch):
     with RunFolder(run, resume=True) as folder:
         monkeypatch.setattr(_run_folder, "_write_all", full)
         with pytest.raises(UserError, match="metrics.jsonl could not be written: No space left.*--resume"):
-            folder.append_metrics({"step": 3})
+            folder.append_metrics({"step": 4})
         monkeypatch.setattr(_run_folder.os, "fsync", full)
         for action in (lambda: folder.rewind(1), lambda: folder.write_config("x")):
             with pytest.raises(UserError, match="No space left"):
@@ -197,27 +199,99 @@ def test_summary_numbers():
     assert phase_times(METRICS) == {"rollout": 20.0, "reward": 0.0, "update": 10.0, "other": 10.0}
 
 
+def rows_of(*arguments) -> list[str]:
+    return [" ".join(line.split()) for line in summary_text(*arguments).splitlines()]
+
+
 def test_summary_text():
-    rows = {" ".join(line.split()) for line in summary_text(METRICS, {"wall clock": 1.234}).splitlines()}
+    rows = rows_of(METRICS, (), Comparison(10, 100.0, 123.4, 1.0))
     assert "Acceptance length (mean of 5 steps) 1.600 1.850 +0.250" in rows
     assert "Reward (mean of 4 steps) 0.175 0.750 +0.575" in rows
-    assert {"rollout 20.0 50%", "update 10.0 25%", "other 10.0 25%", "all steps 40.0", "wall clock 1.23x"} <= rows
+    assert {"rollout 20.0 50%", "update 10.0 25%", "other 10.0 25%", "all steps 40.0"} <= set(rows)
+    assert "rollouts after step 10 123 100 1.23x" in rows
     assert "Summary of 0 steps" in summary_text([])
 
 
 def test_summary_of_an_adaptive_length():
     """How often it drafted, also if that was never: then acceptance lengths of 1 need a reason."""
 
-    def rows(*rounds, speedup=None):
-        metrics = [{f"spec/rounds_length_{length}": count for length, count in step.items()} for step in rounds]
-        return [" ".join(line.split()) for line in summary_text(metrics, speedup).splitlines()]
+    def rows(*rounds, comparison=None):
+        return rows_of([{f"spec/rounds_length_{k}": n for k, n in step.items()} for step in rounds], (), comparison)
 
+    even = Comparison(10, 100.0, 100.0, 1.0)
     text = rows({0: 30.0}, {2: 60.0, 0: 10.0}, {10: 20.0})
     begin = text.index("Draft length rounds share")
     assert text[begin + 1 : begin + 4] == ["0 (plain decoding) 40 33%", "2 60 50%", "10 20 17%"]
-    assert "0 (plain decoding) 30 100%" in rows({0: 30.0}, speedup={"wall clock": 1.0})
+    assert "0 (plain decoding) 30 100%" in rows({0: 30.0}, comparison=even)
     assert "Draft length rounds share" not in rows({0: 30.0}), "without a draft it goes without saying"
-    assert "Draft length rounds share" not in rows({3: 30.0}, speedup={"wall clock": 1.0}), "as does a fixed length"
+    assert "Draft length rounds share" not in rows({3: 30.0}, comparison=even), "as does a fixed length"
+
+
+# Two starts of a run: the phases of each add up to its total.
+STARTS = [
+    {
+        "from_step": 1,
+        "total": 60.0,
+        "seconds": {"loading": 4.0, "warm-up": 20.0, "rollout": 24.0, "draft": 3.0, "other": 9.0},
+        "compiling": {"loading": 1.0, "warm-up": 15.0, "rollout": 10.0, "draft": 1.0},
+    },
+    {
+        "from_step": 6,
+        "total": 40.0,
+        "seconds": {"loading": 4.0, "rollout": 20.0, "draft": 2.0, "comparison": 8.0, "other": 6.0},
+        "compiling": {"loading": 1.0, "rollout": 4.0, "draft": 0.0, "comparison": 6.0},
+    },
+]
+
+
+def test_the_times_of_all_starts_add_up():
+    rows = rows_of(METRICS, STARTS)
+    assert {
+        "loading 8.0 8% 2.0",
+        "warm-up 20.0 20% 15.0",
+        "rollout 44.0 44% 14.0",
+        "comparison 8.0 8% 6.0",
+        "other 15.0 15% 0.0",
+        "in all, of 2 starts 100.0 38.0",
+    } <= set(rows)
+    assert "all steps 40.0" in rows_of(METRICS, STARTS[1:]), "the beginning is not known"
+
+
+def test_what_speculation_saved_by_a_comparison():
+    """3,600 tokens, which plain decoding would have made in 36 s: the rollouts, 30 s without compiling, saved 6. The
+    lessons took 9 s. 30 s of compiling, of which plain decoding would have needed 5."""
+    metrics = [{"spec/tokens_per_second": 45.0, "time/rollout": 8.0}] * 10
+    balance = speculation_balance(metrics, STARTS, Comparison(10, 100.0, 120.0, 5.0))
+    assert balance is not None and "comparison" in balance.basis
+    assert (balance.rollouts, balance.draft, balance.compiling, balance.total) == pytest.approx((6.0, -9.0, -25.0, -28))
+
+
+def test_what_speculation_saved_without_a_comparison():
+    """As the run itself expected; nothing is said where it expected nothing, or its beginning is not known."""
+    metrics = [{"spec/seconds_saved": 0.5}, {"spec/seconds_saved": -0.25}, {}]
+    balance = speculation_balance(metrics, STARTS, None)
+    assert balance is not None and "estimate" in balance.basis
+    assert (balance.rollouts, balance.draft, balance.compiling) == pytest.approx((0.25, -9.0, -16.0))
+    assert speculation_balance([{}], STARTS, None) is None
+    assert speculation_balance(metrics, STARTS[1:], None) is None
+
+
+def test_older_folders_are_counted_from_one(tmp_path):
+    """They begin with step 0. What is kept is counted anew when a run goes on there, once."""
+    with RunFolder(tmp_path) as folder:
+        folder.write_config("steps = 3\n")
+        for step in range(3):
+            folder.append_metrics({"step": step, "reward": step / 4})
+            folder.append_completions([{"step": step}, {"step": step}])
+        folder.machine_path.write_text('{"from_step": 0, "device": "a"}\n{"from_step": 2, "device": "b"}\n')
+    assert [record["step"] for record in read_steps(folder.metrics_path)] == [1, 2, 3]
+    for _ in range(2):
+        with RunFolder(tmp_path, resume=True) as folder:
+            folder.rewind(2)
+            folder.write_machine(2, {"device": "c"})
+        assert read_records(folder.metrics_path) == [{"step": 1, "reward": 0.0}, {"step": 2, "reward": 0.25}]
+        assert [record["step"] for record in read_records(folder.completions_path)] == [1, 1, 2, 2]
+        assert [start["from_step"] for start in read_records(folder.machine_path)] == [1, 3]
 
 
 def test_plot(tmp_path, monkeypatch):
@@ -229,5 +303,16 @@ def test_plot(tmp_path, monkeypatch):
     picture = plot_run(tmp_path)
     assert picture.parent == tmp_path and picture.read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match=r"pip install .*eqx_specgrpo\[plot\]"):
+    with pytest.raises(UserError, match="needs matplotlib, which is not installed: pip install matplotlib"):
         plot_run(tmp_path)
+
+
+def test_bars_beyond_the_axis_say_how_long_they_are():
+    axes = new_figure(4.0, 3.0).subplots()
+    metrics = [{"step": step, "time/rollout": 2.0, "time/update": 1.0} for step in range(1, 21)]
+    draw_times(axes, metrics)
+    assert not axes.texts and axes.get_ylim()[1] >= 3.0, "no step is unusual"
+    axes = new_figure(4.0, 3.0).subplots()
+    draw_times(axes, [{"step": 1, "time/rollout": 90.0, "time/update": 40.0}, *metrics[1:]])
+    assert 3.0 < axes.get_ylim()[1] < 6.0
+    assert [(text.get_text(), text.xy[0]) for text in axes.texts] == [("130 s", 1)]

@@ -28,9 +28,12 @@ import os
 import signal
 
 
-def even(completion_ids, step, **kwargs):
-    """The share of even token ids. Environment variables name a step at which something happens."""
-    now = lambda name: str(step) == os.environ.get(name)
+def even(completion_ids, trainer_state, log_extra, log_metric, **kwargs):
+    """The share of even token ids, with their number in the records.
+
+    Environment variables say after how many steps something happens.
+    """
+    now = lambda name: str(trainer_state.global_step) == os.environ.get(name)
     if now("TINY_RUN_KILL_AT"):
         os.kill(os.getpid(), signal.SIGKILL)
     if now("TINY_RUN_INTERRUPT_AT"):
@@ -38,7 +41,10 @@ def even(completion_ids, step, **kwargs):
             signal.raise_signal(signal.SIGINT)
     if now("TINY_RUN_RAISE_AT"):
         raise ValueError("out of order")
-    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+    counts = [sum(token % 2 == 0 for token in ids) for ids in completion_ids]
+    log_extra("num_even", counts)
+    log_metric("most_even", max(counts))
+    return [count / len(ids) for count, ids in zip(counts, completion_ids)]
 '''
 
 

@@ -26,7 +26,6 @@ from ..errors import UserError
 from ..grpo import compute_copy, make_update_batch
 from ..models import AbstractLanguageModel, Tokenizer
 from ..records import RunProgress, machine
-from ..runtime import count_compilations
 from ..sampling import make_sampling
 from ..train import Lesson, features_of, mean_entropy, next_examples, out_of_memory_advice, step_key
 from ._drafts import Generations, collect_generations, distil_on, expected_acceptance
@@ -101,9 +100,8 @@ def bench(
         for contender in made:
             _measurable(contender, settings)
         target = compute_copy(policy, base.model.dtype)
-        with count_compilations(progress.note):
-            generations = generate_for(made, target, settings.minutes, progress)
-            contenders = [prepare(one, target, settings.minutes, progress, generations) for one in made]
+        generations = generate_for(made, target, settings.minutes, progress)
+        contenders = [prepare(one, target, settings.minutes, progress, generations) for one in made]
         return measure_drafts(contenders, target, settings, progress, about)
 
 
@@ -131,7 +129,7 @@ def draft_run_config(
     if name != spec:
         its_flags["draft.ngram"] = True
     common = {
-        "grpo.max_completion_length": settings.new,
+        "grpo.max_completion_length": settings.max_completion_length,
         "grpo.temperature": float(settings.temperature) or None,
     }
     return load_config(path, overrides, {**common, **(flags or {}), **its_flags})
@@ -308,7 +306,12 @@ def _workloads(parts: RunParts, target: AbstractLanguageModel, settings: BenchSe
     """By ascending number of rows. Prompts differ from round to round, all padded alike: few programs are compiled."""
     most = max(settings.rows) // settings.samples
     _, prompts = next_examples(
-        parts.task, parts.tokenizer, target, _FIRST_POSITION, most * (settings.rounds + 1), settings.new
+        parts.task,
+        parts.tokenizer,
+        target,
+        _FIRST_POSITION,
+        most * (settings.rounds + 1),
+        settings.max_completion_length,
     )
     sampling = make_sampling(settings.temperature, settings.top_k, settings.top_p)
     workloads = []
@@ -318,7 +321,13 @@ def _workloads(parts: RunParts, target: AbstractLanguageModel, settings: BenchSe
         key = jr.fold_in(step_key(parts.config.seed, 0, _PURPOSE), rows)
         eos_ids = () if settings.ignore_eos else tuple(parts.tokenizer.eos_ids)
         workload = Workload(
-            by_round, settings.samples, settings.new, sampling, eos_ids, key, max_rows=parts.config.grpo.max_rows
+            by_round,
+            settings.samples,
+            settings.max_completion_length,
+            sampling,
+            eos_ids,
+            key,
+            max_rows=parts.config.grpo.max_rows,
         )
         workloads.append((rows, workload))
     return workloads

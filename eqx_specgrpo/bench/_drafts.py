@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ..config import RunParts
 from ..decoding import DecodeProgress
-from ..drafts import AbstractDraft, AbstractHistoryDraft, FallbackDraft
+from ..drafts import AbstractDraft, AbstractHistoryDraft, FallbackDraft, NoDraft
 from ..models import AbstractLanguageModel, Features
 from ..train import Lesson, RunState, examine, learn_lesson, make_lesson, recall_lesson, with_scheduled_rate
 
@@ -70,7 +70,7 @@ def collect_generations(
         time.perf_counter() - begin < seconds if batches is None else len(lessons) < batches
     ):
         on_phase(f"batch {len(lessons) + 1} of the target's own completions")
-        lessons.append(make_lesson(parts, target, layers, len(lessons), on_progress))
+        lessons.append(make_lesson(parts, target, NoDraft(), layers, len(lessons), on_progress))
     return Generations(tuple(lessons), layers, time.perf_counter() - begin)
 
 

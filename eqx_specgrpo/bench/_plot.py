@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..records import save_figure, try_folder
+from ..records import new_figure, save_figure, try_folder
 from ._measure import ADAPTIVE, PLAIN
 
 _COLORS = ("#1b6ca8", "#c8553d", "#5a8f5a", "#e0a030", "#7a5195", "#3aa6a6", "#8c564b", "#444444")
@@ -20,11 +20,7 @@ def check_plot(path: Path) -> None:
 
     `UserError` without matplotlib (extra `plot`), or if the picture can't be written: no such format, or no such place.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('drawing needs matplotlib: pip install "eqx_specgrpo[plot]"') from None
-    formats = Figure().canvas.get_supported_filetypes()
+    formats = new_figure(1.0, 1.0).canvas.get_supported_filetypes()
     if path.suffix and path.suffix[1:].lower() not in formats:
         raise UserError(f"{path}: there is no picture format {path.suffix}; name a file such as bench.png")
     if path.is_dir():
@@ -48,16 +44,12 @@ def plot_bench(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
 
     `UserError` without matplotlib (extra `plot`), or if the picture can't be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError('drawing needs matplotlib: pip install "eqx_specgrpo[plot]"') from None
     speculative = [row for row in results if row["draft"] != PLAIN]
     columns = sorted({row["rows"] for row in speculative})
     lengths = sorted({row["length"] for row in speculative}, key=lambda length: (isinstance(length, str), length))
     drafts = list(dict.fromkeys(row["draft"] for row in speculative))
     verifiers = list(dict.fromkeys(row["verifier"] for row in speculative))
-    figure = Figure(figsize=(1.5 + 4.2 * max(len(columns), 1), 7.0), layout="constrained")
+    figure = new_figure(1.5 + 4.2 * max(len(columns), 1), 7.0)
     figure.suptitle(title, fontsize="medium")
     panels = figure.subplots(2, max(len(columns), 1), sharex=True, sharey="row", squeeze=False)
     for column, rows in enumerate(columns):

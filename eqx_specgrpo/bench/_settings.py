@@ -18,10 +18,10 @@ class BenchSettings(eqx.Module):
     - `adaptive`: also let an `AdaptiveLength` choose, up to the greatest of `lengths`.
     - `verifiers`: `rejection`, `block`, `coupled`, `greedy` (at temperature 0 only); by default `block`, or
         `greedy` at temperature 0.
-    - `new`: the longest completion, in tokens.
-    - `ignore_eos`: go on after an end of sequence, to `new` tokens (or the model's context). Every decoding then has as
-        many tokens to make, so that a ratio of two says nothing of when completions happened to end. Drafts are
-        distilled on completions that end all the same.
+    - `max_completion_length`: the longest completion, in tokens.
+    - `ignore_eos`: go on after an end of sequence, to `max_completion_length` tokens (or the model's context). Every
+        decoding then has as many tokens to make, so that a ratio of two says nothing of when completions happened to
+        end. Drafts are distilled on completions that end all the same.
     - `samples`: completions a prompt; divides each of `rows`.
     - `temperature`, `top_k`, `top_p`: of sampling; temperature 0 is greedy.
     - `rounds`: how often everything is measured.
@@ -36,7 +36,7 @@ class BenchSettings(eqx.Module):
     lengths: tuple[int, ...] = (1, 2, 3, 4)
     adaptive: bool = False
     verifiers: tuple[str, ...] = ()
-    new: int = 128
+    max_completion_length: int = 128
     ignore_eos: bool = False
     samples: int = 4
     temperature: float = 1.0
@@ -49,7 +49,8 @@ class BenchSettings(eqx.Module):
         for name, value in (("rows", self.rows), ("lengths", self.lengths), ("verifiers", self.verifiers)):
             if len(set(value)) < len(value):
                 raise UserError(f"--{name} {','.join(map(str, value))} names something twice: name it once")
-        for name, value in (("new", self.new), ("samples", self.samples), ("rounds", self.rounds)):
+        longest = ("max-completion-length", self.max_completion_length)
+        for name, value in (longest, ("samples", self.samples), ("rounds", self.rounds)):
             if value < 1:
                 raise UserError(f"--{name} is {value}, but must be at least 1")
         if not self.rows or min(self.rows) < 1:

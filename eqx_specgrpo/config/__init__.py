@@ -1,6 +1,8 @@
 from ._check import (
     check_draft_options as check_draft_options,
     check_places as check_places,
+    default_draft_path as default_draft_path,
+    default_model_path as default_model_path,
     load_task_and_rewards as load_task_and_rewards,
 )
 from ._dtype_advice import dtype_advice as dtype_advice
@@ -14,7 +16,6 @@ from ._load import (
 from ._parts import (
     RunParts as RunParts,
     check_prompt as check_prompt,
-    default_model_path as default_model_path,
     draft_spec as draft_spec,
     learning_rate as learning_rate,
     load_policy as load_policy,
@@ -22,6 +23,7 @@ from ._parts import (
     make_parts as make_parts,
     model_name as model_name,
     named_draft as named_draft,
+    rate_advice as rate_advice,
 )
 from ._places import with_absolute_paths as with_absolute_paths
 from ._toml import toml_value as toml_value

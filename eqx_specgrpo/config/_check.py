@@ -1,10 +1,18 @@
 """What a configuration names, found before anything expensive starts."""
 
+import os
+import shutil
+from importlib import resources
 from pathlib import Path
 
-from ..drafts import DraftError, describe_saved_draft
+import equinox as eqx
+import jax
+import jax.random as jr
+
+from ..drafts import DraftError, check_saved_sizes, describe_saved_draft
+from ..errors import UserError
 from ..files import absolute_spec, is_import_spec
-from ..models import could_be_downloaded, locate
+from ..models import Transformer, load_model_config
 from ..records import check_unused
 from ..tasks import AbstractTask, Rewards, load_rewards, load_task
 from ._draft_options import check_options
@@ -16,28 +24,67 @@ def load_task_and_rewards(config: RunConfig) -> tuple[AbstractTask, Rewards]:
 
     **Raises:**
 
-    `UserError` if the task, one of its options or a reward cannot be found, or the task is empty.
+    `UserError` if the task, one of its options or a reward cannot be found, the task is empty, or has not a column that
+    a reward needs.
     """
     task = load_task(config.task.name, config.seed, config.task.options)
-    task.at(0)
-    return task, load_rewards(config.reward.functions, config.reward.weights, task)
+    columns = task.at(0).columns
+    rewards = load_rewards(config.reward.functions, config.reward.weights, task)
+    rewards.check_columns(columns)
+    return task, rewards
 
 
 def check_places(config: RunConfig, resume: bool) -> None:
-    """What a dry run can say of the model, the draft and the run folder without loading or downloading anything.
+    """What a dry run can say of the model, the draft and the run folder without loading weights. Of a model by name its
+    `config.json` is downloaded, if it is not here.
 
     **Raises:**
 
-    `UserError` if one of them is not there, or the run folder is taken.
+    `UserError` if one of them is not there or cannot be used, the draft does not fit the model, the run folder is taken
+    or cannot be written, or the disk has no room for the checkpoints.
     """
-    path = config.model.path
-    if path and (Path(path).expanduser().exists() or not could_be_downloaded(path)):
-        locate(path)
+    model = load_model_config(config.model.path or default_model_path())
     if config.draft.path is not None:
         check_saved_draft(config.draft)
+        check_saved_sizes(Path(config.draft.path).expanduser(), model.hidden_size, model.vocab_size)
     check_draft_options(config.draft)
+    out = Path(config.out)
     if not resume:
-        check_unused(Path(config.out))
+        check_unused(out)
+    skeleton = eqx.filter_eval_shape(Transformer, model, key=jr.key(0))
+    num_parameters = sum(array.size for array in jax.tree.leaves(skeleton))
+    _check_room(out, _CHECKPOINT_BYTES * num_parameters * (1 if resume else 3))
+
+
+# Of each parameter: float32 weights and two moments of the optimizer.
+_CHECKPOINT_BYTES = 12
+
+
+def _check_room(out: Path, needed: int) -> None:
+    """Raises `UserError` if the run folder can't be made, or its disk has less than so many bytes free."""
+    place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"the run folder {out} cannot be written: {place} is not writable; choose another --out")
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"the disk of the run folder {out} has {_in_words(free)} free, but this model's checkpoints need "
+            f"{_in_words(needed)}: two are kept while the next is written. Make room there, or choose another --out"
+        )
+
+
+def _in_words(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def default_model_path() -> Path:
+    """The folder of the embedded default model."""
+    return Path(str(resources.files("eqx_specgrpo") / "assets" / "default_model"))
+
+
+def default_draft_path() -> Path:
+    """The folder of trained Medusa heads for the embedded default model, up to four tokens ahead."""
+    return Path(str(resources.files("eqx_specgrpo") / "assets" / "default_draft"))
 
 
 def check_draft_options(draft: DraftConfig) -> None:

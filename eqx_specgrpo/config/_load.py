@@ -3,7 +3,7 @@
 import difflib
 import importlib.resources
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ._toml import parse_toml_value, toml_key, toml_value
 from ._tree import DraftConfig, RunConfig, TaskConfig
 
 _NOTES = {"grpo.num_generations": "a group of one has nothing to be compared with"}
-_MAY_CHANGE = frozenset({"steps", "out", "save_steps"})
+_MAY_CHANGE = frozenset({"steps", "out", "save_steps", "compare"})
 _WHOLE_LAW = "a run draws from the whole distribution, which is the one in the loss"
 # Names of TRL's GRPOConfig that are not near what they are here; docs/run.md, "Coming from TRL", has them all.
 _OF_TRL = {
@@ -34,6 +34,22 @@ _OF_TRL = {
     "max_steps": "set steps, the number of batches of rollouts",
     "bf16": 'set model.dtype = "bfloat16"; master weights and optimizer stay float32',
     "output_dir": "set out",
+    "model_name_or_path": "set model.path",
+    "model.name": "set model.path",
+    "train_dataset": "set task.name to a file of JSON objects, FILE.jsonl",
+    "dataset": "set task.name to a file of JSON objects, FILE.jsonl",
+    "reward_funcs": "set reward.functions",
+    "max_new_tokens": "set grpo.max_completion_length",
+    "max_prompt_length": "prompts are never cut; one that leaves no room in the model's context is an error",
+    "warmup_ratio": "set grpo.warmup_steps, a number of steps",
+    "num_epochs": "set steps, the number of batches of rollouts",
+    "logging_steps": "every step is written to metrics.jsonl",
+    "log_completions": "every completion is written to completions.jsonl",
+    "save_total_limit": "the newest two checkpoints are kept",
+    "eval_steps": "a run does not evaluate; its metrics are those of its rollouts",
+    "eval_strategy": "a run does not evaluate; its metrics are those of its rollouts",
+    "eval_dataset": "a run does not evaluate; its metrics are those of its rollouts",
+    "optim": "it is AdamW, with grpo.adam_beta1, adam_beta2, adam_epsilon and weight_decay",
     "report_to": "records go to metrics.jsonl in the run folder, and specgrpo plot draws them",
 }
 
@@ -310,22 +326,37 @@ def _unknown(key: str) -> str:
     known += [f"{section}.{name}" for section, model in sections.items() for name in model.model_fields]
     known += dict.fromkeys(f"draft.options.{name}" for kind in DRAFT_KINDS for name in draft_options(kind).names)
     section, _, word = key.rpartition(".")
-    if word in _OF_TRL:
-        return f"unknown configuration key {key}: {_OF_TRL[word]}"
+    if key in _OF_TRL or word in _OF_TRL:
+        return f"unknown configuration key {key}: {_OF_TRL.get(key, _OF_TRL.get(word))}"
     near = [name for name in known if name.rpartition(".")[2] == word]
     if not near and section in sections:
-        # Word by word: the section is in every name of it, and would make any of them look alike.
-        own = difflib.get_close_matches(word, sections[section].model_fields, n=1)
-        near = [f"{section}.{name}" for name in own]
-    elif not near:
-        near = difflib.get_close_matches(key, known if section else [*known, *sections], n=1)
+        near = [f"{section}.{name}" for name in _most_alike(word, sections[section].model_fields)]
     if not near:
-        leaves = difflib.get_close_matches(word, [name.rpartition(".")[2] for name in known], n=1)
-        near = [name for name in known if name.rpartition(".")[2] in leaves]
+        leaves = _most_alike(word, [name.rpartition(".")[2] for name in known] + ([] if section else [*sections]))
+        near = [name for name in [*known, *sections] if name.rpartition(".")[2] in leaves]
     if near:
         return f"unknown configuration key {key}: did you mean {' or '.join(near)}?"
     names = sections[section].model_fields if section in sections else RunConfig.model_fields
     return f"unknown configuration key {key}: the keys there are {', '.join(names)}"
+
+
+def _most_alike(word: str, names: Iterable[str]) -> list[str]:
+    """The name that is most like a word, if any is like it."""
+    best = max(names, key=lambda name: _alike(word, name))
+    return [best] if _alike(word, best) >= 0.7 else []
+
+
+def _alike(word: str, name: str) -> float:
+    """How alike two names are where they differ, from 0 to 1: `eval_steps` is not like `warmup_steps`, for what both
+    have says nothing."""
+    ours, theirs = word.split("_"), name.split("_")
+    left = "_".join(part for part in ours if part not in theirs)
+    right = "_".join(part for part in theirs if part not in ours)
+    if not left or not right:
+        left, right = "_".join(sorted(ours)), "_".join(sorted(theirs))
+    elif min(len(left), len(right)) >= 4 and (left.startswith(right) or right.startswith(left)):
+        return 0.9
+    return difflib.SequenceMatcher(None, left, right).ratio()
 
 
 def _explain(detail: Any) -> str:

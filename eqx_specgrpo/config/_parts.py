@@ -1,6 +1,5 @@
 """From a configuration to the objects of a run. The only place that turns names into classes."""
 
-from importlib import resources
 from pathlib import Path
 
 import equinox as eqx
@@ -40,7 +39,7 @@ from ..grpo import AbstractEntropyControl, LossSettings, adamw
 from ..models import AbstractLanguageModel, Tokenizer, load_pretrained
 from ..sampling import AbstractSampling, Sampling
 from ..tasks import AbstractTask, Rewards, load_task
-from ._check import check_saved_draft, load_task_and_rewards
+from ._check import check_saved_draft, default_model_path, load_task_and_rewards
 from ._draft_options import LOOKUP, split_options
 from ._load import draft_config
 from ._loss import entropy_control, loss_settings
@@ -67,11 +66,6 @@ class RunParts(eqx.Module):
     draft_loss: AbstractDraftLoss
     policy_optimizer: optax.GradientTransformation
     draft_optimizer: optax.GradientTransformation
-
-
-def default_model_path() -> Path:
-    """The folder of the embedded default model."""
-    return Path(str(resources.files("eqx_specgrpo") / "assets" / "default_model"))
 
 
 def load_policy(path: str) -> tuple[AbstractLanguageModel, Tokenizer]:
@@ -220,3 +214,20 @@ def learning_rate(config: RunConfig, step: int) -> float:
         return grpo.learning_rate * warm
     decayed = (config.steps - step) / max(config.steps - grpo.warmup_steps, 1)
     return grpo.learning_rate * min(warm, max(0.0, min(1.0, decayed)))
+
+
+def rate_advice(old: RunConfig, new: RunConfig, done: int) -> str | None:
+    """What to know of the learning rate of a run that goes on with another number of steps, if it changes.
+
+    **Arguments:**
+
+    - `done`: steps that are done.
+    """
+    before, after = learning_rate(old, max(done - 1, 0)), learning_rate(new, done)
+    if old.steps == new.steps or done == new.steps or after <= before:
+        return None
+    return (
+        f"the learning rate goes back up: it was {before:.3g} at step {done} of {old.steps} and is {after:.3g} at step "
+        f"{done + 1} of {new.steps}, since it falls linearly to 0 at the last step. For a rate that does not depend on "
+        'steps, start a run with grpo.lr_scheduler_type = "constant"'
+    )

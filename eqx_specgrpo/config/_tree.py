@@ -101,7 +101,9 @@ class DraftConfig(_Section):
         description="; ".join(f"{name}: {kind.summary}" for name, kind in DRAFT_LOSS_KINDS.items()),
     )
     fraction: float = Field(default=0.25, gt=0, le=1, description="share of the rollouts that the draft learns from")
-    warmup: int = Field(default=20, ge=0, description="updates of a fresh draft on the first rollouts, before step 0")
+    warmup: int = Field(
+        default=20, ge=0, description="updates of a fresh draft on the first rollouts, before the first step"
+    )
     max_grad_norm: float = Field(default=1.0, gt=0, description="the draft's gradient is clipped to this norm")
     vocabulary: Annotated[Annotated[int, Field(ge=0)] | None, _NoneWord] = Field(
         default=None,
@@ -119,7 +121,7 @@ class DraftConfig(_Section):
 
     @property
     def warms_up(self) -> bool:
-        """Whether a fresh draft is trained before step 0; a draft that was saved has learned already."""
+        """Whether a fresh draft is trained before the first step; a draft that was saved has learned already."""
         return self.enabled and self.path is None and self.warmup > 0
 
     @property
@@ -183,6 +185,9 @@ class RunConfig(_Section):
     seed: int = Field(default=0, ge=0, lt=2**32, description="of everything random")
     save_steps: int = Field(default=10, ge=1, description="a checkpoint every so many steps, and at the end")
     out: str = Field(default="runs/default", min_length=1, description="the run folder")
+    compare: bool = Field(
+        default=True, description="at the end, measure decoding with the draft against plain decoding"
+    )
     model: ModelConfig = Field(default_factory=ModelConfig)
     task: TaskConfig = Field(default_factory=TaskConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)

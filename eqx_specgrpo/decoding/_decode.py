@@ -88,8 +88,8 @@ def decode(
     - `expected_lengths`: of the completions of each prompt; rows that are expected to be longest start first, so that
         few are left at the end.
     - `smallest_bucket`: when rows finish, the batch is shrunk to the next power of two, but not below this; by
-        default 2, or 1 where a single row is cheaper: in float32 on CPU, unless the model is very small. Each is a
-        program to compile: for a single decoding 2 may be enough.
+        default 2, on CPU 1 in float32, where a single row is cheaper, and 16 for a very small model. Each is a program
+        to compile: for a single decoding 2 may be enough.
     - `cache_dtype`: of keys and values; by default float32 on CPU (where a bfloat16 write would convert the whole
         cache) and the dtype of the target's matrices elsewhere.
     - `loop`: how the device repeats rounds; by default [`eqx_specgrpo.decoding.UntilRowsFinish`][] on CPU and

@@ -32,6 +32,7 @@ from ._sampler import (
 )
 from ._save import (
     DraftWarning as DraftWarning,
+    check_saved_sizes as check_saved_sizes,
     describe_saved_draft as describe_saved_draft,
     draft_kind as draft_kind,
     load_draft as load_draft,

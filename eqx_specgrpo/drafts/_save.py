@@ -88,13 +88,7 @@ def load_draft(folder: Path, target: AbstractLanguageModel) -> AbstractDraft:
     folder = Path(folder)
     about = _read_about(folder)
     made_for = about["target"]
-    sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
-    for name, size in sizes.items():
-        if made_for.get(name) != size:
-            raise DraftError(
-                f"the draft in {folder} was trained for {made_for.get('name')!r} with {name} {made_for.get(name)}, but "
-                f"this target's is {size}: use a draft trained for this target, or start from a fresh one"
-            )
+    check_saved_sizes(folder, target.hidden_size, target.vocab_size)
     try:
         template = _build(about["kind"], dict(about["settings"]), about["max_length"], target)
         if about["vocabulary"] > target.vocab_size:
@@ -116,6 +110,17 @@ def load_draft(folder: Path, target: AbstractLanguageModel) -> AbstractDraft:
     check_fit(draft, target)
     _check_same_model(folder, made_for, target)
     return draft
+
+
+def check_saved_sizes(folder: Path, hidden_size: int, vocab_size: int) -> None:
+    """Raises `DraftError`, naming both sides, if a saved draft was made for a target of other sizes; loads nothing."""
+    made_for = _read_about(folder)["target"]
+    for name, size in {"hidden_size": hidden_size, "vocab_size": vocab_size}.items():
+        if made_for.get(name) != size:
+            raise DraftError(
+                f"the draft in {folder} was trained for {made_for.get('name')!r} with {name} {made_for.get(name)}, but "
+                f"this target's is {size}: use a draft trained for this target, or start from a fresh one"
+            )
 
 
 def describe_saved_draft(folder: Path) -> dict[str, Any]:

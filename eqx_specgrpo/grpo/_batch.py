@@ -181,6 +181,7 @@ def plan_micro_batches(
     prompt_of_row: Int[np.ndarray, " rows"] | None = None,
     prompt_width: int = 0,
     rows_with_gradient: Bool[np.ndarray, " rows"] | None = None,
+    one_shape: bool = False,
 ) -> list[PlannedMicroBatch]:
     """Divides rows into micro-batches of equal size, so that short rows are not padded to the length of long ones, and
     no backward is computed where no row has a gradient.
@@ -201,6 +202,8 @@ def plan_micro_batches(
     - `sort`: whether rows may change places, and be divided further than `num_parts`.
     - `prompt_of_row`, `prompt_width`: which prompt a row has, and as how many positions a prompt is computed.
     - `overhead`: of a part, in positions; measured on a CPU, where its gradients have to be added.
+    - `one_shape`: leave rows in their order, pad all parts to the longest row of all, and divide only as `max_tokens`
+        asks for: one program.
     - `rows_with_gradient`: see [`eqx_specgrpo.grpo.UpdateBatch.rows_with_gradient`][]; by default all.
 
     **Returns:**
@@ -213,9 +216,10 @@ def plan_micro_batches(
         raise ValueError(f"num_parts is {num_parts}, which does not divide {rows} rows: give a divisor")
 
     def divide(order: Int[np.ndarray, " rows"], num: int) -> list[PlannedMicroBatch]:
+        longest = [int((lengths if one_shape else lengths[part]).max()) for part in np.split(order, num)]
         return [
-            PlannedMicroBatch(part, min(padded_width(int(lengths[part].max())), width), bool(with_gradient[part].any()))
-            for part in np.split(order, num)
+            PlannedMicroBatch(part, min(padded_width(most), width), bool(with_gradient[part].any()))
+            for part, most in zip(np.split(order, num), longest, strict=True)
         ]
 
     if not sort:
@@ -235,10 +239,14 @@ def plan_micro_batches(
         numbers.append(2 * numbers[-1])
     if numbers[-1] != rows:
         numbers.append(rows)
-    orders = np.argsort(-lengths, kind="stable"), np.lexsort((-lengths, ~with_gradient))
+    orders = [np.argsort(-lengths, kind="stable"), np.lexsort((-lengths, ~with_gradient))]
+    if one_shape:  # in which the rows of a prompt stay together, so that parts have as many prompts
+        orders = [np.arange(rows)]
     plans = [divide(order, num) for num in numbers for order in orders]
     if max_tokens is not None:
         # The last ones have a row a part: nothing can be smaller.
         plans = [p for p in plans if max(map(positions, p)) <= max_tokens] or plans[-len(orders) :]
+    if one_shape:
+        return plans[0]
     best = min(plans, key=cost)
     return best if cost(best) <= (1 - _WORTH_DIVIDING) * cost(plans[0]) else plans[0]

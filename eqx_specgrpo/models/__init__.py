@@ -11,6 +11,7 @@ from ._cache import (
 )
 from ._checkpoint import (
     load_model as load_model,
+    load_model_config as load_model_config,
     load_pretrained as load_pretrained,
     load_tokenizer as load_tokenizer,
     save_model as save_model,

@@ -16,6 +16,7 @@ from jaxtyping import DTypeLike
 from safetensors import SafetensorError
 
 from ..errors import UserError
+from ._config import TransformerConfig
 from ._config_keys import FOLDER_FILES
 from ._gguf import GGUFFile
 from ._gguf_tokenizer import tokenizer_from_gguf
@@ -23,7 +24,7 @@ from ._hf_config import config_from_hf
 from ._hf_families import FUSED
 from ._hf_write import config_to_hf
 from ._keys import check_files
-from ._locate import locate
+from ._locate import locate, locate_config
 from ._safetensors import folder_tensors, read_json, write_tensors
 from ._tokenizer import Tokenizer, check_tokenizer
 from ._tokenizer_files import tokenizer_from_folder
@@ -54,6 +55,19 @@ def load_model(path: str | Path, dtype: DTypeLike = jnp.float32) -> Transformer:
     if path.is_dir():
         return _model_from_folder(path, dtype)
     return _model_from_gguf(GGUFFile(path), dtype)
+
+
+def load_model_config(path: str | Path) -> TransformerConfig:
+    """Reads what a checkpoint says of its model, and no weights. Of `org/name` only `config.json` is downloaded.
+
+    **Raises:**
+
+    `CheckpointError` as `load_model`.
+    """
+    path = locate_config(path)
+    if path.is_dir():
+        return config_from_hf(read_json(path / "config.json"), path / "config.json")
+    return GGUFFile(path).config()
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

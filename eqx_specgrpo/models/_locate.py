@@ -1,9 +1,11 @@
 """From what a user calls a model to a path on this machine."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from ..errors import CheckpointError
 
@@ -19,16 +21,43 @@ def locate(path: str | Path) -> Path:
 
     `CheckpointError` if there is no such thing, here or there.
     """
+    local = _local(path)
+    if local is not None:
+        return local
+    with _advice(str(path)):
+        return Path(snapshot_download(str(path), allow_patterns=_FILES, ignore_patterns=["*/*"]))
+
+
+def locate_config(path: str | Path) -> Path:
+    """As `locate`, but of `org/name` only `config.json` is downloaded: the folder that it is in.
+
+    **Raises:**
+
+    `CheckpointError` if there is no such thing, here or there.
+    """
+    local = _local(path)
+    if local is not None:
+        return local
+    with _advice(str(path)):
+        return Path(hf_hub_download(str(path), "config.json")).parent
+
+
+def _local(path: str | Path) -> Path | None:
+    """What is on this machine; `None` if the path may be a name to download."""
     local = Path(path).expanduser()
     if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
         return local
     if local.is_file():
         raise CheckpointError(f"{path} is a file; give a Hugging Face folder, a .gguf file or org/name")
-    name = str(path)
-    if isinstance(path, Path) or not could_be_downloaded(name):
+    if isinstance(path, Path) or not could_be_downloaded(path):
         raise CheckpointError(f"{path} does not exist; give a Hugging Face folder, a .gguf file or org/name")
+    return None
+
+
+@contextmanager
+def _advice(name: str) -> Iterator[None]:
     try:
-        return Path(snapshot_download(name, allow_patterns=_FILES, ignore_patterns=["*/*"]))
+        yield
     except Exception as error:  # Whatever the network stack throws, the advice is the same.
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(

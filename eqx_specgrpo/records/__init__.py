@@ -9,16 +9,22 @@ from ._folder import (
     RunFolder as RunFolder,
     check_unused as check_unused,
     read_records as read_records,
+    read_steps as read_steps,
     replace_file as replace_file,
     try_folder as try_folder,
 )
 from ._machine import machine as machine, stolen_seconds as stolen_seconds
+from ._plot import new_figure as new_figure, plot_run as plot_run, save_figure as save_figure
 from ._progress import RunProgress as RunProgress
 from ._report import (
     first_to_last as first_to_last,
     phase_times as phase_times,
-    plot_run as plot_run,
-    save_figure as save_figure,
     summary_table as summary_table,
     summary_text as summary_text,
 )
+from ._speculation import (
+    Balance as Balance,
+    Comparison as Comparison,
+    speculation_balance as speculation_balance,
+)
+from ._times import PhaseTimes as PhaseTimes, step_times as step_times

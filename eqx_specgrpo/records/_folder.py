@@ -29,11 +29,15 @@ class RunFolder:
     """Opens a run's folder for writing, and holds it until `close` (or the end of a `with` block, or of the process).
 
     - `config.toml`: the resolved configuration.
-    - `metrics.jsonl`: one object a step, with its `step`.
+    - `metrics.jsonl`: one object a step, with its `step`, counted from 1.
     - `completions.jsonl`: one object a completion, with its `step`.
     - `machine.jsonl`: one object a start, of what the steps from `from_step` on were computed on.
     - `inputs.jsonl`: one object a start, of what they were computed from: fingerprints by name.
+    - `times.jsonl`: one object a start, of where its wall-clock time went.
+    - `comparison.json`: what was measured against plain decoding at the end.
     - `checkpoints/`, `policy/`, `draft/`: written by others.
+
+    Older folders count steps from 0. They are counted anew when a run goes on there.
 
     **Arguments:**
 
@@ -91,6 +95,14 @@ class RunFolder:
         return self.path / "inputs.jsonl"
 
     @property
+    def times_path(self) -> Path:
+        return self.path / "times.jsonl"
+
+    @property
+    def comparison_path(self) -> Path:
+        return self.path / "comparison.json"
+
+    @property
     def policy_path(self) -> Path:
         return self.path / "policy"
 
@@ -106,23 +118,23 @@ class RunFolder:
         """Adds one line to `metrics.jsonl`. JSON has no NaN and no infinity: both become `null`."""
         self._append(self.metrics_path, [metrics])
 
-    def write_machine(self, step: int, machine: Mapping[str, Any]) -> None:
-        """Says in `machine.jsonl` what the steps from `step` on are computed on. Starts whose steps are all done again
-        are forgotten."""
-        self._write_start(self.machine_path, step, machine)
+    def write_machine(self, done: int, machine: Mapping[str, Any]) -> None:
+        """Says in `machine.jsonl` what the steps after `done` of them are computed on. Starts whose steps are all done
+        again are forgotten."""
+        self._write_start(self.machine_path, done, machine)
 
-    def write_inputs(self, step: int, inputs: Mapping[str, Any]) -> None:
-        """Says in `inputs.jsonl` what the steps from `step` on are computed from, in the same way."""
-        self._write_start(self.inputs_path, step, {"inputs": dict(inputs)})
+    def write_inputs(self, done: int, inputs: Mapping[str, Any]) -> None:
+        """Says in `inputs.jsonl` what the steps after `done` of them are computed from, in the same way."""
+        self._write_start(self.inputs_path, done, {"inputs": dict(inputs)})
 
-    def read_inputs(self, step: int) -> dict[str, dict[str, Any]] | None:
-        """What the steps before `step` were computed from, the last of them if it changed; `None` if nothing says so.
+    def read_inputs(self, done: int) -> dict[str, dict[str, Any]] | None:
+        """What the first `done` steps were computed from, the last of them if it changed; `None` if nothing says so.
 
         **Raises:**
 
         `UserError` if the record is damaged.
         """
-        kept = _starts_before(self.inputs_path, step)
+        kept = _starts_of(self.inputs_path, done)
         if not kept:
             return None
         inputs = kept[-1].get("inputs")
@@ -130,22 +142,45 @@ class RunFolder:
             raise UserError(f"{self.inputs_path} has a line without inputs: remove it")
         return inputs
 
+    def times(self) -> list[dict[str, Any]]:
+        """The objects of `times.jsonl`, one a start; none in an older folder, which has no such file."""
+        return read_records(self.times_path) if self.times_path.exists() else []
+
+    def write_times(self, starts: Iterable[Mapping[str, Any]]) -> None:
+        """Writes `times.jsonl` anew."""
+        self._replace(self.times_path, starts)
+
+    def comparison(self) -> dict[str, Any] | None:
+        """What `comparison.json` holds, if it is there."""
+        if not self.comparison_path.exists():
+            return None
+        try:
+            return json.loads(self.comparison_path.read_bytes())
+        except (OSError, ValueError):
+            return None  # it can be measured again
+
+    def write_comparison(self, comparison: Mapping[str, Any]) -> None:
+        """Writes `comparison.json`."""
+        self._replace(self.comparison_path, [comparison])
+
     def append_completions(self, completions: Iterable[Mapping[str, Any]]) -> None:
         """Adds lines to `completions.jsonl`."""
         self._append(self.completions_path, completions)
 
-    def rewind(self, step: int) -> None:
-        """Drops the records of `step` and later ones: a run resumed from the checkpoint after `step` steps writes them
-        again. To be called after each resume: a last line that a kill left half-written goes as well."""
+    def rewind(self, done: int) -> None:
+        """Drops the records of the steps after the first `done`: a run resumed from there writes them again. To be
+        called after each resume: a last line that a kill left half-written goes as well."""
         self._close_files()
         for path in (self.metrics_path, self.completions_path):
             if path.exists():
-                lines = [
-                    line + b"\n"
-                    for number, line, record in _records(path)
-                    if _step(path, number, record) < step
-                ]  # fmt: skip
-                replace_file(path, b"".join(lines))
+                lines = _records(path)
+                steps = [_step(path, number, record) for number, _, record in lines]
+                if steps[:1] == [0]:
+                    anew = _counted_from_one([record for _, _, record in lines])
+                    self._replace(path, [record for record in anew if record["step"] <= done])
+                else:  # what is kept stays as it is, to the byte
+                    kept = [line for step, (_, line, _) in zip(steps, lines, strict=True) if step <= done]
+                    replace_file(path, b"".join(line + b"\n" for line in kept))
 
     def close(self) -> None:
         """Closes the files, and lets other processes have the folder."""
@@ -163,20 +198,44 @@ class RunFolder:
             file.close()
         self._files.clear()
 
-    def _write_start(self, path: Path, step: int, about: Mapping[str, Any]) -> None:
-        starts = [*_starts_before(path, step), {"from_step": step} | dict(about)]
-        replace_file(path, "".join(json.dumps(_plain(start)) + "\n" for start in starts).encode())
+    def _replace(self, path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+        replace_file(path, _as_lines(records))
+
+    def _write_start(self, path: Path, done: int, about: Mapping[str, Any]) -> None:
+        self._replace(path, [*_starts_of(path, done), {"from_step": done + 1} | dict(about)])
 
     def _append(self, path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-        text = "".join(json.dumps(_plain(record), allow_nan=False, ensure_ascii=False) + "\n" for record in records)
+        lines = _as_lines(records)
         try:
             if path not in self._files:
                 # Unbuffered: a line is in the file, whole, when this returns.
                 self._files[path] = open(path, "ab", buffering=0)
-            # A lone surrogate, half of a character that a completion broke off in, has no UTF-8.
-            _write_all(self._files[path], text.encode("utf-8", "replace"))
+            _write_all(self._files[path], lines)
         except OSError as error:
             raise _write_error(path, error) from error
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The objects of a `metrics.jsonl` or `completions.jsonl`, with steps counted from 1, whichever version wrote it.
+
+    **Raises:**
+
+    As `read_records`.
+    """
+    return _counted_from_one(read_records(path))
+
+
+def _counted_from_one(records: list[dict[str, Any]], key: str = "step") -> list[dict[str, Any]]:
+    """Records as they are written now: older ones begin with step 0."""
+    if not records or records[0].get(key) != 0:
+        return records
+    return [record | {key: record[key] + 1} for record in records]
+
+
+def _as_lines(records: Iterable[Mapping[str, Any]]) -> bytes:
+    lines = (json.dumps(_plain(record), allow_nan=False, ensure_ascii=False) + "\n" for record in records)
+    # A lone surrogate, half of a character that a completion broke off in, has no UTF-8.
+    return "".join(lines).encode("utf-8", "replace")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -213,10 +272,13 @@ def _step(path: Path, number: int, record: Mapping[str, Any], name: str = "step"
     return step
 
 
-def _starts_before(path: Path, step: int) -> list[dict[str, Any]]:
-    """The records of starts at earlier steps: what came of the others is done again."""
+def _starts_of(path: Path, done: int) -> list[dict[str, Any]]:
+    """The records of the starts that the first `done` steps are of: what came of the others is done again."""
     starts = _records(path) if path.exists() else []
-    return [start for number, _, start in starts if _step(path, number, start, "from_step") < step]
+    for number, _, start in starts:
+        _step(path, number, start, "from_step")
+    anew = _counted_from_one([start for _, _, start in starts], "from_step")
+    return [start for start in anew if start["from_step"] <= done]
 
 
 def check_unused(path: Path) -> None:
@@ -225,7 +287,8 @@ def check_unused(path: Path) -> None:
         return
     names = {entry.name for entry in path.iterdir()}
     # A run that stopped before its first step has written nothing worth keeping.
-    if names and not (_LOCK in names and names <= {_LOCK, "config.toml", "machine.jsonl", "inputs.jsonl"}):
+    ours = {_LOCK, "config.toml", "machine.jsonl", "inputs.jsonl", "times.jsonl"}
+    if names and not (_LOCK in names and names <= ours):
         raise UserError(
             f"the folder {path} already holds a run or other files: go on with it with --resume, or choose another "
             "with --out"

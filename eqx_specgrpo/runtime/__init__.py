@@ -12,5 +12,9 @@ from ._output import (
     hold_standard_descriptors as hold_standard_descriptors,
     progress_console as progress_console,
 )
-from ._process import keep_compiled_programs as keep_compiled_programs, keep_freed_memory as keep_freed_memory
+from ._process import (
+    keep_compiled_programs as keep_compiled_programs,
+    keep_freed_memory as keep_freed_memory,
+    kept_programs as kept_programs,
+)
 from ._version import package_version as package_version, source_commit as source_commit

@@ -1,10 +1,14 @@
 """What JAX compiles, and how long it takes."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# Tracing, lowering and XLA's compilation: of each, JAX says when it begins (as a scalar) and how long it took.
 _COMPILED = "/jax/core/compile/backend_compile_duration"
+_STAGES = ("/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration", _COMPILED)
+_LOADED = "/jax/compilation_cache/cache_hits"
 # Shorter ones are the little programs that array indexing and the like make; nobody waits for them.
 _WORTH_TELLING = 0.5
 # A model of this hidden size or less computes in moments: what another program, or measuring, would save it, compiling
@@ -15,38 +19,86 @@ SMALL_HIDDEN_SIZE = 256
 class CompileCounter:
     """Counts compilations of programs while it is attached.
 
+    **Arguments:**
+
+    - `tell`: called with a sentence about each program that took long enough to notice, when it is there.
+    - `watch`: called with the name of the program whose compilation begins, and with `None` when it ends.
+
     **Attributes:**
 
     - `count`: programs compiled that took long enough to notice.
-    - `seconds`: time spent compiling, small programs included.
+    - `programs`: programs compiled, small ones and loaded ones included.
+    - `loaded`: of them, those that came from the compilation cache.
+    - `seconds`: time spent compiling, tracing and small programs included.
     """
 
     count: int
+    programs: int
+    loaded: int
     seconds: float
 
-    def __init__(self, tell: Callable[[str], None] | None):
-        self._tell = tell
-        self.count = 0
+    def __init__(self, tell: Callable[[str], None] | None = None, watch: Callable[[str | None], None] | None = None):
+        self._tell, self._watch = tell, watch
+        self.count = self.programs = self.loaded = 0
         self.seconds = 0.0
+        self._under_way = 0  # stages; a little program may be compiled while a larger one is traced
 
-    def __call__(self, event: str, duration_secs: float, **details: Any) -> None:
+    def attach(self) -> None:
+        """Begins to count."""
+        import jax  # here, so that a program can set up its process before JAX reads the environment
+
+        jax.monitoring.register_scalar_listener(self._begin)
+        jax.monitoring.register_event_duration_secs_listener(self._end)
+        jax.monitoring.register_event_listener(self._event)
+
+    def detach(self) -> None:
+        """Ends to count."""
+        import jax
+
+        jax.monitoring.unregister_scalar_listener(self._begin)
+        jax.monitoring.unregister_event_duration_listener(self._end)
+        jax.monitoring.unregister_event_listener(self._event)
+
+    def _begin(self, event: str, value: float, **details: Any) -> None:
+        del value
+        if event not in _STAGES:
+            return
+        self._under_way += 1
+        if self._watch is not None and self._under_way == 1:
+            self._watch(_name(details))
+
+    def _end(self, event: str, duration_secs: float, **details: Any) -> None:
+        if event not in _STAGES:
+            return
+        self._under_way = max(0, self._under_way - 1)
+        if self._under_way == 0:
+            self.seconds += duration_secs
+            if self._watch is not None:
+                self._watch(None)
         if event != _COMPILED:
             return
-        self.seconds += duration_secs
+        self.programs += 1
         if duration_secs >= _WORTH_TELLING:
             self.count += 1
             if self._tell is not None:
-                self._tell(f"compiled {details.get('fun_name', 'a program')} in {duration_secs:.1f} s")
+                self._tell(f"compiled {_name(details)} in {duration_secs:.1f} s")
+
+    def _event(self, event: str, **details: Any) -> None:
+        del details
+        self.loaded += event == _LOADED
+
+
+def _name(details: dict[str, Any]) -> str:
+    """Of a program: its function's, which JAX puts into `jit(...)` in some places."""
+    return re.sub(r"^jit\((.*)\)$", r"\1", str(details.get("fun_name", "a program")))
 
 
 @contextmanager
 def count_compilations(tell: Callable[[str], None] | None = None) -> Iterator[CompileCounter]:
     """Attaches a counter for the length of a `with` block."""
-    import jax  # here, so that a program can set up its process before JAX reads the environment
-
     counter = CompileCounter(tell)
-    jax.monitoring.register_event_duration_secs_listener(counter)
+    counter.attach()
     try:
         yield counter
     finally:
-        jax.monitoring.unregister_event_duration_listener(counter)
+        counter.detach()

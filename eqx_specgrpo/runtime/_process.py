@@ -4,17 +4,47 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import sys
 from pathlib import Path
+
+_CACHE_DIR, _MIN_SECONDS = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+_KEEP_FROM = 0.2  # seconds of compiling
 
 
 def keep_compiled_programs() -> None:
-    """Lets JAX keep what it compiles, so that a second start is quick; the user's own settings come first.
+    """Lets JAX keep what it compiles, so that a second start is quick. The command line does so; scripts and notebooks
+    call it, before JAX is imported or later, and share what is kept.
 
-    A folder a machine, because programs are made for the processor, and home folders are shared.
+    The user's own settings come first: `JAX_COMPILATION_CACHE_DIR`, or a folder that was set in `jax.config`. By
+    default it is a folder a machine below `~/.cache/eqx_specgrpo`, because programs are made for the processor, and
+    home folders are shared.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "eqx_specgrpo" / platform.node()))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    folder = str(cache / "eqx_specgrpo" / platform.node())
+    is_set = _CACHE_DIR in os.environ
+    # For this process, if it has yet to import JAX, and for those that it starts.
+    os.environ.setdefault(_CACHE_DIR, folder)
+    os.environ.setdefault(_MIN_SECONDS, str(_KEEP_FROM))
+    if "jax" in sys.modules:
+        import jax
+        from jax.experimental.compilation_cache import compilation_cache
+
+        if not is_set and jax.config.values["jax_compilation_cache_dir"] is None:
+            jax.config.update("jax_compilation_cache_dir", folder)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", _KEEP_FROM)
+            compilation_cache.reset_cache()  # JAX has looked for a folder once, if it has compiled anything
+
+
+def kept_programs() -> tuple[Path, int] | None:
+    """The folder where JAX keeps what it compiles, and how many programs are there; `None` if it keeps nothing."""
+    import jax  # here, so that a program can set up its process before JAX reads the environment
+
+    settings = jax.config.values
+    folder = settings["jax_compilation_cache_dir"]
+    if not folder or not settings["jax_enable_compilation_cache"]:
+        return None
+    # JAX calls them so; where it doesn't, as in a bucket of a cloud, none are counted.
+    return Path(folder), sum(1 for _ in Path(folder).glob("*-cache"))
 
 
 # glibc's names of what `mallopt` sets (malloc.h), and what they are set to.

@@ -18,6 +18,7 @@ from ._load import (
 )
 from ._numbers import find_numbers as find_numbers, last_number as last_number
 from ._reasoning_gym import ReasoningGymTask as ReasoningGymTask
+from ._reward_context import RewardLog as RewardLog, TrainerState as TrainerState
 from ._rewards import (
     RewardError as RewardError,
     RewardFunction as RewardFunction,

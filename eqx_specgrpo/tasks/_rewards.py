@@ -5,8 +5,8 @@ import concurrent.futures
 import inspect
 import math
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence, Set as AbstractSet
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set as AbstractSet
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import numpy as np
@@ -14,8 +14,10 @@ from jaxtyping import Float
 
 from .._types import Message
 from ..errors import Stopped, UserError
+from ._reward_context import RewardLog, TrainerState
 
-RewardFunction = Callable[..., Any]  # (prompts, completions, completion_ids, **columns) -> list[float | None]
+# (prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns) -> list[float | None]
+RewardFunction = Callable[..., Any]
 
 
 class RewardError(UserError):
@@ -25,10 +27,12 @@ class RewardError(UserError):
 class Rewards(eqx.Module):
     """Several reward functions with TRL's signature, and their weights.
 
-    A function is called as `function(prompts=..., completions=..., completion_ids=..., **columns)` and returns one
-    `float | None` a row; `None` means that it doesn't apply. It may be `async`. Without `**kwargs` it is given only the
-    arguments it names, and `step` in no case unless it names that. Where a prompt is a list of messages, the completion
-    is one too: `[{"role": "assistant", "content": ...}]`.
+    A function is called as `function(prompts=..., completions=..., completion_ids=..., trainer_state=...,
+    log_extra=..., log_metric=..., **columns)` and returns one `float | None` a row; `None` means that it doesn't apply.
+    It may be `async`. Without `**kwargs` it is given only the arguments it names, and `step` (counted from 1) in no
+    case unless it names that. Where a prompt is a list of messages, the completion is one too: `[{"role": "assistant",
+    "content": ...}]`. `log_extra(column, values)` adds a column to the completions' records, `log_metric(name, value)`
+    a metric to the step's. A column of the task goes before an argument of the same name.
 
     **Arguments:**
 
@@ -52,6 +56,12 @@ class Rewards(eqx.Module):
             if not math.isfinite(weight):
                 raise UserError(f"the weight of the reward {name!r} is {weight}: give a finite number")
 
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Raises [`eqx_specgrpo.tasks.RewardError`][] if a function needs a column that the task has not."""
+        batch = ["prompts", "completions", "completion_ids", *columns]
+        for name, function in zip(self.names, self.functions, strict=True):
+            _accepted(name, function, batch, ("trainer_state", "log_extra", "log_metric", "step"))
+
     def __call__(
         self,
         prompts: Sequence[str | list[Message]],
@@ -59,6 +69,8 @@ class Rewards(eqx.Module):
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]],
         step: int | None = None,
+        trainer_state: TrainerState | None = None,
+        log: RewardLog | None = None,
     ) -> tuple[Float[np.ndarray, "rows functions"], Float[np.ndarray, " rows"]]:
         """Scores completions.
 
@@ -69,6 +81,8 @@ class Rewards(eqx.Module):
         - `completion_ids`: one list of token ids a row, without padding.
         - `columns`: of the task, one value a row.
         - `step`: for functions that name it.
+        - `trainer_state`: where training is, for functions that want it.
+        - `log`: takes what functions write down; by default it is dropped.
 
         **Returns:**
 
@@ -88,8 +102,9 @@ class Rewards(eqx.Module):
         for name, values in batch.items():
             if len(values) != len(completions):
                 raise UserError(f"{len(completions)} completions but {len(values)} values of {name!r}")
+        log = RewardLog(len(completions)) if log is None else log
         columns_of_rewards = [
-            _score(name, function, batch, prompts, step)
+            _score(name, function, batch, _Context(step, trainer_state, log))
             for name, function in zip(self.names, self.functions, strict=True)
         ]
         per_function = np.stack(columns_of_rewards, axis=1)
@@ -97,16 +112,33 @@ class Rewards(eqx.Module):
         return per_function, np.where(np.isnan(per_function).all(axis=1), np.nan, total)
 
 
+class _Context(NamedTuple):
+    """What functions may ask for besides the batch."""
+
+    step: int | None
+    trainer_state: TrainerState | None
+    log: RewardLog
+
+    def arguments(self) -> dict[str, Any]:
+        """By name; `step`, which TRL has not, only for functions that name it."""
+        given = {"trainer_state": self.trainer_state, "log_extra": self.log.log_extra}
+        given |= {"log_metric": self.log.log_metric, "step": self.step}
+        return {name: value for name, value in given.items() if value is not None}
+
+
 def _score(
-    name: str, function: RewardFunction, batch: Mapping[str, Sequence[Any]], prompts: Sequence[Any], step: int | None
+    name: str, function: RewardFunction, batch: Mapping[str, Sequence[Any]], context: _Context
 ) -> Float[np.ndarray, " rows"]:
-    names = _accepted(name, function, batch, step)
-    extra = {"step": step} if "step" in names and "step" not in batch else {}
+    prompts = batch["prompts"]
+    names = _accepted(name, function, batch, context.arguments())
     batch = {key: batch[key] for key in names if key in batch}
 
     def call(row: int | None) -> Any:
         # Fresh lists, so that a function that changes its arguments changes no other function's.
         selected = slice(None) if row is None else slice(row, row + 1)
+        log = context.log if row is None else RewardLog(None)  # of a call that looks for the row: dropped
+        extra = context._replace(log=log).arguments()
+        extra = {key: extra[key] for key in names if key not in batch}
         result = function(**{key: list(values)[selected] for key, values in batch.items()}, **extra)
         return _wait_for(result) if inspect.isawaitable(result) else result
 
@@ -122,16 +154,24 @@ def _score(
     return _checked(name, result, len(prompts))
 
 
-def _accepted(name: str, function: RewardFunction, batch: Mapping[str, Any], step: int | None) -> list[str]:
-    """The names of the arguments to call the function with."""
+def _accepted(name: str, function: RewardFunction, batch: Iterable[str], further: Iterable[str]) -> list[str]:
+    """The names of the arguments to call the function with.
+
+    **Arguments:**
+
+    - `batch`: names of the columns that there are.
+    - `further`: what there is besides.
+    """
+    batch, further = list(batch), list(further)
     try:
         parameters = inspect.signature(function).parameters
     except ValueError:  # some compiled functions don't say
-        return list(batch)
+        return batch
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    names = list(batch) if open_ended else [key for key in batch if key in parameters]
-    if step is not None and "step" in parameters and "step" not in names:
-        names.append("step")
+    names = batch if open_ended else [key for key in batch if key in parameters]
+    names = names + [
+        key for key in further if key not in batch and (key in parameters or (open_ended and key != "step"))
+    ]
     for parameter in parameters.values():
         required = parameter.default is parameter.empty and parameter.kind not in (
             parameter.VAR_KEYWORD,
@@ -168,6 +208,8 @@ def _explain(name: str, error: BaseException, call: Callable[[int], Any], prompt
         except (Stopped, KeyboardInterrupt):
             raise
         except BaseException as alone:
+            if type(alone) is not type(error):
+                continue  # not what happened to the batch
             where = f"item {row} of {rows}, the prompt {_shortened(prompt)}"
             return f"the reward {name!r} raised {_described(alone)} on {where}"
     return f"the reward {name!r} raised {_described(error)} on a batch of {rows}, though on no item alone"

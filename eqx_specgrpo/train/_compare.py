@@ -8,7 +8,7 @@ from jaxtyping import Array, Key
 from ..config import RunParts
 from ..drafts import AbstractDraft, NoDraft
 from ..models import AbstractLanguageModel
-from ..records import RunProgress
+from ..records import Comparison, RunProgress
 from ..runtime import count_compilations
 from ._segments import SegmentLog
 from ._step import next_examples, roll_out
@@ -25,8 +25,8 @@ def compare_with_plain(
     key: Key[Array, ""],
     progress: RunProgress,
     segments: SegmentLog,
-) -> dict[str, float]:
-    """Tokens a second of both ways, interleaved, and the ratio of the medians.
+) -> Comparison | None:
+    """Tokens a second of both ways, interleaved: the medians, or `None` if every pass compiled something.
 
     Sampled completions differ in length between the two, so time is taken per token. The first pass of each compiles
     and is not counted, nor is any other that does. One round is enough where it takes long.
@@ -40,7 +40,7 @@ def compare_with_plain(
         parts.task, parts.tokenizer, target, position, grpo.prompts_per_step, grpo.max_completion_length
     )
     rates: dict[str, list[float]] = {"plain": [], "speculative": []}
-    begin = None
+    begin, compiled = None, 0.0
     for measured in range(_ROUNDS + 1):
         for name, this_draft in (("plain", NoDraft()), ("speculative", draft)):
             progress.phase(f"comparing with plain decoding: {name}, {'first pass' if measured == 0 else measured}")
@@ -48,13 +48,13 @@ def compare_with_plain(
             log = segments if name == "speculative" else None
             with count_compilations() as compilations:
                 rollouts = roll_out(parts, target, this_draft, prompts, key, segments=log)
+            compiled += compilations.seconds if name == "plain" else 0.0
             if measured and compilations.seconds == 0:
                 rates[name].append(float(rollouts.lengths.sum()) / (time.perf_counter() - start))
         begin = time.perf_counter() if begin is None else begin
         if all(rates.values()) and time.perf_counter() - begin > _ENOUGH_SECONDS:
             break
     if not all(rates.values()):
-        return {}
+        return None
     plain, speculative = (statistics.median(rates[name]) for name in ("plain", "speculative"))
-    progress.note(f"plain decoding {plain:.0f} tokens/s, speculative {speculative:.0f} tokens/s")
-    return {"rollout, tokens per second": speculative / plain}
+    return Comparison(parts.config.steps, plain, speculative, compiled)

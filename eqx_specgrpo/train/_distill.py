@@ -23,12 +23,12 @@ from ..config import (
     with_absolute_paths,
 )
 from ..decoding import DecodeProgress, FixedLength
-from ..drafts import AbstractDraft, completion_tokens, coverage, draft_vocabulary, save_draft, tempered_part
+from ..drafts import AbstractDraft, NoDraft, completion_tokens, coverage, draft_vocabulary, save_draft, tempered_part
 from ..errors import Stopped, UserError
 from ..grpo import compute_copy
 from ..models import AbstractLanguageModel
 from ..records import RunProgress, replace_file, try_folder
-from ..runtime import count_compilations, progress_console
+from ..runtime import progress_console
 from ._ending import is_donated
 from ._interrupt import StopRequest, stop_requests, stopped_at_once
 from ._lessons import (
@@ -97,7 +97,7 @@ def distill(
     check_draft_options(config.draft)
     console = console or progress_console()
     progress = RunProgress(console)
-    with progress, stopped_at_once(), out_of_memory_advice(), count_compilations(progress.note):
+    with progress, stopped_at_once(), out_of_memory_advice():
         progress.phase(f"loading {model_name(config)}")
         policy, tokenizer = load_policy(config.model.path)
         progress.advise(dtype_advice(config.model.dtype, policy.hidden_size))
@@ -171,7 +171,7 @@ class _Session:
             layers = self.state.draft.layers
             self.progress.phase("the rollouts that are kept to examine the draft with")
             try:
-                held_out = make_lesson(self.parts, target, layers, 0, decoding)
+                held_out = make_lesson(self.parts, target, NoDraft(), layers, 0, decoding)
             except _BatchLeft:
                 self._end_without_updates(stop)
             entropy = mean_entropy(self.parts, target, held_out)
@@ -251,7 +251,7 @@ class _Session:
             if lesson is None or within == 0:
                 self.progress.phase(f"batch {number + 1} of rollouts")
                 try:
-                    lesson = make_lesson(self.parts, target, layers, 1 + number, decoding)
+                    lesson = make_lesson(self.parts, target, NoDraft(), layers, 1 + number, decoding)
                 except _BatchLeft:
                     break
                 self.state = recall_lesson(self.state, lesson)

@@ -96,8 +96,8 @@ class Keeper:
 
     def _save(self, step: int, state: RunState) -> None:
         if self._saved != step:
-            self._progress.phase("writing the checkpoint")
-            save_checkpoint(self._folder.path, step, state.trees(), {})
+            with self._progress.timed("checkpoints", "writing the checkpoint"):
+                save_checkpoint(self._folder.path, step, state.trees(), {})
             self._saved = step
 
     def _keep(self, step: int, state: RunState) -> bool:

@@ -17,7 +17,7 @@ from .._types import Rollouts
 from ..config import RunParts
 from ..decoding import DecodeProgress
 from ..distill import draft_gradients, select_rows
-from ..drafts import AbstractDraft, NoDraft, remember
+from ..drafts import AbstractDraft, remember
 from ..grpo import UpdateBatch, chunked_logprobs, compute_copy, make_update_batch, next_token_positions
 from ..models import AbstractLanguageModel, Features
 from ._state import RunState
@@ -35,7 +35,7 @@ class Lesson(eqx.Module):
 
     **Arguments:**
 
-    - `rollouts`: decoded plainly: a draft that has learned nothing would only hold them up.
+    - `rollouts`: of the policy.
     - `batch`: the same as whole sequences.
     - `features`: of the sequences.
     """
@@ -53,11 +53,19 @@ def updates_per_lesson(parts: RunParts) -> int:
 def make_lesson(
     parts: RunParts,
     target: AbstractLanguageModel,
+    draft: AbstractDraft,
     layers: tuple[int, ...],
     number: int,
     on_progress: Callable[[DecodeProgress], None] | None = None,
 ) -> Lesson:
-    """Rollouts of the prompts that step `number` of a run will have, with random numbers of their own."""
+    """Rollouts of the prompts that step `number` of a run will have (counted from 0), with random numbers of their own.
+
+    **Arguments:**
+
+    - `draft`: what guesses. Whatever it is, the rollouts are the policy's.
+    - `layers`: of the target, whose features are kept.
+    - `number`: of the lesson.
+    """
     grpo = parts.config.grpo
     _, prompts = next_examples(
         parts.task,
@@ -68,7 +76,7 @@ def make_lesson(
         grpo.max_completion_length,
     )
     key = step_key(parts.config.seed, -1 - number, DECODE)
-    rollouts = roll_out(parts, target, NoDraft(), prompts, key, on_progress)
+    rollouts = roll_out(parts, target, draft, prompts, key, on_progress)
     batch = make_update_batch(rollouts, np.zeros(len(rollouts.group), np.float32))
     return Lesson(rollouts, batch, features_of(target, batch, layers))
 

@@ -1,7 +1,8 @@
 """A whole run: from a configuration to a trained policy, its draft, and a folder that tells the story."""
 
 import dataclasses
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import equinox as eqx
@@ -9,13 +10,10 @@ import jax
 from rich.console import Console
 
 from ..config import (
-    DraftConfig,
     RunConfig,
     RunParts,
     check_draft_options,
     check_resume,
-    default_model_path,
-    draft_spec,
     dtype_advice,
     dump_config,
     learning_rate,
@@ -25,30 +23,31 @@ from ..config import (
     make_draft,
     make_parts,
     model_name,
+    rate_advice,
     with_absolute_paths,
 )
-from ..drafts import remember, save_draft
+from ..decoding import FixedLength
+from ..drafts import remember
 from ..errors import UserError
 from ..grpo import compute_copy
-from ..models import locate, save_model
+from ..models import AbstractLanguageModel
 from ..records import (
     RunFolder,
     RunProgress,
     latest_checkpoint,
     load_checkpoint,
     machine,
-    read_records,
-    summary_table,
+    step_times,
 )
-from ..runtime import count_compilations, progress_console
-from ._compare import compare_with_plain
+from ..runtime import progress_console
 from ._ending import Keeper, on_stop, unless_urgent
+from ._finish import finish, sum_up
+from ._header import header
 from ._inputs import check_inputs, run_inputs
 from ._interrupt import StopRequest, stop_requests, stopped_at_once
-from ._lessons import CHOOSE, COMPARE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
+from ._lessons import CHOOSE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
 from ._loss_state import current_reference, fixed_reference, with_loss_state, with_update
 from ._out_of_memory import out_of_memory_advice
-from ._rollout_records import completion_records, rollout_metrics, vocabulary_metrics
 from ._segments import SegmentLog
 from ._state import RunState
 from ._step import (
@@ -60,6 +59,7 @@ from ._step import (
     update_draft,
     update_policy,
 )
+from ._step_records import completion_records, rollout_metrics, vocabulary_metrics
 
 
 def run(
@@ -89,44 +89,71 @@ def run(
     task, _ = load_task_and_rewards(config)
     check_draft_options(config.draft)
     with RunFolder(Path(config.out), resume) as folder, progress, stopped_at_once(), out_of_memory_advice():
-        if resume:
-            check_resume(load_config(folder.config_path), config)
+        before = load_config(folder.config_path) if resume else config
+        check_resume(before, config)
         inputs = run_inputs(config, task)
         if resume:
             check_inputs(folder, config, inputs, accept=accept_changes)
-        progress.phase(f"loading {model_name(config)}")
-        policy, tokenizer = load_policy(config.model.path)
-        if not resume:  # A run goes on in the dtype that it began with.
-            progress.advise(dtype_advice(config.model.dtype, policy.hidden_size))
-        with count_compilations(progress.note) as compilations:
-            draft = make_draft(config.draft, policy, config.seed, tokenizer)
-            parts = make_parts(config, tokenizer, draft)
-            reference = fixed_reference(parts, policy)
-            state = RunState.fresh(policy, draft, parts.policy_optimizer, parts.draft_optimizer)
-            state = with_loss_state(parts, state)
+        with progress.timed("loading", f"loading {model_name(config)}"):
+            parts, state, reference = _load(config, resume, progress)
             start, state = _start_or_resume(folder, resume, state, config)
+            progress.advise(rate_advice(before, config, start))
             folder.write_config(dump_config(config))
             folder.write_machine(start, machine())
             folder.write_inputs(start, inputs)
-            del policy, draft
-
+        for line in header(parts, state, start):
+            progress.say(line)
+        with _times_written(folder, progress, start + 1):
             saved: int | None = start
             is_new = latest_checkpoint(folder.path) is None
             if is_new and config.draft.warms_up and state.draft.train_length > 0:
-                state, saved = _warm_up(parts, state, progress), None
+                with progress.timed("warm-up", "warming up the draft"):
+                    state, saved = _warm_up(parts, state, progress), None
             segments = SegmentLog()
             with stop_requests(on_stop(progress)) as stop:
                 keeper = Keeper(folder, config, saved, progress, console, stop)
-                for step in range(start, config.steps):
-                    with keeper.before(step, state), out_of_memory_advice():  # here too: what is done is saved then
-                        state = _one_step(parts, state, reference, step, folder, progress, compilations, segments, stop)
-                    keeper.after(step + 1, state)
-            _finish(parts, state, folder, progress, console, segments)
+                for done in range(start, config.steps):
+                    with keeper.before(done, state), out_of_memory_advice():  # here too: what is done is saved then
+                        state = _one_step(parts, state, reference, done, folder, progress, segments, stop)
+                    keeper.after(done + 1, state)
+            comparison = finish(parts, state, folder, progress, segments)
+        progress.close()
+        sum_up(config, folder, comparison, console)
     return folder.path
 
 
+@contextmanager
+def _times_written(folder: RunFolder, progress: RunProgress, from_step: int) -> Iterator[None]:
+    """Leaves in `times.jsonl` where the time went, however the `with` block ends."""
+    earlier = folder.times()
+    try:
+        yield
+    except BaseException:
+        with suppress(UserError):  # the other error is the one to tell
+            folder.write_times([*earlier, progress.times.record(from_step)])
+        raise
+    folder.write_times([*earlier, progress.times.record(from_step)])
+
+
+def _load(
+    config: RunConfig, resume: bool, progress: RunProgress
+) -> tuple[RunParts, RunState, AbstractLanguageModel | None]:
+    """The parts, the state before the first step, and the reference, which only some losses ask for.
+
+    A reference that stands still is the policy as it begins, in the dtype of computation.
+    """
+    policy, tokenizer = load_policy(config.model.path)
+    if not resume:  # A run goes on in the dtype that it began with.
+        progress.advise(dtype_advice(config.model.dtype, policy.hidden_size))
+    draft = make_draft(config.draft, policy, config.seed, tokenizer)
+    parts = make_parts(config, tokenizer, draft)
+    reference = fixed_reference(parts, policy)
+    state = RunState.fresh(policy, draft, parts.policy_optimizer, parts.draft_optimizer)
+    return parts, with_loss_state(parts, state), reference
+
+
 def _start_or_resume(folder: RunFolder, resume: bool, state: RunState, config: RunConfig) -> tuple[int, RunState]:
-    """The step to start at, and the state to start from."""
+    """How many steps are done, and the state after them."""
     if not resume:
         return 0, state
     checkpoint = latest_checkpoint(folder.path)
@@ -144,15 +171,21 @@ def _start_or_resume(folder: RunFolder, resume: bool, state: RunState, config: R
 
 
 def _warm_up(parts: RunParts, state: RunState, progress: RunProgress) -> RunState:
-    """Trains the draft on the policy's first, plainly decoded rollouts, before step 0."""
+    """Trains the draft on the policy's first rollouts, before the first step.
+
+    They are decoded by the programs that the steps run, so that no others are compiled: with the draft, of a fixed
+    length, though it has learned nothing yet; or plainly, if the length adapts and begins so.
+    """
     config = parts.config
+    decoding = dataclasses.replace(parts, length=FixedLength(0)) if config.draft.adaptive else parts
     target = compute_copy(state.policy, config.model.dtype)
     lesson, per_lesson = None, updates_per_lesson(parts)
     for update in range(config.draft.warmup):
         number, within = divmod(update, per_lesson)
         if lesson is None or within == 0:
             progress.phase(f"warming up the draft: batch {number + 1} of rollouts")
-            lesson = make_lesson(parts, target, state.draft.layers, number, progress.decoding)
+            draft = compute_copy(state.draft, config.model.dtype)
+            lesson = make_lesson(decoding, target, draft, draft.layers, number, progress.decoding)
             state = recall_lesson(state, lesson)
         progress.phase(f"warming up the draft: update {update + 1} of {config.draft.warmup}")
         state, metrics = learn_lesson(parts, state, target, lesson, update)
@@ -163,137 +196,73 @@ def _warm_up(parts: RunParts, state: RunState, progress: RunProgress) -> RunStat
 def _one_step(
     parts: RunParts,
     state: RunState,
-    reference,
-    step: int,
+    reference: AbstractLanguageModel | None,
+    done: int,
     folder: RunFolder,
     progress: RunProgress,
-    compilations,
     segments: SegmentLog,
     stop: StopRequest,
 ) -> RunState:
-    """Prompts, rollouts, rewards, policy update, draft update, records."""
+    """Prompts, rollouts, rewards, policy update, draft update, records.
+
+    **Arguments:**
+
+    - `done`: steps that came before. Keys, the place in the data and the learning rate derive from it.
+    """
     config, grpo = parts.config, parts.config.grpo
-    clock = _Clock()
+    step = done + 1  # as it is counted wherever it is shown or written
+    progress.times.laps()  # What was before the step is not its own.
 
-    progress.phase(f"step {step + 1}: rollout")
-    examples, prompts = next_examples(
-        parts.task,
-        parts.tokenizer,
-        state.policy,
-        step * grpo.prompts_per_step,
-        grpo.prompts_per_step,
-        grpo.max_completion_length,
-    )
-    target = compute_copy(state.policy, config.model.dtype)
-    draft = compute_copy(state.draft, config.model.dtype)
-    key = step_key(config.seed, step, DECODE)
-    segments.after_training(parts.length, draft.max_length, state.draft_acceptance)
-    rollouts = roll_out(parts, target, draft, prompts, key, unless_urgent(stop, progress.decoding), segments)
-    del target, draft
-    clock.lap("rollout")
+    with progress.timed("rollout", f"step {step}: rollout"):
+        examples, prompts = next_examples(
+            parts.task,
+            parts.tokenizer,
+            state.policy,
+            done * grpo.prompts_per_step,
+            grpo.prompts_per_step,
+            grpo.max_completion_length,
+        )
+        target = compute_copy(state.policy, config.model.dtype)
+        draft = compute_copy(state.draft, config.model.dtype)
+        key = step_key(config.seed, done, DECODE)
+        segments.after_training(parts.length, draft.max_length, state.draft_acceptance)
+        rollouts = roll_out(parts, target, draft, prompts, key, unless_urgent(stop, progress.decoding), segments)
+        del target, draft
 
-    progress.phase(f"step {step + 1}: rewards")
-    scored, texts = score(
-        parts.rewards,
-        parts.tokenizer,
-        examples,
-        rollouts,
-        grpo.scale_rewards,
-        step,
-        estimator=grpo.advantage_estimator,
-        normalize_then_sum=grpo.multi_objective_aggregation == "normalize_then_sum",
-    )
-    metrics = {"step": step} | rollout_metrics(scored, parts.rewards.names) | segments.metrics()
-    metrics |= vocabulary_metrics(state.draft, rollouts)
-    clock.lap("reward")
+    with progress.timed("reward", f"step {step}: rewards"):
+        scored, texts, log = score(parts, examples, rollouts, done)
+        metrics = {"step": step} | rollout_metrics(scored, parts.rewards.names) | segments.metrics()
+        metrics |= vocabulary_metrics(state.draft, rollouts) | log.metrics
 
-    progress.phase(f"step {step + 1}: policy update")
-    reference = current_reference(parts, state, reference)
-    update = update_policy(
-        parts, state.policy, state.policy_optimizer, reference, scored, learning_rate(config, step), step, state.entropy
-    )
-    state = with_update(parts, state, update.policy, update.optimizer_state, update.entropy, step + 1)
-    metrics |= update.metrics
-    jax.block_until_ready(eqx.filter(state.policy, eqx.is_array))
-    clock.lap("update")
+    with progress.timed("update", f"step {step}: policy update"):
+        reference = current_reference(parts, state, reference)
+        rate = learning_rate(config, done)
+        update = update_policy(
+            parts, state.policy, state.policy_optimizer, reference, scored, rate, step, state.entropy
+        )
+        state = with_update(parts, state, update.policy, update.optimizer_state, update.entropy, step)
+        metrics |= update.metrics
+        jax.block_until_ready(eqx.filter(state.policy, eqx.is_array))
 
     if config.draft.learns:
         state = dataclasses.replace(state, draft=remember(state.draft, rollouts))
     if config.draft.learns and state.draft.train_length > 0:
-        progress.phase(f"step {step + 1}: draft update")
-        rows = draft_rows(step_key(config.seed, step, CHOOSE), len(rollouts.group), config.draft.fraction)
-        state, draft_metrics = update_draft(
-            parts, state, update.weights, update.features, update.batch, rollouts.lengths, rows, step
-        )
-        metrics |= draft_metrics
-        jax.block_until_ready(eqx.filter(state.draft, eqx.is_array))
-    clock.lap("draft")
+        with progress.timed("draft", f"step {step}: draft update"):
+            rows = draft_rows(step_key(config.seed, done, CHOOSE), len(rollouts.group), config.draft.fraction)
+            state, draft_metrics = update_draft(
+                parts, state, update.weights, update.features, update.batch, rollouts.lengths, rows, step
+            )
+            metrics |= draft_metrics
+            jax.block_until_ready(eqx.filter(state.draft, eqx.is_array))
 
-    metrics |= clock.times()
+    metrics |= step_times(progress.times.laps())
     metrics["num_tokens"] = int(rollouts.lengths.sum() + prompts.lengths[rollouts.group].sum())
     metrics["spec/tokens_per_second"] = float(rollouts.lengths.sum() / metrics["time/rollout"])
-    metrics["compile/count"] = compilations.count
-    metrics["compile/seconds"] = compilations.seconds
-    folder.append_completions(completion_records(step, examples, scored, texts, parts.rewards.names))
-    folder.append_metrics(metrics)
-    progress.stepped(step, config.steps, metrics)
+    metrics["compile/count"] = progress.compilations.count
+    metrics["compile/seconds"] = progress.compilations.seconds
+    with progress.timed("records", f"step {step}: records"):
+        records = completion_records(step, examples, scored, texts, parts.rewards.names, log.extra)
+        folder.append_completions(records)
+        folder.append_metrics(metrics)
+        progress.stepped(step, config.steps, metrics)
     return state
-
-
-def _finish(
-    parts: RunParts,
-    state: RunState,
-    folder: RunFolder,
-    progress: RunProgress,
-    console: Console,
-    segments: SegmentLog,
-) -> None:
-    """Writes policy and draft for others to load, measures what speculation gave, and sums up."""
-    config = parts.config
-    progress.phase("saving policy/ and draft/")
-    source = locate(config.model.path) if config.model.path else default_model_path()
-    save_model(state.policy, folder.policy_path, parts.tokenizer, source if source.is_dir() else None)  # pyright: ignore[reportArgumentType]
-    speedup = None
-    if config.draft.enabled:
-        save_draft(folder.draft_path, state.draft, state.policy, model_name(config), draft_spec(config.draft))
-        progress.say("policy/ and draft/ are saved; what follows only measures, and may be stopped")
-        segments.after_training(parts.length, state.draft.max_length, state.draft_acceptance)
-        speedup = compare_with_plain(
-            parts,
-            compute_copy(state.policy, config.model.dtype),
-            compute_copy(state.draft, config.model.dtype),
-            config.steps * config.grpo.prompts_per_step,
-            step_key(config.seed, config.steps, COMPARE),
-            progress,
-            segments,
-        )
-    progress.close()
-    console.print(summary_table(read_records(folder.metrics_path), speedup))
-    if speedup and max(speedup.values()) < 1:
-        progress.say(f"Speculation did not pay here. {_advice(config.draft)}")
-    console.print(f"Run folder: {folder.path}", soft_wrap=True, markup=False, highlight=False)
-
-
-def _advice(draft: DraftConfig) -> str:
-    """To whom speculation did not pay."""
-    better = "more draft.warmup, a draft that learned beforehand (specgrpo distill), or draft.kind=hydra or eagle"
-    if draft.adaptive:
-        return f"Lengths were chosen by what pays, so little was lost. For a gain try {better}."
-    return f"draft.adaptive=true drafts only what pays. Or try a shorter draft (draft.length), {better}."
-
-
-class _Clock:
-    """Wall-clock time by phase."""
-
-    def __init__(self):
-        self._start = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self._laps[phase] = now - self._last
-        self._last = now
-
-    def times(self) -> dict[str, float]:
-        times = {f"time/{phase}": seconds for phase, seconds in self._laps.items()}
-        return times | {"time/step": self._last - self._start}

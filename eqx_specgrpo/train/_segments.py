@@ -23,6 +23,7 @@ class SegmentLog:
     def __init__(self):
         self.length_state = None
         self._segments: list[SegmentObservation] = []
+        self._plain: dict[int, tuple[int, float]] = {}  # rounds of plain decoding and their seconds, by rows
 
     def __call__(self, observation: SegmentObservation, length_state: Any) -> None:
         self._segments.append(observation)
@@ -43,7 +44,8 @@ class SegmentLog:
         self.length_state = length.after_training(state, found.tolist() if found.any() else None)
 
     def metrics(self) -> dict[str, float]:
-        """Of the segments since the last call: rounds by draft length, and what was expected against what came.
+        """Of the segments since the last call: rounds by draft length, what was expected against what came, and what
+        speculation saved.
 
         Segments in which a program was compiled, and those of which nothing was expected, count for the rounds only.
         """
@@ -63,7 +65,25 @@ class SegmentLog:
                 "spec/expected_acceptance_length": expected_tokens / active,
                 "spec/judged_acceptance_length": sum(s.tokens for s in judged) / active,
             }
-        return metrics
+        return metrics | self._saved(segments)
+
+    def _saved(self, segments: list[SegmentObservation]) -> dict[str, float]:
+        """Seconds that the segments with a draft took less than plain rounds would have, by the plain rounds with as
+        many rows that were seen so far; nothing where there were none, as with a fixed length."""
+        timed = [s for s in segments if s.seconds is not None and s.active_rounds > 0]
+        for segment in timed:
+            if segment.plan.length == 0:
+                rounds, seconds = self._plain.get(segment.rows, (0, 0.0))
+                self._plain[segment.rows] = rounds + segment.rounds, seconds + (segment.seconds or 0.0)
+        if not self._plain:
+            return {}
+        saved = 0.0
+        for segment in timed:
+            if segment.plan.length > 0 and segment.rows in self._plain:
+                rounds, seconds = self._plain[segment.rows]
+                plain_rounds = segment.rounds * segment.tokens / segment.active_rounds
+                saved += plain_rounds * seconds / rounds - (segment.seconds or 0.0)
+        return {"spec/seconds_saved": saved}
 
 
 def _expected(segment: SegmentObservation):

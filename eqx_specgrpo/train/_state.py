@@ -43,7 +43,7 @@ class RunState(eqx.Module):
         policy_optimizer: optax.GradientTransformation,
         draft_optimizer: optax.GradientTransformation,
     ) -> "RunState":
-        """The state before step 0."""
+        """The state before the first step."""
         return RunState(
             policy,
             policy_optimizer.init(eqx.filter(policy, eqx.is_inexact_array)),

@@ -20,10 +20,8 @@ from ..drafts import AbstractDraft, tempered_part, with_temperature
 from ..errors import Stopped, UserError
 from ..grpo import (
     ADVANTAGE_ESTIMATORS,
-    AdvantageEstimator,
     EntropyState,
     LossNormalizer,
-    ScaleRewards,
     UpdateBatch,
     apply_gradients,
     check_finite,
@@ -39,10 +37,11 @@ from ..grpo import (
 )
 from ..models import AbstractLanguageModel, Features, Tokenizer
 from ..runtime import SMALL_HIDDEN_SIZE
-from ..tasks import AbstractTask, Example, Rewards, collate
+from ..tasks import AbstractTask, Example, RewardLog, TrainerState, collate
 from ._loss_inputs import loss_inputs, with_entropy_mask
 from ._segments import SegmentLog
 from ._state import PolicyUpdate, RunState
+from ._step_records import check_names
 
 # A micro-batch of more tokens is no faster on a CPU, and takes more memory.
 _TOKENS_ON_CPU = 2048
@@ -113,35 +112,33 @@ def roll_out(
 
 
 def score(
-    rewards: Rewards,
-    tokenizer: Tokenizer,
-    examples: list[Example],
-    rollouts: Rollouts,
-    scale_rewards: ScaleRewards,
-    step: int,
-    *,
-    estimator: AdvantageEstimator = "group",
-    normalize_then_sum: bool = False,
-) -> tuple[ScoredRollouts, list[str]]:
-    """Rewards, advantages and the texts that were judged.
+    parts: RunParts, examples: list[Example], rollouts: Rollouts, done: int
+) -> tuple[ScoredRollouts, list[str], RewardLog]:
+    """Rewards, advantages, the texts that were judged, and what the reward functions wrote down.
+
+    Advantages are made of the summed rewards (`ADVANTAGE_ESTIMATORS`), or of each function's
+    (`normalize_then_sum_advantages`), as the configuration says.
 
     **Arguments:**
 
-    - `scale_rewards`, `estimator`: how advantages are made of the summed rewards; see
-        [`eqx_specgrpo.grpo.ADVANTAGE_ESTIMATORS`][].
-    - `normalize_then_sum`: make them of each function's rewards instead; see
-        [`eqx_specgrpo.grpo.normalize_then_sum_advantages`][].
+    - `done`: steps that came before.
     """
+    config, size = parts.config, parts.task.size
     ids = [rollouts.completion(row) for row in range(len(rollouts.group))]
-    texts = [tokenizer.decode(completion) for completion in ids]
+    texts = [parts.tokenizer.decode(completion) for completion in ids]
     prompts, columns = collate([examples[prompt] for prompt in rollouts.group])
-    per_function, total = rewards(prompts, texts, ids, columns, step)
-    if normalize_then_sum:
-        weights = np.asarray(rewards.weights)
+    epoch = None if size is None else done * config.grpo.prompts_per_step / size
+    log = RewardLog(len(ids))
+    trainer_state = TrainerState(global_step=done, max_steps=config.steps, epoch=epoch)
+    per_function, total = parts.rewards(prompts, texts, ids, columns, done + 1, trainer_state, log)
+    check_names(log, parts.rewards.names)
+    if config.grpo.multi_objective_aggregation == "normalize_then_sum":
+        weights = np.asarray(parts.rewards.weights)
         advantages = normalize_then_sum_advantages(per_function, weights, rollouts.group, len(examples))
     else:
-        advantages = ADVANTAGE_ESTIMATORS[estimator](total, rollouts.group, len(examples), scale_rewards)
-    return ScoredRollouts(rollouts, per_function, total, advantages), texts
+        estimate = ADVANTAGE_ESTIMATORS[config.grpo.advantage_estimator]
+        advantages = estimate(total, rollouts.group, len(examples), config.grpo.scale_rewards)
+    return ScoredRollouts(rollouts, per_function, total, advantages), texts, log
 
 
 def update_policy(
@@ -169,6 +166,8 @@ def update_policy(
         scored.rollouts, scored.advantages, mask_truncated_completions=grpo.mask_truncated_completions
     )
     width, new = batch.tokens.shape[1], batch.completion_tokens.shape[1]
+    # The update of a small model takes less time than compiling it for another shape, or its forward alone.
+    is_small = policy.hidden_size <= SMALL_HIDDEN_SIZE
     plan = plan_micro_batches(
         scored.rollouts.lengths,
         new,
@@ -179,8 +178,9 @@ def update_policy(
         prompt_width=width - new,
         # A small model's backward takes less time than compiling its forward alone.
         rows_with_gradient=None
-        if policy.hidden_size <= SMALL_HIDDEN_SIZE
+        if is_small
         else batch.rows_with_gradient(with_kl=reference is not None or parts.loss.entropy_bonus),
+        one_shape=is_small,
     )
     batch, given = loss_inputs(parts, policy, reference, batch, plan, scored)
     entropy = parts.entropy.init() if entropy is None else entropy
@@ -323,8 +323,8 @@ def step_key(seed: int, step: int, purpose: int) -> Key[Array, ""]:
 
     **Arguments:**
 
-    - `step`: counted from 0; -1 and below for the warm-up.
-    - `purpose`: see the constants of `_loop.py`.
+    - `step`: how many steps came before; -1 and below for the warm-up.
+    - `purpose`: see the constants of `_lessons.py`.
     """
     return jr.fold_in(jr.fold_in(jr.key(seed), step & 0xFFFFFFFF), purpose)
 

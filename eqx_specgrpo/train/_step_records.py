@@ -1,6 +1,7 @@
-"""What a step's rollouts say of themselves, for the records of a run."""
+"""What a step leaves in the records: the metrics of its rollouts, and a line for each completion."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,23 @@ import numpy as np
 from .._types import Rollouts, ScoredRollouts, StopReason
 from ..drafts import AbstractDraft, completion_tokens, coverage, draft_vocabulary
 from ..grpo import frac_reward_zero_std
-from ..tasks import Example
+from ..tasks import Example, RewardError, RewardLog
+
+# What records hold besides what reward functions log.
+_COLUMNS = frozenset({"step", "prompt", "completion", "length", "stop_reason", "reward", "advantage"})
+_METRICS = frozenset({"step", "num_tokens", "loss", "learning_rate", "entropy", "kl"})
+_FAMILIES = ("reward", "grad_norm", "frac_", "completions/", "clip_ratio/", "sampling/", "spec/", "draft/", "time/",
+             "compile/")  # fmt: skip
+
+
+def check_names(log: RewardLog, reward_names: Sequence[str]) -> None:
+    """Raises `RewardError` if a reward function has logged something under a name of the run's own."""
+    for column in log.extra:
+        if column in _COLUMNS or column in reward_names:
+            raise RewardError(f"log_extra was given the column {column!r}, which the records have already: rename it")
+    for name in log.metrics:
+        if name in _METRICS or name.startswith(_FAMILIES):
+            raise RewardError(f"log_metric was given the name {name!r}, which is for the run's own: rename it")
 
 
 def rollout_metrics(scored: ScoredRollouts, reward_names: tuple[str, ...]) -> dict[str, float]:
@@ -48,9 +65,14 @@ def rollout_metrics(scored: ScoredRollouts, reward_names: tuple[str, ...]) -> di
 
 
 def completion_records(
-    step: int, examples: list[Example], scored: ScoredRollouts, texts: list[str], reward_names: tuple[str, ...]
+    step: int,
+    examples: list[Example],
+    scored: ScoredRollouts,
+    texts: list[str],
+    reward_names: tuple[str, ...],
+    extra: Mapping[str, Sequence[Any]],
 ) -> list[dict[str, Any]]:
-    """One JSON-able object a completion, for `completions.jsonl`."""
+    """One JSON-able object a completion, for `completions.jsonl`; `extra` are further columns, one value a row."""
     rollouts = scored.rollouts
     return [
         {
@@ -62,6 +84,7 @@ def completion_records(
             **{name: float(scored.rewards_per_function[row, i]) for i, name in enumerate(reward_names)},
             "reward": float(scored.rewards[row]),
             "advantage": float(scored.advantages[row]),
+            **{name: values[row] for name, values in extra.items()},
         }
         for row, prompt in enumerate(rollouts.group)
     ]

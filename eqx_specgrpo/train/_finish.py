@@ -1,0 +1,75 @@
+"""The end of a run: what it leaves for others to load, what speculation gave, and a table that sums up."""
+
+from rich.console import Console
+
+from ..config import DraftConfig, RunConfig, RunParts, default_model_path, draft_spec, model_name
+from ..drafts import save_draft
+from ..grpo import compute_copy
+from ..models import locate, save_model
+from ..records import Comparison, RunFolder, RunProgress, read_steps, summary_table
+from ._compare import compare_with_plain
+from ._lessons import COMPARE
+from ._segments import SegmentLog
+from ._state import RunState
+from ._step import step_key
+
+
+def finish(
+    parts: RunParts,
+    state: RunState,
+    folder: RunFolder,
+    progress: RunProgress,
+    segments: SegmentLog,
+) -> Comparison | None:
+    """Writes policy and draft for others to load, and measures what speculation gives, unless that was done already or
+    is not wanted."""
+    config = parts.config
+    with progress.timed("saving", "saving policy/ and draft/"):
+        source = locate(config.model.path) if config.model.path else default_model_path()
+        save_model(state.policy, folder.policy_path, parts.tokenizer, source if source.is_dir() else None)  # pyright: ignore[reportArgumentType]
+        if config.draft.enabled:
+            save_draft(folder.draft_path, state.draft, state.policy, model_name(config), draft_spec(config.draft))
+    if not config.draft.enabled:
+        return None
+    before = folder.comparison()
+    if before is not None and before["steps"] == config.steps:
+        return Comparison(**before)
+    if not config.compare:
+        return None
+    progress.say("policy/ and draft/ are saved; what follows measures, and may be stopped (compare=false: left out)")
+    segments.after_training(parts.length, state.draft.max_length, state.draft_acceptance)
+    with progress.timed("comparison", "comparing with plain decoding"):
+        comparison = compare_with_plain(
+            parts,
+            compute_copy(state.policy, config.model.dtype),
+            compute_copy(state.draft, config.model.dtype),
+            config.steps * config.grpo.prompts_per_step,
+            step_key(config.seed, config.steps, COMPARE),
+            progress,
+            segments,
+        )
+    if comparison is not None:
+        folder.write_comparison(comparison._asdict())
+    return comparison
+
+
+def sum_up(config: RunConfig, folder: RunFolder, comparison: Comparison | None, console: Console) -> None:
+    """Prints what the run has come to.
+
+    **Arguments:**
+
+    - `comparison`: what was measured against plain decoding.
+    """
+    console.print(summary_table(read_steps(folder.metrics_path), folder.times(), comparison))
+    if comparison is not None and comparison.ratio < 1:
+        advice = f"Speculation did not pay here. {_advice(config.draft)}"
+        console.print(advice, soft_wrap=True, markup=False, highlight=False)
+    console.print(f"Run folder: {folder.path}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _advice(draft: DraftConfig) -> str:
+    """To whom speculation did not pay."""
+    better = "more draft.warmup, a draft that learned beforehand (specgrpo distill), or draft.kind=hydra or eagle"
+    if draft.adaptive:
+        return f"Lengths were chosen by what pays, so little was lost. For a gain try {better}."
+    return f"draft.adaptive=true drafts only what pays. Or try a shorter draft (draft.length), {better}."
