@@ -90,9 +90,9 @@ def run(
     check_draft_options(config.draft)
     with RunFolder(Path(config.out), resume) as folder, progress, stopped_at_once(), out_of_memory_advice():
         before = load_config(folder.config_path) if resume else config
-        check_resume(before, config)
         inputs = run_inputs(config, task)
         if resume:
+            check_resume(before, config)
             check_inputs(folder, config, inputs, accept=accept_changes)
         with progress.timed("loading", f"loading {model_name(config)}"):
             parts, state, reference = _load(config, resume, progress)
