@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from ..errors import UserError
 from ..models import AbstractLanguageModel, Features, cast_weights
+from ..sampling import as_temperature
 from ._batch import UpdateBatch
 from ._forward import training_features
 from ._logprobs import chunked_logprobs
@@ -43,7 +44,7 @@ class LossSettings(eqx.Module):
     - `gradient_checkpointing`: see [`eqx_specgrpo.grpo.training_features`][].
     """
 
-    temperature: Float[Array, ""] = eqx.field(converter=_array, default=1.0)
+    temperature: Float[Array, ""] = eqx.field(converter=as_temperature, default=1.0)
     epsilon: Float[Array, ""] = eqx.field(converter=_array, default=0.2)
     epsilon_high: Float[Array, ""] | None = eqx.field(converter=_optional_array, default=None)
     delta: Float[Array, ""] | None = eqx.field(converter=_optional_array, default=None)
