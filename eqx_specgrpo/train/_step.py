@@ -335,8 +335,11 @@ def rollout_metrics(scored: ScoredRollouts, reward_names: tuple[str, ...]) -> di
 def completion_records(
     step: int, examples: list[Example], scored: ScoredRollouts, texts: list[str], reward_names: tuple[str, ...]
 ) -> list[dict[str, Any]]:
-    """One JSON-able object a completion, for `completions.jsonl`."""
+    """One JSON-able object a completion, for `completions.jsonl`. A reward that is called like one of our keys is there
+    as `rewards/NAME`."""
     rollouts = scored.rollouts
+    own = ("step", "prompt", "completion", "length", "stop_reason", "reward", "advantage")
+    keys = ["rewards/" + name if name in own else name for name in reward_names]
     return [
         {
             "step": step,
@@ -344,7 +347,7 @@ def completion_records(
             "completion": texts[row],
             "length": int(rollouts.lengths[row]),
             "stop_reason": StopReason(int(rollouts.stop_reasons[row])).name.lower(),
-            **{name: float(scored.rewards_per_function[row, i]) for i, name in enumerate(reward_names)},
+            **{name: float(scored.rewards_per_function[row, i]) for i, name in enumerate(keys)},
             "reward": float(scored.rewards[row]),
             "advantage": float(scored.advantages[row]),
         }
