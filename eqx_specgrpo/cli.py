@@ -1,6 +1,6 @@
 """The command line: it parses, calls and prints. JAX is imported inside the commands, so that `--help` is immediate."""
 
-import json
+import math
 import shlex
 import sys
 import warnings
@@ -13,14 +13,21 @@ from rich.markup import escape
 
 from .errors import UserError
 from .runtime import (
+    as_typed,
+    check_jax,
     check_output_arrived,
     ending_on_our_terms,
+    exit_on_error,
     guarded_streams,
     hold_standard_descriptors,
     keep_compiled_programs,
     keep_freed_memory,
     package_version,
+    set_aside_number_settings,
 )
+
+_LARGEST_SEED = 2**32 - 1
+_MOST_ROWS = 2**16
 
 app = typer.Typer(
     name="specgrpo",
@@ -33,7 +40,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Runs the command line. A `UserError` is its message and exit code 2; any other exception is ours, and shown."""
+    """Runs the command line."""
     hold_standard_descriptors()
     keep_compiled_programs()
     keep_freed_memory()
@@ -47,14 +54,18 @@ def _run_app() -> None:
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         console.print(f"[bold yellow]warning:[/] {escape(str(message))}")
 
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show
-            app()
-    except UserError as error:
-        for line in str(error).splitlines():
-            console.print(f"[bold red]error:[/] {escape(line)}")
-        sys.exit(error.exit_code)
+    with exit_on_error(console), warnings.catch_warnings():
+        warnings.showwarning = show
+        for message in set_aside_number_settings():
+            show(message)
+        app()
+
+
+def _finite(value: float | None) -> float | None:
+    """Neither `nan` nor `inf`, which the bounds of an option let through."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number.")
+    return value
 
 
 def _print_version(wanted: bool) -> bool:
@@ -138,6 +149,7 @@ def run(
         print(dump_config(resolved), end="")
         check_output_arrived()
         return
+    check_jax()
     from . import train
 
     # In a step the first signal only asks; at once is before the steps, after them, or a second time.
@@ -166,14 +178,20 @@ def distill(
     steps: Annotated[int | None, typer.Option(min=1, help="The most updates; 300 without --minutes.")] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0.01, help="The most time to learn, from the first update on; 10 without --steps."),
+        typer.Option(
+            min=0.01,
+            callback=_finite,
+            help="The most time to learn, from the first update on; 10 without --steps.",
+        ),
     ] = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts a batch of rollouts (grpo.prompts_per_step).")] = None,
     max_new: Annotated[
         int | None, typer.Option(help="Longest completion, in tokens (grpo.max_completion_length).")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of sampling (grpo.temperature).")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="At its height (draft.learning_rate).")] = None,
+    temperature: Annotated[float | None, typer.Option(callback=_finite, help="Of sampling (grpo.temperature).")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(callback=_finite, help="At its height (draft.learning_rate).")
+    ] = None,
     loss: Annotated[str | None, typer.Option(help="kl, reverse_kl, tv, hybrid or e2e_tv (draft.loss).")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
 ) -> None:
@@ -193,6 +211,7 @@ def distill(
         "seed": seed,
     }
     resolved = load_config(config, set_ or [], flags)
+    check_jax()
     from . import train
 
     with ending_on_our_terms(
@@ -209,25 +228,29 @@ def generate(
     draft: Annotated[
         str | None, typer.Option(help="Folder of a saved draft, a kind, or file.py:Class; without it, plain decoding.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0.0, callback=_finite, help="0 is greedy.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens that make up this probability."),
+        typer.Option(
+            min=0.0, max=1.0, callback=_finite, help="Sample among the likeliest tokens that make up this probability."
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 128,
-    num: Annotated[int, typer.Option(min=1, help="Completions of the prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    num: Annotated[int, typer.Option(min=1, max=_MOST_ROWS, help="Completions of the prompt.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the sampling.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a completion.")] = False,
 ) -> None:
     """Complete a prompt, speculatively where a draft is given; the distribution is the model's either way."""
     if not prompt:
         raise UserError("--prompt is empty: give it some text")
+    check_jax()
     from . import train
+    from .files import print_json
 
     with ending_on_our_terms("Stopped."):
         completions: list[dict[str, Any]] = train.generate_text(
-            prompt,
+            as_typed(prompt),
             model=model,
             chat=chat,
             draft=draft,
@@ -240,7 +263,7 @@ def generate(
         )
     for number, completion in enumerate(completions):
         if json_:
-            print(json.dumps(completion, ensure_ascii=False))
+            print_json(completion)
             continue
         if number:
             print("---")
@@ -257,9 +280,9 @@ def generate(
 def verify(
     model: Annotated[str, typer.Option(help="Folder, .gguf file or org/name; without it, the embedded model.")] = "",
     draft: Annotated[str, typer.Option(help="Folder of a saved draft, a kind, or file.py:Class.")] = "medusa",
-    rows: Annotated[int, typer.Option(min=2, help="Completions to compare with plain decoding's.")] = 8,
+    rows: Annotated[int, typer.Option(min=2, max=_MOST_ROWS, help="Completions to compare with plain decoding's.")] = 8,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling and of fresh weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the sampling and of fresh weights.")] = 0,
     frozen: Annotated[
         list[str] | None,
         typer.Option(metavar="PLACE", help="A weight that is meant not to learn, as in .adapter.scale. Repeatable."),
@@ -267,6 +290,8 @@ def verify(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Prove, as far as can be, that a draft leaves a model's distribution as it is; exit code 1 if a check fails."""
+    check_jax()
+    from .files import print_json
     from .testing import verify_pair
 
     with ending_on_our_terms("Stopped before everything was checked."):
@@ -280,7 +305,7 @@ def verify(
             console=Console(stderr=True),
         )
     if json_:
-        print(json.dumps(certificate.to_json()))
+        print_json(certificate.to_json())
     else:
         console = Console()
         console.print(certificate.table())
@@ -313,14 +338,18 @@ def bench(
         bool, typer.Option("--ignore-eos", help="Go on after an end of sequence, to --new tokens.")
     ] = False,
     samples: Annotated[int, typer.Option(help="Completions of a prompt; divides the rows.")] = 4,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    temperature: Annotated[float, typer.Option(callback=_finite, help="0 is greedy.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Sample among the likeliest tokens that make up this probability.")
+        float | None,
+        typer.Option(callback=_finite, help="Sample among the likeliest tokens that make up this probability."),
     ] = None,
     rounds: Annotated[int, typer.Option(help="How often everything is measured; medians are reported.")] = 5,
     minutes: Annotated[
-        float, typer.Option(help="To get a draft that is not saved ready, its share of generating included.")
+        float,
+        typer.Option(
+            callback=_finite, help="To get a draft ready that is not saved, its share of generating included."
+        ),
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (model.dtype).")] = None,
@@ -333,6 +362,7 @@ def bench(
 ) -> None:
     """Measure drafts against plain decoding: acceptance, tokens a second, and the ratio, interleaved in one process."""
     from .bench import BenchSettings, bench as run_bench, check_plot, plot_bench, whole_numbers
+    from .files import print_json
 
     if plot is not None:
         check_plot(plot)
@@ -352,12 +382,13 @@ def bench(
         minutes=minutes,
     )
     flags = {"model.path": model, "task.name": task, "seed": seed, "model.dtype": dtype}
+    check_jax()
     with ending_on_our_terms("Stopped before everything was measured; there is nothing to report."):
         result = run_bench(
             settings, draft or (), path=config, overrides=set_ or [], flags=flags, console=Console(stderr=True)
         )
     if json_:
-        print(json.dumps(result.to_json()))
+        print_json(result.to_json())
     else:
         console = Console(width=None if sys.stdout.isatty() else 120)
         console.print(result.table())

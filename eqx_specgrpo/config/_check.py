@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..drafts import DraftError, describe_saved_draft
-from ..files import import_callable, is_import_spec
+from ..files import import_callable, is_import_spec, user_path
 from ..models import could_be_downloaded, locate
 from ..records import check_unused
 from ..tasks import AbstractTask, Rewards, load_rewards, load_task
@@ -30,7 +30,7 @@ def check_places(config: RunConfig, resume: bool) -> None:
     `UserError` if one of them is not there, or the run folder is taken.
     """
     path = config.model.path
-    if path and (Path(path).expanduser().exists() or not could_be_downloaded(path)):
+    if path and (user_path(path).exists() or not could_be_downloaded(path)):
         locate(path)
     if config.draft.path is not None:
         check_saved_draft(config.draft)
@@ -44,7 +44,7 @@ def check_saved_draft(config: DraftConfig) -> None:
     """Raises `UserError` if the folder of a saved draft is none, or holds another draft than the configuration says.
     Loads nothing."""
     assert config.path is not None
-    saved = describe_saved_draft(Path(config.path).expanduser())
+    saved = describe_saved_draft(user_path(config.path))
     if saved["kind"] != config.kind:
         raise DraftError(
             f"the draft in {config.path} is of kind {saved['kind']!r}, but draft.kind is {config.kind!r}: set "

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.resources
+import re
 import tomllib
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,8 @@ from pydantic.fields import FieldInfo
 
 from ..drafts import describe_saved_draft
 from ..errors import CheckpointError, ConfigError, did_you_mean
-from ..files import is_import_spec
+from ..files import is_import_spec, user_path
+from ._range import check_range
 from ._toml import parse_toml_value, toml_key, toml_value
 from ._tree import DRAFT_KINDS, DRAFT_OPTIONS, DraftConfig, RunConfig, TaskConfig
 
@@ -88,9 +90,13 @@ def load_config(
 
 def _validated(tree: dict[str, Any]) -> RunConfig:
     try:
-        return RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from None
+        said = "\n".join(_explain(detail) for detail in error.errors())
+        # What was given may be of any length.
+        raise ConfigError(re.sub(r"\S{200,}", lambda found: f"{found[0][:100]}...", said)) from None
+    check_range(_leaves(config))
+    return config
 
 
 def draft_flags(text: str) -> dict[str, Any]:
@@ -102,7 +108,7 @@ def draft_flags(text: str) -> dict[str, Any]:
     """
     if text in DRAFT_KINDS or is_import_spec(text):
         return {"draft.kind": text, "draft.path": "none"}
-    folder = Path(text).expanduser()
+    folder = user_path(text)
     if (folder / "draft.json").is_file():
         return {"draft.path": text}
     if folder.is_dir():
@@ -133,7 +139,7 @@ def _of_saved(tree: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(path, str) or path in ("none", "None"):
         return tree
     try:
-        saved = describe_saved_draft(Path(path).expanduser())
+        saved = describe_saved_draft(user_path(path))
     except CheckpointError:
         return tree  # Whoever loads it says what is wrong.
     shorter = {"length": saved["max_length"]} if saved["max_length"] < DraftConfig().length else {}
@@ -210,7 +216,7 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration file {path}: check the path, or leave it out") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits, deep nesting
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None

@@ -47,6 +47,7 @@ from ..drafts import (
     with_vocabulary,
 )
 from ..errors import UserError, did_you_mean
+from ..files import user_path
 from ..grpo import LossSettings, adamw
 from ..models import AbstractLanguageModel, Tokenizer, Transformer, load_pretrained
 from ..sampling import AbstractSampling, Sampling
@@ -153,7 +154,7 @@ def _of_other_vocabulary(
 def _saved_draft(config: DraftConfig, target: AbstractLanguageModel) -> AbstractDraft:
     check_saved_draft(config)
     assert config.path is not None
-    draft = load_draft(Path(config.path).expanduser(), target)
+    draft = load_draft(user_path(config.path), target)
     return draft.then if isinstance(draft, FallbackDraft) and not config.ngram else draft
 
 

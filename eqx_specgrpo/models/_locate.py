@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from ..errors import CheckpointError
+from ..files import user_path
 
 # Weights in one format only, and nothing that could be executed.
 _FILES = ["*.json", "model*.safetensors", "*.jinja", "tokenizer*"]
@@ -19,7 +20,7 @@ def locate(path: str | Path) -> Path:
 
     `CheckpointError` if there is no such thing, here or there.
     """
-    local = Path(path).expanduser()
+    local = user_path(path)
     if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
         return local
     if local.is_file():

@@ -2,16 +2,14 @@
 
 import contextlib
 import json
-import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from ..errors import UserError
+from ..files import json_line
 
 if sys.platform == "win32":
     import msvcrt
@@ -165,10 +163,10 @@ class RunFolder:
 
     def _write_start(self, path: Path, step: int, about: Mapping[str, Any]) -> None:
         starts = [*_starts_before(path, step), {"from_step": step} | dict(about)]
-        replace_file(path, "".join(json.dumps(_plain(start)) + "\n" for start in starts).encode())
+        replace_file(path, "".join(json_line(start) + "\n" for start in starts).encode())
 
     def _append(self, path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-        text = "".join(json.dumps(_plain(record), allow_nan=False, ensure_ascii=False) + "\n" for record in records)
+        text = "".join(json_line(record) + "\n" for record in records)
         try:
             if path not in self._files:
                 # Unbuffered: a line is in the file, whole, when this returns.
@@ -306,21 +304,3 @@ def _write_all(file: IO[bytes], content: bytes) -> None:
 
 def _write_error(path: Path, error: OSError, otherwise: str = _AS_IT_WAS) -> UserError:
     return UserError(f"{path} could not be written: {error.strerror}; {otherwise}")
-
-
-def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: arrays and scalars of numpy and JAX become numbers and lists."""
-    match value:
-        case None | str() | bool() | int():
-            return value
-        case float():
-            return value if math.isfinite(value) else None
-        case Mapping():
-            return {str(key): _plain(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_plain(item) for item in value]
-        case _:
-            array = np.asarray(value)
-            if array.dtype == object:
-                raise TypeError(f"{value!r} cannot be written as JSON")
-            return _plain(array.tolist())

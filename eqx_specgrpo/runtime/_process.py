@@ -10,10 +10,19 @@ from pathlib import Path
 def keep_compiled_programs() -> None:
     """Lets JAX keep what it compiles, so that a second start is quick; the user's own settings come first.
 
-    A folder a machine, because programs are made for the processor, and home folders are shared.
+    A folder a machine, because programs are made for the processor, and home folders are shared. Where there is no home
+    folder, or nothing can be written to it, programs are compiled at every start.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "eqx_specgrpo" / platform.node()))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        try:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            folder = cache / "eqx_specgrpo" / platform.node()
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError):
+            return
+        if not os.access(folder, os.W_OK | os.X_OK):
+            return
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
