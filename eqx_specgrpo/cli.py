@@ -1,6 +1,5 @@
 """The command line: it parses, calls and prints. JAX is imported inside the commands, so that `--help` is immediate."""
 
-import math
 import shlex
 import sys
 import warnings
@@ -59,13 +58,6 @@ def _run_app() -> None:
         for message in set_aside_number_settings():
             show(message)
         app()
-
-
-def _finite(value: float | None) -> float | None:
-    """Neither `nan` nor `inf`, which the bounds of an option let through."""
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no finite number.")
-    return value
 
 
 def _print_version(wanted: bool) -> bool:
@@ -178,20 +170,14 @@ def distill(
     steps: Annotated[int | None, typer.Option(min=1, help="The most updates; 300 without --minutes.")] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(
-            min=0.01,
-            callback=_finite,
-            help="The most time to learn, from the first update on; 10 without --steps.",
-        ),
+        typer.Option(min=0.01, help="The most time to learn, from the first update on; 10 without --steps."),
     ] = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts a batch of rollouts (grpo.prompts_per_step).")] = None,
     max_new: Annotated[
         int | None, typer.Option(help="Longest completion, in tokens (grpo.max_completion_length).")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(callback=_finite, help="Of sampling (grpo.temperature).")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(callback=_finite, help="At its height (draft.learning_rate).")
-    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling (grpo.temperature).")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="At its height (draft.learning_rate).")] = None,
     loss: Annotated[str | None, typer.Option(help="kl, reverse_kl, tv, hybrid or e2e_tv (draft.loss).")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
 ) -> None:
@@ -228,13 +214,11 @@ def generate(
     draft: Annotated[
         str | None, typer.Option(help="Folder of a saved draft, a kind, or file.py:Class; without it, plain decoding.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, callback=_finite, help="0 is greedy.")] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(
-            min=0.0, max=1.0, callback=_finite, help="Sample among the likeliest tokens that make up this probability."
-        ),
+        typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens that make up this probability."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 128,
     num: Annotated[int, typer.Option(min=1, max=_MOST_ROWS, help="Completions of the prompt.")] = 1,
@@ -338,18 +322,16 @@ def bench(
         bool, typer.Option("--ignore-eos", help="Go on after an end of sequence, to --new tokens.")
     ] = False,
     samples: Annotated[int, typer.Option(help="Completions of a prompt; divides the rows.")] = 4,
-    temperature: Annotated[float, typer.Option(callback=_finite, help="0 is greedy.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(callback=_finite, help="Sample among the likeliest tokens that make up this probability."),
+        typer.Option(help="Sample among the likeliest tokens that make up this probability."),
     ] = None,
     rounds: Annotated[int, typer.Option(help="How often everything is measured; medians are reported.")] = 5,
     minutes: Annotated[
         float,
-        typer.Option(
-            callback=_finite, help="To get a draft ready that is not saved, its share of generating included."
-        ),
+        typer.Option(help="To get a draft ready that is not saved, its share of generating included."),
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (model.dtype).")] = None,
