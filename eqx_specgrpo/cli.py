@@ -1,6 +1,5 @@
 """The command line: it parses, calls and prints. JAX is imported inside the commands, so that `--help` is immediate."""
 
-import json
 import shlex
 import sys
 import warnings
@@ -14,16 +13,22 @@ from rich.markup import escape
 from .choices import DRAFT_LOSSES, DRAFTS, REWARDS, TASKS, VERIFIERS, listed
 from .errors import UserError
 from .runtime import (
+    as_typed,
+    check_jax,
     check_output_arrived,
     ending_on_our_terms,
+    exit_on_error,
     guarded_streams,
     hold_standard_descriptors,
     keep_compiled_programs,
     keep_freed_memory,
     package_version,
+    set_aside_number_settings,
 )
 
 _DRAFTS = f"{', '.join(DRAFTS)} or file.py:Class"
+_LARGEST_SEED = 2**32 - 1
+_MOST_ROWS = 2**16
 
 app = typer.Typer(
     name="specgrpo",
@@ -36,7 +41,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Runs the command line. A `UserError` is its message and exit code 2; any other exception is ours, and shown."""
+    """Runs the command line."""
     hold_standard_descriptors()
     keep_compiled_programs()
     keep_freed_memory()
@@ -50,14 +55,11 @@ def _run_app() -> None:
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         console.print(f"[bold yellow]warning:[/] {escape(str(message))}")
 
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show
-            app()
-    except UserError as error:
-        for line in str(error).splitlines():
-            console.print(f"[bold red]error:[/] {escape(line)}")
-        sys.exit(error.exit_code)
+    with exit_on_error(console), warnings.catch_warnings():
+        warnings.showwarning = show
+        for message in set_aside_number_settings():
+            show(message)
+        app()
 
 
 def _print_version(wanted: bool) -> bool:
@@ -81,6 +83,18 @@ _Renamed = Annotated[
 ]
 
 
+# What several commands take.
+_Config = Annotated[
+    Path | None, typer.Argument(metavar="CONFIG.toml", help="Configuration; without one, the embedded default.")
+]
+_Model = Annotated[str | None, typer.Option(help="Folder, .gguf file or org/name (model.path).")]
+_Task = Annotated[str | None, typer.Option(help=f"{listed(TASKS)} (task.name).")]
+_Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set grpo.beta=0.01. Repeatable."),
+]
+
+
 @app.callback()
 def _options(
     version: Annotated[
@@ -92,15 +106,10 @@ def _options(
 
 @app.command()
 def run(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG.toml", help="Configuration; without one, the embedded default.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set grpo.beta=0.01. Repeatable."),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Folder, .gguf file or org/name (model.path).")] = None,
-    task: Annotated[str | None, typer.Option(help=f"{listed(TASKS)} (task.name).")] = None,
+    config: _Config = None,
+    set_: _Set = None,
+    model: _Model = None,
+    task: _Task = None,
     reward: Annotated[
         list[str] | None,
         typer.Option(help=f"{listed([*REWARDS, 'package.module:function', 'file.py:function'])}. Repeatable."),
@@ -155,6 +164,7 @@ def run(
         print(dump_config(resolved), end="")
         check_output_arrived()
         return
+    check_jax()
     from . import train
 
     # In a step the first signal only asks; at once is before the steps, after them, or a second time.
@@ -167,16 +177,11 @@ def run(
 
 @app.command()
 def distill(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG.toml", help="Configuration; without one, the embedded default.")
-    ] = None,
+    config: _Config = None,
     out: Annotated[Path, typer.Option(help="The folder to write the draft to.")] = ...,  # pyright: ignore[reportArgumentType]
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set draft.fraction=0.5. Repeatable."),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Folder, .gguf file or org/name (model.path).")] = None,
-    task: Annotated[str | None, typer.Option(help=f"{listed(TASKS)} (task.name).")] = None,
+    set_: _Set = None,
+    model: _Model = None,
+    task: _Task = None,
     draft: Annotated[str | None, typer.Option(help=f"Folder of a saved draft to go on with, or {_DRAFTS}.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="The most updates; 300 without --minutes.")] = None,
     minutes: Annotated[
@@ -210,6 +215,7 @@ def distill(
         "seed": seed,
     }
     resolved = load_config(config, set_ or [], flags)
+    check_jax()
     from . import train
 
     with ending_on_our_terms(
@@ -234,19 +240,21 @@ def generate(
     ] = None,
     max_completion_length: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 128,
     renamed: _Renamed = None,
-    num: Annotated[int, typer.Option(min=1, help="Completions of the prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    num: Annotated[int, typer.Option(min=1, max=_MOST_ROWS, help="Completions of the prompt.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the sampling.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a completion.")] = False,
 ) -> None:
     """Complete a prompt, speculatively where a draft is given; the distribution is the model's either way."""
     del renamed
     if not prompt:
         raise UserError("--prompt is empty: give it some text")
+    check_jax()
     from . import train
+    from .files import print_json
 
     with ending_on_our_terms("Stopped."):
         completions: list[dict[str, Any]] = train.generate_text(
-            prompt,
+            as_typed(prompt),
             model=model,
             chat=chat,
             draft=draft,
@@ -259,7 +267,7 @@ def generate(
         )
     for number, completion in enumerate(completions):
         if json_:
-            print(json.dumps(completion, ensure_ascii=False))
+            print_json(completion)
             continue
         if number:
             print("---")
@@ -276,9 +284,9 @@ def generate(
 def verify(
     model: Annotated[str, typer.Option(help="Folder, .gguf file or org/name; without it, the embedded model.")] = "",
     draft: Annotated[str, typer.Option(help=f"Folder of a saved draft, {_DRAFTS}.")] = "medusa",
-    rows: Annotated[int, typer.Option(min=2, help="Completions to compare with plain decoding's.")] = 8,
+    rows: Annotated[int, typer.Option(min=2, max=_MOST_ROWS, help="Completions to compare with plain decoding's.")] = 8,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling and of fresh weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the sampling and of fresh weights.")] = 0,
     frozen: Annotated[
         list[str] | None,
         typer.Option(metavar="PLACE", help="A weight that is meant not to learn, as in .adapter.scale. Repeatable."),
@@ -286,6 +294,8 @@ def verify(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Prove, as far as can be, that a draft leaves a model's distribution as it is; exit code 1 if a check fails."""
+    check_jax()
+    from .files import print_json
     from .testing import verify_pair
 
     with ending_on_our_terms("Stopped before everything was checked."):
@@ -299,7 +309,7 @@ def verify(
             console=Console(stderr=True),
         )
     if json_:
-        print(json.dumps(certificate.to_json()))
+        print_json(certificate.to_json())
     else:
         console = Console()
         console.print(certificate.table())
@@ -311,11 +321,9 @@ def verify(
 
 @app.command()
 def bench(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG.toml", help="Configuration; without one, the embedded default.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Folder, .gguf file or org/name (model.path).")] = None,
-    task: Annotated[str | None, typer.Option(help=f"{listed(TASKS)} (task.name).")] = None,
+    config: _Config = None,
+    model: _Model = None,
+    task: _Task = None,
     draft: Annotated[
         list[str] | None,
         typer.Option(
@@ -336,24 +344,24 @@ def bench(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Sample among the likeliest tokens that make up this probability.")
+        float | None,
+        typer.Option(help="Sample among the likeliest tokens that make up this probability."),
     ] = None,
     rounds: Annotated[int, typer.Option(help="How often everything is measured; medians are reported.")] = 5,
     minutes: Annotated[
-        float, typer.Option(help="To get a draft that is not saved ready, its share of generating included.")
+        float,
+        typer.Option(help="To get a draft ready that is not saved, its share of generating included."),
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (model.dtype).")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set task.high=99. Repeatable."),
-    ] = None,
+    set_: _Set = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the figures as well.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object, raw figures included.")] = False,
 ) -> None:
     """Measure drafts against plain decoding: acceptance, tokens a second, and the ratio, interleaved in one process."""
     del renamed
     from .bench import BenchSettings, bench as run_bench, check_plot, plot_bench, whole_numbers
+    from .files import print_json
 
     if plot is not None:
         check_plot(plot)
@@ -373,12 +381,13 @@ def bench(
         minutes=minutes,
     )
     flags = {"model.path": model, "task.name": task, "seed": seed, "model.dtype": dtype}
+    check_jax()
     with ending_on_our_terms("Stopped before everything was measured; there is nothing to report."):
         result = run_bench(
             settings, draft or (), path=config, overrides=set_ or [], flags=flags, console=Console(stderr=True)
         )
     if json_:
-        print(json.dumps(result.to_json()))
+        print_json(result.to_json())
     else:
         console = Console(width=None if sys.stdout.isatty() else 120)
         console.print(result.table())

@@ -1,11 +1,14 @@
 """What a benchmark is asked for, and what is wrong with it."""
 
+import math
 from typing import Any
 
 import equinox as eqx
 
 from ..decoding import VERIFIER_KINDS, AbstractVerifier, FixedLength, make_verifier
 from ..errors import UserError
+
+_MOST_ROWS = 2**16
 
 
 class BenchSettings(eqx.Module):
@@ -56,6 +59,8 @@ class BenchSettings(eqx.Module):
         if not self.rows or min(self.rows) < 1:
             raise UserError("--rows names no number of rows of at least 1: write it as --rows 4,8,16")
         for rows in self.rows:
+            if rows > _MOST_ROWS:
+                raise UserError(f"--rows {rows}: at most {_MOST_ROWS} are decoded together")
             if rows % self.samples:
                 raise UserError(
                     f"--rows {rows} is no multiple of --samples {self.samples}, the completions of each prompt: choose "
@@ -68,14 +73,16 @@ class BenchSettings(eqx.Module):
                 raise UserError(f"--lengths: {error}") from None
         if not any(self.lengths):
             raise UserError("--lengths names no length above 0, and plain decoding is measured anyway: give 1 to 8")
-        if self.temperature < 0:
-            raise UserError(f"--temperature is {self.temperature}, but must be at least 0, which is greedy")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature is {self.temperature}, but must be at least 0, which is greedy, and finite")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(
                 f"--top-p is {self.top_p}, but must be above 0 and at most 1; leave it out to keep everything"
             )
-        if not self.minutes > 0:
-            raise UserError(f"--minutes is {self.minutes}, but a draft needs some time to learn: give more than 0")
+        if not 0 < self.minutes < math.inf:
+            raise UserError(
+                f"--minutes is {self.minutes}, but a draft needs some time to learn: give a finite number above 0"
+            )
         for name in self.verifiers:
             make_verifier(name)
             if VERIFIER_KINDS[name].greedy_only and self.temperature > 0:

@@ -5,6 +5,9 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich.console import Console
+from rich.markup import escape
+
 from ..errors import Stopped, UserError
 
 _OF_CTRL_C = 130
@@ -40,3 +43,28 @@ def ending_on_our_terms(stopped_at_once: str) -> Iterator[None]:
             f"{frame.filename}, line {frame.lineno}: sys.exit({error.code!r}) was called there; raise an exception "
             "that says what is wrong instead"
         ) from error
+
+
+@contextmanager
+def exit_on_error(console: Console) -> Iterator[None]:
+    """Ends the program with a message and an exit code where the user can mend what is wrong: a `UserError`, what the
+    system says of a file, too little memory. Any other exception is ours, and goes on.
+
+    **Arguments:**
+
+    - `console`: where the message goes.
+    """
+    try:
+        yield
+        return
+    except UserError as error:
+        message, code = str(error), error.exit_code
+    except OSError as error:
+        if error.filename is None:
+            raise
+        message, code = f"{error.filename}: {error.strerror}", UserError.exit_code
+    except MemoryError:
+        message, code = "this machine's memory does not suffice: ask for less at a time", UserError.exit_code
+    for line in message.splitlines():
+        console.print(f"[bold red]error:[/] {escape(line)}")
+    sys.exit(code)

@@ -17,22 +17,36 @@ def keep_compiled_programs() -> None:
 
     The user's own settings come first: `JAX_COMPILATION_CACHE_DIR`, or a folder that was set in `jax.config`. By
     default it is a folder a machine below `~/.cache/eqx_specgrpo`, because programs are made for the processor, and
-    home folders are shared.
+    home folders are shared. Where there is no home folder, or nothing can be written to it, programs are compiled at
+    every start.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = str(cache / "eqx_specgrpo" / platform.node())
-    is_set = _CACHE_DIR in os.environ
     # For this process, if it has yet to import JAX, and for those that it starts.
-    os.environ.setdefault(_CACHE_DIR, folder)
     os.environ.setdefault(_MIN_SECONDS, str(_KEEP_FROM))
+    if _CACHE_DIR in os.environ:
+        return
+    folder = _cache_folder()
+    if folder is None:
+        return
+    os.environ[_CACHE_DIR] = folder
     if "jax" in sys.modules:
         import jax
         from jax.experimental.compilation_cache import compilation_cache
 
-        if not is_set and jax.config.values["jax_compilation_cache_dir"] is None:
+        if jax.config.values["jax_compilation_cache_dir"] is None:
             jax.config.update("jax_compilation_cache_dir", folder)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", _KEEP_FROM)
             compilation_cache.reset_cache()  # JAX has looked for a folder once, if it has compiled anything
+
+
+def _cache_folder() -> str | None:
+    """Made if it is not there; `None` if nothing can be written to it."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = cache / "eqx_specgrpo" / platform.node()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return None
+    return str(folder) if os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def kept_programs() -> tuple[Path, int] | None:

@@ -25,6 +25,7 @@ from ..config import (
 from ..decoding import DecodeProgress, FixedLength
 from ..drafts import AbstractDraft, NoDraft, completion_tokens, coverage, draft_vocabulary, save_draft, tempered_part
 from ..errors import Stopped, UserError
+from ..files import user_path
 from ..grpo import compute_copy
 from ..models import AbstractLanguageModel
 from ..records import RunProgress, replace_file, try_folder
@@ -87,8 +88,11 @@ def distill(
     `UserError` for whatever the user can mend. `Stopped` where SIGINT, SIGTERM or SIGHUP has asked for an end: what was
     learned is saved first.
     """
-    if (steps is not None and steps < 1) or (minutes is not None and not minutes > 0):
-        raise UserError(f"steps = {steps} and minutes = {minutes} leave no time to learn: give more, or neither")
+    if (steps is not None and steps < 1) or (minutes is not None and not 0 < minutes < math.inf):
+        raise UserError(
+            f"steps = {steps} and minutes = {minutes} leave no time to learn, or no end: give finite numbers above "
+            "0, or neither"
+        )
     if steps is None and minutes is None:
         steps, minutes = DEFAULT_STEPS, DEFAULT_MINUTES
     out = Path(config.out)
@@ -122,7 +126,7 @@ def _check(config: RunConfig, out: Path) -> None:
         raise UserError(f"{off} says that there is no draft to train: name one with --draft")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, not a folder: choose another with --out")
-    goes_on = config.draft.path is not None and out.resolve() == Path(config.draft.path).expanduser().resolve()
+    goes_on = config.draft.path is not None and out.resolve() == user_path(config.draft.path).resolve()
     if not goes_on and out.is_dir() and any(out.iterdir()):
         raise UserError(
             f"the folder {out} is not empty: choose another with --out, or go on with the draft in it by --draft {out}"
