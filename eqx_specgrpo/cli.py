@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .choices import DRAFT_LOSSES, DRAFTS, REWARDS, TASKS, VERIFIERS, listed
+from ._cli_options import DRAFT_WORDS, LARGEST_SEED, MOST_ROWS, Config, Model, Renamed, Set, Task
+from .choices import DRAFT_LOSSES, REWARDS, VERIFIERS, listed
 from .errors import UserError
 from .runtime import (
     as_typed,
@@ -25,10 +26,6 @@ from .runtime import (
     package_version,
     set_aside_number_settings,
 )
-
-_DRAFTS = f"{', '.join(DRAFTS)} or file.py:Class"
-_LARGEST_SEED = 2**32 - 1
-_MOST_ROWS = 2**16
 
 app = typer.Typer(
     name="specgrpo",
@@ -69,32 +66,6 @@ def _print_version(wanted: bool) -> bool:
     return wanted
 
 
-def _say_its_name(given: str | None) -> None:
-    if given is not None:
-        raise UserError(
-            "the longest completion is --max-completion-length in every command, as grpo.max_completion_length: write "
-            f"--max-completion-length {given}"
-        )
-
-
-# What one thing is called elsewhere, or was here: answered with its name.
-_Renamed = Annotated[
-    str | None, typer.Option("--max-new-tokens", "--max-new", "--new", hidden=True, callback=_say_its_name)
-]
-
-
-# What several commands take.
-_Config = Annotated[
-    Path | None, typer.Argument(metavar="CONFIG.toml", help="Configuration; without one, the embedded default.")
-]
-_Model = Annotated[str | None, typer.Option(help="Folder, .gguf file or org/name (model.path).")]
-_Task = Annotated[str | None, typer.Option(help=f"{listed(TASKS)} (task.name).")]
-_Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set grpo.beta=0.01. Repeatable."),
-]
-
-
 @app.callback()
 def _options(
     version: Annotated[
@@ -106,17 +77,17 @@ def _options(
 
 @app.command()
 def run(
-    config: _Config = None,
-    set_: _Set = None,
-    model: _Model = None,
-    task: _Task = None,
+    config: Config = None,
+    set_: Set = None,
+    model: Model = None,
+    task: Task = None,
     reward: Annotated[
         list[str] | None,
         typer.Option(help=f"{listed([*REWARDS, 'package.module:function', 'file.py:function'])}. Repeatable."),
     ] = None,
     draft: Annotated[
         str | None,
-        typer.Option(help=f"Folder of a saved draft (draft.path), or {_DRAFTS} (draft.kind)."),
+        typer.Option(help=f"Folder of a saved draft (draft.path), or {DRAFT_WORDS} (draft.kind)."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps in all, those before a resume included.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder.")] = None,
@@ -177,12 +148,12 @@ def run(
 
 @app.command()
 def distill(
-    config: _Config = None,
+    config: Config = None,
     out: Annotated[Path, typer.Option(help="The folder to write the draft to.")] = ...,  # pyright: ignore[reportArgumentType]
-    set_: _Set = None,
-    model: _Model = None,
-    task: _Task = None,
-    draft: Annotated[str | None, typer.Option(help=f"Folder of a saved draft to go on with, or {_DRAFTS}.")] = None,
+    set_: Set = None,
+    model: Model = None,
+    task: Task = None,
+    draft: Annotated[str | None, typer.Option(help=f"Folder of a saved draft to go on with, or {DRAFT_WORDS}.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="The most updates; 300 without --minutes.")] = None,
     minutes: Annotated[
         float | None,
@@ -192,7 +163,7 @@ def distill(
     max_completion_length: Annotated[
         int | None, typer.Option(help="Longest completion, in tokens (grpo.max_completion_length).")
     ] = None,
-    renamed: _Renamed = None,
+    renamed: Renamed = None,
     temperature: Annotated[float | None, typer.Option(help="Of sampling (grpo.temperature).")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="At its height (draft.learning_rate).")] = None,
     loss: Annotated[str | None, typer.Option(help=f"{listed(DRAFT_LOSSES)} (draft.loss).")] = None,
@@ -230,7 +201,7 @@ def generate(
     model: Annotated[str, typer.Option(help="Folder, .gguf file or org/name; without it, the embedded model.")] = "",
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     draft: Annotated[
-        str | None, typer.Option(help=f"Folder of a saved draft, {_DRAFTS}; without it, plain decoding.")
+        str | None, typer.Option(help=f"Folder of a saved draft, {DRAFT_WORDS}; without it, plain decoding.")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
@@ -239,9 +210,9 @@ def generate(
         typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens that make up this probability."),
     ] = None,
     max_completion_length: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 128,
-    renamed: _Renamed = None,
-    num: Annotated[int, typer.Option(min=1, max=_MOST_ROWS, help="Completions of the prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the sampling.")] = 0,
+    renamed: Renamed = None,
+    num: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="Completions of the prompt.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the sampling.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a completion.")] = False,
 ) -> None:
     """Complete a prompt, speculatively where a draft is given; the distribution is the model's either way."""
@@ -283,10 +254,10 @@ def generate(
 @app.command()
 def verify(
     model: Annotated[str, typer.Option(help="Folder, .gguf file or org/name; without it, the embedded model.")] = "",
-    draft: Annotated[str, typer.Option(help=f"Folder of a saved draft, {_DRAFTS}.")] = "medusa",
-    rows: Annotated[int, typer.Option(min=2, max=_MOST_ROWS, help="Completions to compare with plain decoding's.")] = 8,
+    draft: Annotated[str, typer.Option(help=f"Folder of a saved draft, {DRAFT_WORDS}.")] = "medusa",
+    rows: Annotated[int, typer.Option(min=2, max=MOST_ROWS, help="Completions to compare with plain decoding's.")] = 8,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the sampling and of fresh weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the sampling and of fresh weights.")] = 0,
     frozen: Annotated[
         list[str] | None,
         typer.Option(metavar="PLACE", help="A weight that is meant not to learn, as in .adapter.scale. Repeatable."),
@@ -321,13 +292,13 @@ def verify(
 
 @app.command()
 def bench(
-    config: _Config = None,
-    model: _Model = None,
-    task: _Task = None,
+    config: Config = None,
+    model: Model = None,
+    task: Task = None,
     draft: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Folder of a saved draft, {_DRAFTS}; ngram+ before it: behind a lookup. "
+            help=f"Folder of a saved draft, {DRAFT_WORDS}; ngram+ before it: behind a lookup. "
             "Repeatable; without it, ngram and medusa."
         ),
     ] = None,
@@ -336,7 +307,7 @@ def bench(
     adaptive: Annotated[bool, typer.Option("--adaptive", help="Also let a controller choose the length.")] = False,
     verifiers: Annotated[str, typer.Option(help=f"Of {listed(VERIFIERS)}; greedy only at temperature 0.")] = "",
     max_completion_length: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 128,
-    renamed: _Renamed = None,
+    renamed: Renamed = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after an end of sequence, to --max-completion-length tokens.")
     ] = False,
@@ -354,7 +325,7 @@ def bench(
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (model.dtype).")] = None,
-    set_: _Set = None,
+    set_: Set = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the figures as well.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object, raw figures included.")] = False,
 ) -> None:

@@ -33,7 +33,7 @@ from eqx_specgrpo.tasks import (
     soft_overlong,
     think_format_reward,
 )
-from eqx_specgrpo.train._step import completion_records
+from eqx_specgrpo.train._step_records import completion_records
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "custom_reward.py"
 
@@ -411,7 +411,7 @@ def test_a_reward_may_be_called_anything():
     rollouts = make_rollouts([[1, 2]], [0, 0], [[3, 4], [5]])
     values = np.arange(10.0).reshape(2, 5)
     scored = ScoredRollouts(rollouts, values, values.sum(1), np.zeros(2))
-    first, second = completion_records(7, [Example("a")], scored, ["b", "c"], names)
+    first, second = completion_records(7, [Example("a")], scored, ["b", "c"], names, {})
     assert (first["step"], first["reward"], second["length"]) == (7, 10.0, 1)
     assert [first[f"rewards/{name}"] for name in names[:3]] == [0.0, 1.0, 2.0]
     assert (second["a/b.py:f"], second["größe 1"]) == (8.0, 9.0)

@@ -40,7 +40,8 @@ ALLOWED = {
     "testing": BOTTOM | STATIONS | {"records", "config"},
     "train": BOTTOM | STATIONS | {"records", "config", "testing"},
     "bench": BOTTOM | STATIONS | {"records", "config", "testing", "train"},
-    "cli": BOTTOM | STATIONS | {"records", "config", "testing", "train", "bench"},
+    "_cli_options": BOTTOM,
+    "cli": BOTTOM | {"_cli_options"} | STATIONS | {"records", "config", "testing", "train", "bench"},
     "__init__": BOTTOM | STATIONS | {"records", "config", "testing", "train", "bench"},
 }
 LONGEST_FILE = 400

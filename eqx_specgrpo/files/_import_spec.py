@@ -139,6 +139,8 @@ def _load_module(source: str, what: str, must_be: str) -> ModuleType:
     folder, module = _module_in(source) or ("", "")
     if not module:
         raise UserError(f"{source!r} is neither a module such as package.module nor a file ending in .py")
+    if folder and not Path(folder).is_dir():
+        raise UserError(f"the module {source!r} of a {what} can't be imported: there is no folder {folder}")
     started_as = _spec(_main())
     if started_as is not None and started_as.name == module:
         return _main()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import UserError
+from ..files import json_line
 
 if sys.platform == "win32":
     import msvcrt
