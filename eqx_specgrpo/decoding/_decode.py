@@ -18,6 +18,7 @@ from ..runtime import count_compilations
 from ..sampling import AbstractSampling, GreedySampling, Sampling
 from ._block import Block
 from ._buckets import bucket_for, default_smallest_bucket, shrink_below
+from ._finite import require_finite
 from ._greedy_match import GreedyMatch
 from ._length import AbstractLengthController, FixedLength, SegmentObservation
 from ._prompts import AbstractPromptStore, PromptsInRows, PromptsOnce, can_share
@@ -100,6 +101,10 @@ def decode(
     **Returns:**
 
     `Rollouts`, `samples` rows a prompt, rows of a prompt consecutive.
+
+    **Raises:**
+
+    `UserError` if the model's or the draft's logits are not finite numbers, or a prompt does not fit the model.
     """
     draft = NoDraft() if draft is None else draft
     sampling = Sampling() if sampling is None else sampling
@@ -155,12 +160,15 @@ def decode(
 
     def look(segments: SegmentQueue, length_state: Any) -> tuple[Bool[np.ndarray, " rows"], int, Any]:
         report, observation = segments.look()
+        if not report.finite:
+            require_finite(state, row_ids, samples)
         length_state = length.update(length_state, observation)
         if on_segment is not None:
             on_segment(observation, length_state)
         return np.asarray(report.active), int(report.tokens_in_all), length_state
 
     output = _Output(num_rows, max_new_tokens, draft.max_length)
+    require_finite(state, row_ids, samples)
     active, emitted = np.asarray(state.active), int(np.asarray(state.num_new).sum())
     with count_compilations() as compilations:
         segments = SegmentQueue(default_loop() if loop is None else loop, compilations)
@@ -185,6 +193,7 @@ def decode(
                 row_ids[slots] = admitted
                 which = (jnp.asarray(slots), jnp.asarray(admitted), jnp.asarray(admitted // samples))
                 state = _admit((modules, prompt_state, key, *which), state)
+                require_finite(state, row_ids, samples)
                 active, emitted = np.asarray(state.active), int(np.asarray(state.num_new).sum())
                 continue
             if not active.any():

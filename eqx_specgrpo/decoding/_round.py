@@ -1,5 +1,7 @@
 """One round of speculative decoding: propose, check, verify, commit."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -55,4 +57,5 @@ def decode_round(
         # slower than: how much of a draft's cache is read depends on the row that has come farthest.
         num_kept = jnp.where(state.active, verdict.num_accepted, 0)
         draft_state = draft.commit(target, draft_state, features, block, num_kept)
+        state = dataclasses.replace(state, finite=state.finite & (proposal.finite() | ~state.active))
         return commit(state, emitted, logprobs, verdict.num_accepted + 1, eos_ids, prompts.detach(cache), draft_state)

@@ -109,12 +109,14 @@ class SegmentReport(eqx.Module):
     **Arguments:**
 
     - `active`: rows that are not finished at its end.
+    - `finite`: whether all logits so far were finite.
     - `rounds`: rounds run.
     - `accepted`, `active_rounds`, `tokens`: of this segment, summed over rows.
     - `tokens_in_all`: that the rows have emitted so far.
     """
 
     active: Bool[Array | np.ndarray, " rows"]
+    finite: Bool[Array | np.ndarray, ""]
     rounds: Int[Array | np.ndarray, ""]
     accepted: Int[Array | np.ndarray, " max_draft"]
     active_rounds: Int[Array | np.ndarray, ""]
@@ -143,7 +145,7 @@ def run_segment(
     state, rounds = loop.run(decode_once, state, max_rounds, stop_below)
     after = totals(state)
     accepted, active_rounds, tokens = jax.tree.map(jnp.subtract, after, before)
-    return state, SegmentReport(state.active, rounds, accepted, active_rounds, tokens, after[2])
+    return state, SegmentReport(state.active, state.finite.all(), rounds, accepted, active_rounds, tokens, after[2])
 
 
 class SegmentQueue:

@@ -104,6 +104,7 @@ def start_rows(
         prompt_lengths=lengths,
         limits=prompts.limits[prompt_of_row],
         stop=jnp.full(rows, StopReason.RUNNING, jnp.int32),
+        finite=jnp.ones(rows, bool),
         keys=keys,
         cache=cache,
         draft=jax.tree.map(lambda x: x[prompt_of_row], prompts.draft),

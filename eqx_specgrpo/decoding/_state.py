@@ -23,6 +23,7 @@ class DecodeState(eqx.Module):
     - `last_token`: the newest of them, not yet fed to the target.
     - `prompt_lengths`, `limits`: the prompt's length and the most tokens the row may emit.
     - `stop`: `StopReason` values; a row is active while it is `RUNNING`.
+    - `finite`: whether all logits that the row's tokens were drawn or checked by had finite normalizers.
     - `keys`: one a row; every draw derives from it and from an absolute position.
     - `cache`: the target's.
     - `draft`: the draft's state.
@@ -36,6 +37,7 @@ class DecodeState(eqx.Module):
     prompt_lengths: Int[Array, " rows"]
     limits: Int[Array, " rows"]
     stop: Int[Array, " rows"]
+    finite: Bool[Array, " rows"]
     keys: Key[Array, " rows"]
     cache: Cache
     draft: Any
@@ -109,6 +111,8 @@ def commit(
     offsets = jnp.arange(drafted)[None]
     was_drafted = jnp.broadcast_to(active[:, None], (active.shape[0], drafted))
     was_accepted = offsets < jnp.minimum(num_valid - 1, count)[:, None]
+    # A token that could be drawn has a finite log-probability, and logits that are no distribution have none.
+    is_finite = jnp.isfinite(logprobs) | (jnp.arange(drafted + 1)[None] >= count[:, None])
     return DecodeState(
         tokens=jax.vmap(write)(state.tokens, emitted, state.num_new),
         logprobs=jax.vmap(write)(state.logprobs, logprobs, state.num_new),
@@ -117,6 +121,7 @@ def commit(
         prompt_lengths=state.prompt_lengths,
         limits=state.limits,
         stop=jnp.where(active, stop, state.stop),
+        finite=state.finite & is_finite.all(-1),
         keys=state.keys,
         cache=cache,
         draft=draft,

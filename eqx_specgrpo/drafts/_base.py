@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ..errors import UserError
 from ..models import AbstractLanguageModel, Features
@@ -45,6 +45,12 @@ class Proposal(eqx.Module):
         if self.distribution is None:
             return jnp.zeros(self.tokens.shape)
         return self.distribution.logprob(self.tokens)
+
+    def finite(self) -> Bool[Array, "*rows"]:
+        """Whether the tokens of a row were drawn from distributions; logits that are not finite numbers are none."""
+        if self.distribution is None:
+            return jnp.ones(self.tokens.shape[:-1], bool)
+        return jnp.isfinite(self.distribution.log_normalizer).all(-1)
 
     def probs_at(self, index: Int[Array, ""], vocab: int) -> Float[Array, " vocab"]:
         """Draft probabilities over the vocabulary at one position of one row; zero at or beyond the draft's end.

@@ -1,0 +1,35 @@
+"""What is said where logits are not finite numbers. The device only keeps a flag a row; the rest is found here."""
+
+import numpy as np
+from jaxtyping import Int
+
+from ..errors import UserError
+from ._state import DecodeState
+
+
+def require_finite(state: DecodeState, row_ids: Int[np.ndarray, " rows"], samples: int) -> None:
+    """Raises `UserError` if a row was drawn from logits that were no finite numbers, the model's or the draft's.
+
+    **Arguments:**
+
+    - `row_ids`: of the state's rows.
+    - `samples`: completions a prompt, which tells the prompt of a row.
+    """
+    finite = np.asarray(state.finite)
+    if finite.all():
+        return
+    place = int(np.argmin(finite))
+    row = int(row_ids[place])
+    where = f"completion {row % samples} of prompt {row // samples} (counted from 0)"
+    broken = ~np.isfinite(np.asarray(state.logprobs)[place, : int(state.num_new[place])])
+    if broken.any():
+        token = int(np.argmax(broken))
+        raise UserError(
+            f"the model's logits for token {token} of {where} are not finite numbers, so no token can be drawn. "
+            "Weights that are NaN or infinite do that (is the checkpoint damaged? get it anew), and so do numbers too "
+            "large for the dtype computed in (use float32). In training, a learning rate that is too high does"
+        )
+    raise UserError(
+        f"the draft's logits in {where} are not finite numbers, so what it guesses can't be checked. Is the saved draft "
+        "damaged? Train it anew, or decode without it"
+    )
