@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from ..sampling import temper
+
 
 def next_token_positions(prompt_lengths: Int[Array, " rows"], new: int) -> Int[Array, "rows new"]:
     """Where the hidden states lie that predict the completion tokens.
@@ -77,8 +79,8 @@ def chunked_logprobs(
     def one_chunk(
         hidden: Float[Array, "chunk hidden"], tokens: Int[Array, " chunk"]
     ) -> tuple[Float[Array, " chunk"], Float[Array, " chunk"]]:
-        logits = unembed(hidden).astype(jnp.float32) / temperature
-        normalizers = jax.nn.logsumexp(logits, axis=-1)
+        logits = temper(unembed(hidden).astype(jnp.float32), temperature)
+        normalizers = jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
         logprobs = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - normalizers
         if not differentiable_entropy:
             logits, normalizers = lax.stop_gradient((logits, normalizers))

@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from ..errors import UserError
 from ..models import AbstractLanguageModel, Features, cast_weights
+from ..sampling import as_temperature
 from ._batch import UpdateBatch
 from ._forward import training_features
 from ._kl import KLEstimator
@@ -46,7 +47,7 @@ class LossSettings(eqx.Module):
     - `gradient_checkpointing`: see [`eqx_specgrpo.grpo.training_features`][].
     """
 
-    temperature: Float[Array, ""] = eqx.field(converter=_array, default=1.0)
+    temperature: Float[Array, ""] = eqx.field(converter=as_temperature, default=1.0)
     loss: AbstractPolicyLoss = eqx.field(default_factory=DAPO)
     beta: Float[Array, ""] = eqx.field(converter=_array, default=0.0)
     off_policy_mask_threshold: Float[Array, ""] | None = eqx.field(converter=_optional_array, default=None)

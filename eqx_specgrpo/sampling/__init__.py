@@ -8,3 +8,4 @@ from ._sampling import (
     make_sampling as make_sampling,
     sample_weights as sample_weights,
 )
+from ._temperature import as_temperature as as_temperature, temper as temper

@@ -47,6 +47,7 @@ def exponential_noise(keys: Key[Array, "*batch"], ids: Int[Array, "*batch ids"])
     counters = ids.astype(jnp.uint32)
     high, low = (jnp.broadcast_to(words[..., i, None], ids.shape) for i in range(2))
     bits, _ = threefry_2x32(high, low, jnp.zeros_like(counters), counters)
-    # In (0, 1]: never 0, and dense near 0, where the winners are.
-    uniform = (bits.astype(jnp.float32) + 0.5) * np.float32(2.0**-32)
+    # Above 0 and below 1, and dense near 0, where the winners are. The largest words would round to 1, whose number is
+    # infinite: the only token that has any probability would not win then.
+    uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * np.float32(2.0**-32), np.float32(1 - 2.0**-24))
     return -jnp.log1p(-uniform)

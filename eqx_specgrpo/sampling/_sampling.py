@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key, Scalar
 
 from ._noise import exponential_noise
+from ._temperature import as_temperature, temper
 
 _BLOCK = 128
 
@@ -24,7 +25,8 @@ class Categorical(eqx.Module):
     **Arguments:**
 
     - `logits`: after temperature and truncation; `-inf` where the probability is zero.
-    - `log_normalizer`: log-sum-exp of the logits.
+    - `log_normalizer`: log-sum-exp of the logits; not a finite number where there is no distribution, because a logit
+        is not a number or infinitely large, or all of them are minus infinity.
     - `support`: the token ids that the logits belong to, all different, where they are fewer than the vocabulary; every
         other token has probability zero. `None`: the whole vocabulary in order.
     """
@@ -113,6 +115,9 @@ def _in_blocks(values: Float[Array, "*batch size"], fill: float) -> Float[Array,
 def sample_weights(weights: Float[Array, "*batch vocab"], uniform: Float[Array, "*batch"]) -> Int[Array, "*batch"]:
     """Draws an index with probability proportional to its weight. A zero weight is never drawn.
 
+    Where no weight is positive, or one is not a number, there is nothing to draw from: any index comes out, but one of
+    the weights given. It is for the caller to notice.
+
     One uniform number a draw instead of one Gumbel number a token: with a vocabulary of 49,152 the noise would cost
     more than the product that made the logits. The cumulative sum runs over blocks first and then within one block.
 
@@ -129,7 +134,8 @@ def sample_weights(weights: Float[Array, "*batch vocab"], uniform: Float[Array, 
     before = jnp.take_along_axis(block_ends, jnp.maximum(block - 1, 0)[..., None], axis=-1)[..., 0]
     within = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
     remainder = threshold - jnp.where(block > 0, before, 0.0)
-    return block * _BLOCK + _first_beyond(within, jnp.cumsum(within, axis=-1), remainder)
+    index = block * _BLOCK + _first_beyond(within, jnp.cumsum(within, axis=-1), remainder)
+    return jnp.minimum(index, weights.shape[-1] - 1)
 
 
 def _first_beyond(
@@ -168,7 +174,8 @@ class Sampling(AbstractSampling):
 
     **Arguments:**
 
-    - `temperature`: above 0; an array, so that changing it does not recompile. For 0 use `GreedySampling`.
+    - `temperature`: above 0; an array, so that changing it does not recompile. For 0 use `GreedySampling`. One below
+        1e-30 is taken as that, and one above 1e30 likewise, see [`eqx_specgrpo.sampling.as_temperature`][].
     - `top_k`: keep the `k` largest logits (and what ties with the last of them), or `None` for all.
     - `top_p`: keep the smallest set of largest probabilities that sums to at least this, or `None` for all
         (Holtzman et al. 2020, nucleus sampling).
@@ -184,18 +191,16 @@ class Sampling(AbstractSampling):
         top_k: int | None = None,
         top_p: float | int | Scalar | None = None,
     ):
-        if isinstance(temperature, int | float) and not temperature > 0:
-            raise ValueError(f"temperature is {temperature}, but must be above 0; for greedy use GreedySampling()")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}, but must be at least 1, or None to keep the whole vocabulary")
         if isinstance(top_p, int | float) and not 0 < top_p <= 1:
             raise ValueError(f"top_p is {top_p}, but must be above 0 and at most 1, or None to keep everything")
-        self.temperature = jnp.asarray(temperature, jnp.float32)
+        self.temperature = as_temperature(temperature)
         self.top_k = top_k
         self.top_p = None if top_p is None else jnp.asarray(top_p, jnp.float32)
 
     def distribution(self, logits: Float[Array, "*batch vocab"]) -> Categorical:
-        logits = logits / self.temperature
+        logits = temper(logits, self.temperature)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             smallest_kept = lax.top_k(logits, self.top_k)[0][..., -1:]
             logits = jnp.where(logits >= smallest_kept, logits, -jnp.inf)
@@ -205,7 +210,8 @@ class Sampling(AbstractSampling):
             kept = jnp.cumsum(probs, axis=-1) - probs < self.top_p
             smallest_kept = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
             logits = jnp.where(logits >= smallest_kept, logits, -jnp.inf)
-        return Categorical.from_logits(logits)
+        # The largest is 0 and stays: it need not be looked for again.
+        return Categorical(logits, jnp.log(jnp.sum(jnp.exp(logits), axis=-1)))
 
     def logprobs(self, logits, distribution, tokens):
         del logits
