@@ -1,6 +1,7 @@
 import asyncio
 import math
 import signal
+import subprocess
 import sys
 import textwrap
 from decimal import Decimal
@@ -452,6 +453,48 @@ def test_a_file_is_run_once_until_it_changes(tmp_path):
             import_callable(f"{path}:Draft", "draft", "class")
     path.write_text("class Draft:\n    length = 3\n")
     assert import_callable(f"{path}:Draft", "draft", "class").length == 3 and first.length == 2
+
+
+WITH_WORKERS = """
+import multiprocessing
+
+def one(text):
+    import beside_rewards
+
+    return beside_rewards.SCALE * len(text)
+
+def worked(completions, **kwargs):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.map_async(one, completions).get(100)
+"""
+
+
+def test_rewards_may_use_worker_processes(tmp_path, monkeypatch):
+    """Spawned ones import by name what they call, and a Pool starts new ones for ever if they can't."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "my.own rewards.py").write_text(WITH_WORKERS)
+    (tmp_path / "files" / "beside_rewards.py").write_text("SCALE = 2.0\n")
+    (tmp_path / "rewards_that_work.py").write_text(WITH_WORKERS)
+    for spec in ("files/my.own rewards.py:worked", "rewards_that_work:worked"):
+        assert import_callable(spec, "reward", "function")(["a", "bcd"]) == [2.0, 6.0]
+
+
+def test_a_worker_notices_that_the_file_has_changed(tmp_path, monkeypatch):
+    """It would compute with other code than the program that started it."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = tmp_path / "changing.py"
+    path.write_text("def one(text):\n    return 1.0\n")
+    name = import_callable(f"{path}:one", "reward", "function").__module__
+    code = f"import sys; sys.path = {sys.path!r}; import {name}; print({name}.__file__, {name}.one(''))"
+
+    def worker():
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert worker().stdout.split() == [str(path), "1.0"]
+    path.write_text("def one(text):\n    return 2.0\n")
+    assert "changing.py has changed since" in worker().stderr
 
 
 def test_only_what_a_file_defines_is_suggested(tmp_path):

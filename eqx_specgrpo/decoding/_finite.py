@@ -30,6 +30,6 @@ def require_finite(state: DecodeState, row_ids: Int[np.ndarray, " rows"], sample
             "large for the dtype computed in (use float32). In training, a learning rate that is too high does"
         )
     raise UserError(
-        f"the draft's logits in {where} are not finite numbers, so what it guesses can't be checked. Is the saved draft "
+        f"the draft's logits in {where} are not finite numbers, so its guesses can't be checked. Is the saved draft "
         "damaged? Train it anew, or decode without it"
     )

@@ -4,4 +4,6 @@ from ._import_spec import (
     import_spec_of as import_spec_of,
     is_import_spec as is_import_spec,
 )
+from ._module_file import load_module_file as load_module_file
+from ._paths import user_path as user_path
 from ._tree import named_arrays as named_arrays, read_tree as read_tree

@@ -1,20 +1,19 @@
 """From `package.module:name` or `path/to/file.py:name`, as users write it, to the object."""
 
-import contextlib
-import hashlib
 import importlib
-import importlib.util
 import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from importlib.machinery import ModuleSpec, SourceFileLoader
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ..errors import UserError, did_you_mean
+from ._module_file import OwnFileLoader, import_from, load_module_file, stay_importable
+from ._paths import user_path
 
 
 def is_import_spec(text: str) -> bool:
@@ -28,7 +27,7 @@ def absolute_spec(spec: str) -> str:
     started in, and is not found without it, with that folder in front."""
     source, _, name = spec.rpartition(":")
     if source.endswith(".py"):
-        return f"{os.path.abspath(Path(source).expanduser())}:{name}"
+        return f"{os.path.abspath(user_path(source))}:{name}"
     folder, module = _module_in(source) or ("", "")
     if folder:
         return spec
@@ -74,7 +73,7 @@ def import_spec_of(named: type) -> str:
     source = named.__module__
     if module is not None:
         found_by = _spec(module)
-        if found_by is not None and not isinstance(found_by.loader, _OwnFileLoader):
+        if found_by is not None and not isinstance(found_by.loader, OwnFileLoader):
             source = found_by.name  # of `python -m package.module` too, which calls itself __main__
         elif "__file__" in vars(module):
             source = str(Path(inspect.getfile(module)).resolve())
@@ -102,10 +101,6 @@ def _is_found_without(folder: Path, package: str) -> bool:
         sys.path[:] = before
 
 
-class _OwnFileLoader(SourceFileLoader):
-    """Of a file that was named by its path: its module has a name that no other process would find."""
-
-
 def _is_own(value: Any, module: ModuleType) -> bool:
     """Whether a function or class is defined there. What else can be called, a partial for instance, is made there."""
     return not (inspect.isroutine(value) or inspect.isclass(value)) or inspect.getmodule(value) is module
@@ -117,33 +112,17 @@ def _spec(module: ModuleType) -> ModuleSpec | None:
 
 
 def _load_file(source: str, what: str) -> ModuleType:
-    path = Path(source).expanduser().resolve()
+    path = user_path(source).resolve()
     if not path.is_file():
         raise UserError(f"the {what} file {source} doesn't exist (looked at {path}). Check the path.")
     if path == _script():
         return _main()
-    # A name of its own: the file mustn't shadow an installed module that happens to be called the same. Of its content
-    # too: the same file gives the same classes, as any module does, and one that was edited gives new ones.
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"the {what} file {source} can't be read: {error}") from error
-    digest = hashlib.blake2b(str(path).encode() + content, digest_size=4).hexdigest()
-    name = f"{path.stem}_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-    description = importlib.util.spec_from_file_location(name, path, loader=_OwnFileLoader(name, str(path)))
-    if description is None or description.loader is None:
-        raise UserError(f"the {what} file {source} can't be imported: is it a Python file?")
-    module = importlib.util.module_from_spec(description)
-    sys.modules[name] = module  # dataclasses, among others, look their module up there
-    try:
-        with _import_from(path.parent):
-            description.loader.exec_module(module)
+        return load_module_file(path)
     except (Exception, SystemExit) as error:
-        del sys.modules[name]
+        if isinstance(error, OSError) and error.filename == str(path):
+            raise UserError(f"the {what} file {source} can't be read: {error.strerror}") from error
         raise UserError(f"the {what} file {source} raised on import: {type(error).__name__}: {error}") from error
-    return module
 
 
 def _main() -> ModuleType:
@@ -164,8 +143,9 @@ def _load_module(source: str, what: str, must_be: str) -> ModuleType:
     if started_as is not None and started_as.name == module:
         return _main()
     try:
-        with _import_from(Path(folder) if folder else Path.cwd()):
-            return importlib.import_module(module)
+        look_in = Path(folder) if folder else Path.cwd()
+        with import_from(look_in):
+            loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(
             f"the module {source!r} of a {what} can't be imported: {error}. Install it, start in its folder, or "
@@ -175,14 +155,5 @@ def _load_module(source: str, what: str, must_be: str) -> ModuleType:
         raise UserError(
             f"the module {source!r} of a {what} raised on import: {type(error).__name__}: {error}"
         ) from error
-
-
-@contextlib.contextmanager
-def _import_from(folder: Path) -> Iterator[None]:
-    """Lets imports find a folder too, as `python file.py` would; a console script doesn't look where it was started."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(str(folder))
+    stay_importable(look_in)
+    return loaded
