@@ -9,13 +9,17 @@ from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from made_rollouts import make_rollouts
 
+from eqx_specgrpo._types import ScoredRollouts
 from eqx_specgrpo.errors import Stopped, UserError
 from eqx_specgrpo.files._import_spec import import_callable, import_spec_of
 from eqx_specgrpo.tasks import (
     Arithmetic,
+    Example,
     JsonlTask,
     RewardError,
     RewardLog,
@@ -29,6 +33,7 @@ from eqx_specgrpo.tasks import (
     soft_overlong,
     think_format_reward,
 )
+from eqx_specgrpo.train._step_records import completion_records
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "custom_reward.py"
 
@@ -202,6 +207,27 @@ def test_weighted_sum_skips_what_does_not_apply():
     assert per_function.dtype == total.dtype == np.float64
 
 
+def test_numbers_of_any_kind():
+    kinds = ([True, 1, 1.5], (Decimal(1), Fraction(1, 2), np.int8(3)), np.arange(3), jnp.arange(3.0), range(3))
+    for kind in (*kinds, (float(i) for i in range(3))):
+        assert score([lambda **kw: kind])[1].shape == (3,)  # noqa: B023
+
+
+class Obstinate:
+    """A number that none can be made of."""
+
+    def __float__(self):
+        raise OSError("not now")
+
+    def __repr__(self):
+        return "x" * 10_000
+
+
+def interrupted_values():
+    yield 1.0
+    raise LookupError("no more")
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_what_a_function_is_given(chat):
     seen = {}
@@ -329,6 +355,11 @@ def test_async_function_inside_a_running_loop():
         (lambda **kw: ["1.0", 2.0, 3.0], ["'1.0'", "item 0 of 3"]),
         (lambda **kw: [1.0, [2.0], 3.0], ["[2.0]", "item 1 of 3"]),
         (lambda **kw: [1.0, 10**400, 3.0], ["item 1 of 3"]),
+        (lambda **kw: [Obstinate()] * 3, ["x...x", "x for item 0 of 3"]),
+        (lambda **kw: [1j, 2.0, 3.0], ["1j", "item 0 of 3"]),
+        (lambda **kw: np.zeros((3, 2)), ["item 0 of 3"]),
+        (lambda **kw: np.zeros(()), ["ndarray", "a list of 3"]),
+        (lambda **kw: interrupted_values(), ["'f0'", "LookupError: no more", "while its rewards were read"]),
         (lambda **kw: None, ["NoneType", "a list of 3"]),
         (lambda **kw: 1.0, ["float", "a list of 3"]),
         (lambda **kw: np.float32(1.0), ["float32", "a list of 3"]),
@@ -366,6 +397,24 @@ def test_interrupting_is_no_reward_error():
     assert "in the reward 'f0'" in info.value.__notes__
     with pytest.raises(Stopped):
         score([stopped])
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids"])
+def test_a_column_may_not_take_our_place(name):
+    with pytest.raises(UserError, match=f"the task has a column '{name}'.*rename it"):
+        score([lambda **kw: [0.0] * 3], columns={name: [1, 2, 3]})
+
+
+def test_a_reward_may_be_called_anything():
+    """In the record of a completion it is beside our own keys; a step that is a reward would spoil the next resume."""
+    names = ("step", "reward", "length", "a/b.py:f", "größe 1")
+    rollouts = make_rollouts([[1, 2]], [0, 0], [[3, 4], [5]])
+    values = np.arange(10.0).reshape(2, 5)
+    scored = ScoredRollouts(rollouts, values, values.sum(1), np.zeros(2))
+    first, second = completion_records(7, [Example("a")], scored, ["b", "c"], names, {})
+    assert (first["step"], first["reward"], second["length"]) == (7, 10.0, 1)
+    assert [first[f"rewards/{name}"] for name in names[:3]] == [0.0, 1.0, 2.0]
+    assert (second["a/b.py:f"], second["größe 1"]) == (8.0, 9.0)
 
 
 def test_columns_must_fit_the_rows():

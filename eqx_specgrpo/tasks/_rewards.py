@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import inspect
 import math
+import reprlib
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set as AbstractSet
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from .._types import Message
 from ..errors import Stopped, UserError
 from ._reward_context import RewardLog, TrainerState
 
+# What a function is given besides what a task has; a column of such a name would take its place.
+RESERVED_COLUMNS = ("prompts", "completions", "completion_ids")
 # (prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns) -> list[float | None]
 RewardFunction = Callable[..., Any]
 
@@ -98,6 +101,11 @@ class Rewards(eqx.Module):
             completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
+        taken = [name for name in RESERVED_COLUMNS if name in columns]
+        if taken:
+            raise UserError(
+                f"the task has a column {taken[0]!r}, the name under which rewards are given something else: rename it"
+            )
         batch = {"prompts": prompts, "completions": wrapped, "completion_ids": completion_ids, **columns}
         for name, values in batch.items():
             if len(values) != len(completions):
@@ -234,6 +242,8 @@ def _checked(name: str, result: Any, rows: int) -> Float[np.ndarray, " rows"]:
             values = list(result)
         except TypeError:
             values = None
+        except Exception as error:  # of a generator, which runs only now
+            raise RewardError(f"the reward {name!r} raised {_described(error)} while its rewards were read") from error
     if values is None:
         raise RewardError(f"the reward {name!r} returned {type(result).__name__}, expected a list of {rows} numbers")
     if len(values) != rows:
@@ -244,11 +254,11 @@ def _checked(name: str, result: Any, rows: int) -> Float[np.ndarray, " rows"]:
             continue
         try:
             number = math.nan if isinstance(value, str | bytes) else float(value)
-        except (TypeError, ValueError, OverflowError):
+        except Exception:  # whatever the user's own types raise
             number = math.nan
         if not math.isfinite(number):
             raise RewardError(
-                f"the reward {name!r} returned {value!r} for item {row} of {rows}: "
+                f"the reward {name!r} returned {reprlib.repr(value)} for item {row} of {rows}: "
                 "return a finite number, or None where it doesn't apply"
             )
         checked[row] = number

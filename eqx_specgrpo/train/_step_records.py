@@ -72,8 +72,10 @@ def completion_records(
     reward_names: tuple[str, ...],
     extra: Mapping[str, Sequence[Any]],
 ) -> list[dict[str, Any]]:
-    """One JSON-able object a completion, for `completions.jsonl`; `extra` are further columns, one value a row."""
+    """One JSON-able object a completion, for `completions.jsonl`; `extra` are further columns, one value a row. A reward
+    that is called like one of our keys is there as `rewards/NAME`."""
     rollouts = scored.rollouts
+    keys = ["rewards/" + name if name in _COLUMNS else name for name in reward_names]
     return [
         {
             "step": step,
@@ -81,7 +83,7 @@ def completion_records(
             "completion": texts[row],
             "length": int(rollouts.lengths[row]),
             "stop_reason": StopReason(int(rollouts.stop_reasons[row])).name.lower(),
-            **{name: float(scored.rewards_per_function[row, i]) for i, name in enumerate(reward_names)},
+            **{name: float(scored.rewards_per_function[row, i]) for i, name in enumerate(keys)},
             "reward": float(scored.rewards[row]),
             "advantage": float(scored.advantages[row]),
             **{name: values[row] for name, values in extra.items()},
