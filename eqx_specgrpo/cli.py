@@ -1,19 +1,18 @@
 """The command line: it parses, calls and prints. JAX is imported inside the commands, so that `--help` is immediate."""
 
-import json
 import shlex
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from .choices import DRAFT_LOSSES, DRAFTS, REWARDS, TASKS, VERIFIERS, listed
 from .errors import UserError
 from .runtime import (
+    as_typed,
+    check_jax,
     check_output_arrived,
     ending_on_our_terms,
     guarded_streams,
@@ -21,8 +20,10 @@ from .runtime import (
     keep_compiled_programs,
     keep_freed_memory,
     package_version,
+    plain_messages,
 )
 
+_LARGEST_SEED, _MOST_ROWS = 2**32 - 1, 2**16
 _DRAFTS = f"{', '.join(DRAFTS)} or file.py:Class"
 
 app = typer.Typer(
@@ -36,28 +37,12 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Runs the command line. A `UserError` is its message and exit code 2; any other exception is ours, and shown."""
+    """Runs the command line."""
     hold_standard_descriptors()
     keep_compiled_programs()
     keep_freed_memory()
-    with guarded_streams():
-        _run_app()
-
-
-def _run_app() -> None:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        console.print(f"[bold yellow]warning:[/] {escape(str(message))}")
-
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show
-            app()
-    except UserError as error:
-        for line in str(error).splitlines():
-            console.print(f"[bold red]error:[/] {escape(line)}")
-        sys.exit(error.exit_code)
+    with guarded_streams(), plain_messages():
+        app()
 
 
 def _print_version(wanted: bool) -> bool:
@@ -155,6 +140,7 @@ def run(
         print(dump_config(resolved), end="")
         check_output_arrived()
         return
+    check_jax()
     from . import train
 
     # In a step the first signal only asks; at once is before the steps, after them, or a second time.
@@ -210,6 +196,7 @@ def distill(
         "seed": seed,
     }
     resolved = load_config(config, set_ or [], flags)
+    check_jax()
     from . import train
 
     with ending_on_our_terms(
@@ -234,19 +221,21 @@ def generate(
     ] = None,
     max_completion_length: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 128,
     renamed: _Renamed = None,
-    num: Annotated[int, typer.Option(min=1, help="Completions of the prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    num: Annotated[int, typer.Option(min=1, max=_MOST_ROWS, help="Completions of the prompt.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the sampling.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a completion.")] = False,
 ) -> None:
     """Complete a prompt, speculatively where a draft is given; the distribution is the model's either way."""
     del renamed
     if not prompt:
         raise UserError("--prompt is empty: give it some text")
+    check_jax()
     from . import train
+    from .files import print_json
 
     with ending_on_our_terms("Stopped."):
         completions: list[dict[str, Any]] = train.generate_text(
-            prompt,
+            as_typed(prompt),
             model=model,
             chat=chat,
             draft=draft,
@@ -259,7 +248,7 @@ def generate(
         )
     for number, completion in enumerate(completions):
         if json_:
-            print(json.dumps(completion, ensure_ascii=False))
+            print_json(completion)
             continue
         if number:
             print("---")
@@ -276,9 +265,9 @@ def generate(
 def verify(
     model: Annotated[str, typer.Option(help="Folder, .gguf file or org/name; without it, the embedded model.")] = "",
     draft: Annotated[str, typer.Option(help=f"Folder of a saved draft, {_DRAFTS}.")] = "medusa",
-    rows: Annotated[int, typer.Option(min=2, help="Completions to compare with plain decoding's.")] = 8,
+    rows: Annotated[int, typer.Option(min=2, max=_MOST_ROWS, help="Completions to compare with plain decoding's.")] = 8,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling and of fresh weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the sampling and of fresh weights.")] = 0,
     frozen: Annotated[
         list[str] | None,
         typer.Option(metavar="PLACE", help="A weight that is meant not to learn, as in .adapter.scale. Repeatable."),
@@ -286,6 +275,8 @@ def verify(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Prove, as far as can be, that a draft leaves a model's distribution as it is; exit code 1 if a check fails."""
+    check_jax()
+    from .files import print_json
     from .testing import verify_pair
 
     with ending_on_our_terms("Stopped before everything was checked."):
@@ -299,7 +290,7 @@ def verify(
             console=Console(stderr=True),
         )
     if json_:
-        print(json.dumps(certificate.to_json()))
+        print_json(certificate.to_json())
     else:
         console = Console()
         console.print(certificate.table())
@@ -353,7 +344,9 @@ def bench(
 ) -> None:
     """Measure drafts against plain decoding: acceptance, tokens a second, and the ratio, interleaved in one process."""
     del renamed
+    check_jax()
     from .bench import BenchSettings, bench as run_bench, check_plot, plot_bench, whole_numbers
+    from .files import print_json
 
     if plot is not None:
         check_plot(plot)
@@ -378,7 +371,7 @@ def bench(
             settings, draft or (), path=config, overrides=set_ or [], flags=flags, console=Console(stderr=True)
         )
     if json_:
-        print(json.dumps(result.to_json()))
+        print_json(result.to_json())
     else:
         console = Console(width=None if sys.stdout.isatty() else 120)
         console.print(result.table())

@@ -7,6 +7,8 @@ import equinox as eqx
 from ..decoding import VERIFIER_KINDS, AbstractVerifier, FixedLength, make_verifier
 from ..errors import UserError
 
+_MOST_ROWS = 2**16
+
 
 class BenchSettings(eqx.Module):
     """What to measure.
@@ -56,6 +58,8 @@ class BenchSettings(eqx.Module):
         if not self.rows or min(self.rows) < 1:
             raise UserError("--rows names no number of rows of at least 1: write it as --rows 4,8,16")
         for rows in self.rows:
+            if rows > _MOST_ROWS:
+                raise UserError(f"--rows {rows}: at most {_MOST_ROWS} are decoded together")
             if rows % self.samples:
                 raise UserError(
                     f"--rows {rows} is no multiple of --samples {self.samples}, the completions of each prompt: choose "

@@ -11,7 +11,7 @@ import jax.random as jr
 
 from ..drafts import DraftError, check_saved_sizes, describe_saved_draft
 from ..errors import UserError
-from ..files import absolute_spec, is_import_spec
+from ..files import absolute_spec, is_import_spec, user_path
 from ..models import Transformer, load_model_config
 from ..records import check_unused
 from ..tasks import AbstractTask, Rewards, load_rewards, load_task
@@ -46,7 +46,7 @@ def check_places(config: RunConfig, resume: bool) -> None:
     model = load_model_config(config.model.path or default_model_path())
     if config.draft.path is not None:
         check_saved_draft(config.draft)
-        check_saved_sizes(Path(config.draft.path).expanduser(), model.hidden_size, model.vocab_size)
+        check_saved_sizes(user_path(config.draft.path), model.hidden_size, model.vocab_size)
     check_draft_options(config.draft)
     out = Path(config.out)
     if not resume:
@@ -98,7 +98,7 @@ def check_saved_draft(config: DraftConfig) -> None:
     """Raises `UserError` if the folder of a saved draft is none, or holds another draft than the configuration says.
     Loads nothing."""
     assert config.path is not None
-    saved = describe_saved_draft(Path(config.path).expanduser())
+    saved = describe_saved_draft(user_path(config.path))
     kind = absolute_spec(config.kind) if is_import_spec(config.kind) else config.kind
     if saved["kind"] != kind:
         raise DraftError(

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.resources
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ from pydantic.fields import FieldInfo
 from ..choices import Option, permitted_values
 from ..drafts import DRAFT_KINDS, OWN_CLASS, describe_saved_draft, draft_options
 from ..errors import CheckpointError, ConfigError, did_you_mean
-from ..files import is_import_spec
+from ..files import is_import_spec, user_path
 from ._draft_options import LOOKUP, check_options
 from ._places import with_absolute_paths
+from ._range import check_range
 from ._renamed import with_new_names
 from ._toml import parse_toml_value, toml_key, toml_value
 from ._tree import DraftConfig, RunConfig, TaskConfig
@@ -110,7 +112,10 @@ def _validated(tree: dict[str, Any]) -> RunConfig:
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from None
+        said = "\n".join(_explain(detail) for detail in error.errors())
+        # What was given may be of any length.
+        raise ConfigError(re.sub(r"\S{200,}", lambda found: f"{found[0][:100]}...", said)) from None
+    check_range(_leaves(config))
     draft = config.draft
     if draft.options and draft.kind not in DRAFT_KINDS:
         check_options(draft.kind, draft.ngram, draft.max_length, draft.options, complete=False)
@@ -126,7 +131,7 @@ def draft_flags(text: str) -> dict[str, Any]:
     """
     if text in DRAFT_KINDS or is_import_spec(text):
         return {"draft.kind": text, "draft.path": "none"}
-    folder = Path(text).expanduser()
+    folder = user_path(text)
     if (folder / "draft.json").is_file():
         return {"draft.path": text}
     if folder.is_dir():
@@ -157,7 +162,7 @@ def _of_saved(tree: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(path, str) or path in ("none", "None"):
         return tree
     try:
-        saved = describe_saved_draft(Path(path).expanduser())
+        saved = describe_saved_draft(user_path(path))
     except CheckpointError:
         return tree  # Whoever loads it says what is wrong.
     shorter = {"length": saved["max_length"]} if saved["max_length"] < DraftConfig().length else {}
@@ -253,7 +258,7 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration file {path}: check the path, or leave it out") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits, deep nesting
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None

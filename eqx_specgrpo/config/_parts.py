@@ -1,7 +1,5 @@
 """From a configuration to the objects of a run. The only place that turns names into classes."""
 
-from pathlib import Path
-
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
@@ -35,6 +33,7 @@ from ..drafts import (
     with_vocabulary,
 )
 from ..errors import UserError
+from ..files import user_path
 from ..grpo import AbstractEntropyControl, LossSettings, adamw
 from ..models import AbstractLanguageModel, Tokenizer, load_pretrained
 from ..sampling import AbstractSampling, Sampling
@@ -147,7 +146,7 @@ def _of_other_vocabulary(
 def _saved_draft(config: DraftConfig, target: AbstractLanguageModel) -> AbstractDraft:
     check_saved_draft(config)
     assert config.path is not None
-    draft = load_draft(Path(config.path).expanduser(), target)
+    draft = load_draft(user_path(config.path), target)
     return draft.then if isinstance(draft, FallbackDraft) and not config.ngram else draft
 
 

@@ -54,7 +54,7 @@ def parse_toml_value(text: str, *, is_text: bool = False) -> Any:
     """
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # also a number of thousands of digits, and deep nesting
         return text
     value = parsed["value"]
     if len(parsed) > 1 or (is_text and not isinstance(value, str)):

@@ -14,7 +14,7 @@ from .._types import DecodeStatistics, Prompts, Rollouts
 from ..drafts import AbstractDraft, NoDraft
 from ..errors import UserError
 from ..models import AbstractLanguageModel, KVCache, default_cache_dtype, take_rows
-from ..runtime import count_compilations
+from ..runtime import check_jax, count_compilations
 from ..sampling import AbstractSampling, GreedySampling, Sampling
 from ._block import Block
 from ._buckets import bucket_for, default_smallest_bucket, shrink_below
@@ -106,6 +106,7 @@ def decode(
 
     `UserError` if the model's or the draft's logits are not finite numbers, or a prompt does not fit the model.
     """
+    check_jax()
     draft = NoDraft() if draft is None else draft
     sampling = Sampling() if sampling is None else sampling
     length = FixedLength(3) if length is None else length

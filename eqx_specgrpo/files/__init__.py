@@ -4,6 +4,7 @@ from ._import_spec import (
     import_spec_of as import_spec_of,
     is_import_spec as is_import_spec,
 )
+from ._json import json_line as json_line, print_json as print_json
 from ._module_file import load_module_file as load_module_file
 from ._paths import user_path as user_path
 from ._tree import named_arrays as named_arrays, read_tree as read_tree

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from ..errors import CheckpointError
+from ..files import user_path
 
 # Weights in one format only, and nothing that could be executed.
 _FILES = ["*.json", "model*.safetensors", "*.jinja", "tokenizer*"]
@@ -44,7 +45,7 @@ def locate_config(path: str | Path) -> Path:
 
 def _local(path: str | Path) -> Path | None:
     """What is on this machine; `None` if the path may be a name to download."""
-    local = Path(path).expanduser()
+    local = user_path(path)
     if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
         return local
     if local.is_file():

@@ -2,16 +2,14 @@
 
 import contextlib
 import json
-import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from ..errors import UserError
+from ..files import json_line
 
 if sys.platform == "win32":
     import msvcrt
@@ -233,7 +231,7 @@ def _counted_from_one(records: list[dict[str, Any]], key: str = "step") -> list[
 
 
 def _as_lines(records: Iterable[Mapping[str, Any]]) -> bytes:
-    lines = (json.dumps(_plain(record), allow_nan=False, ensure_ascii=False) + "\n" for record in records)
+    lines = (json_line(record) + "\n" for record in records)
     # A lone surrogate, half of a character that a completion broke off in, has no UTF-8.
     return "".join(lines).encode("utf-8", "replace")
 
@@ -369,21 +367,3 @@ def _write_all(file: IO[bytes], content: bytes) -> None:
 
 def _write_error(path: Path, error: OSError, otherwise: str = _AS_IT_WAS) -> UserError:
     return UserError(f"{path} could not be written: {error.strerror}; {otherwise}")
-
-
-def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: arrays and scalars of numpy and JAX become numbers and lists."""
-    match value:
-        case None | str() | bool() | int():
-            return value
-        case float():
-            return value if math.isfinite(value) else None
-        case Mapping():
-            return {str(key): _plain(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_plain(item) for item in value]
-        case _:
-            array = np.asarray(value)
-            if array.dtype == object:
-                raise TypeError(f"{value!r} cannot be written as JSON")
-            return _plain(array.tolist())

@@ -3,7 +3,12 @@ from ._compile import (
     CompileCounter as CompileCounter,
     count_compilations as count_compilations,
 )
-from ._exit import ending_on_our_terms as ending_on_our_terms
+from ._environment import (
+    as_typed as as_typed,
+    check_jax as check_jax,
+    set_aside_number_settings as set_aside_number_settings,
+)
+from ._exit import ending_on_our_terms as ending_on_our_terms, plain_messages as plain_messages
 from ._output import (
     GuardedOutput as GuardedOutput,
     OutputLost as OutputLost,

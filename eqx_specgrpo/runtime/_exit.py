@@ -2,10 +2,16 @@
 
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
 
 from ..errors import Stopped, UserError
+from ._environment import set_aside_number_settings
 
 _OF_CTRL_C = 130
 
@@ -40,3 +46,33 @@ def ending_on_our_terms(stopped_at_once: str) -> Iterator[None]:
             f"{frame.filename}, line {frame.lineno}: sys.exit({error.code!r}) was called there; raise an exception "
             "that says what is wrong instead"
         ) from error
+
+
+@contextmanager
+def plain_messages() -> Iterator[None]:
+    """Around a program of ours. Warnings are a line on standard error, without a place in the source. What the user can
+    mend is a message and an exit code: a `UserError`, what the system says of a file, too little memory. Any other
+    exception is ours, and goes on."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        console.print(f"[bold yellow]warning:[/] {escape(str(message))}")
+
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            for message in set_aside_number_settings():
+                show(message)
+            yield
+        return
+    except UserError as error:
+        message, code = str(error), error.exit_code
+    except OSError as error:
+        if error.filename is None:
+            raise
+        message, code = f"{error.filename}: {error.strerror}", UserError.exit_code
+    except MemoryError:
+        message, code = "this machine's memory does not suffice: ask for less at a time", UserError.exit_code
+    for line in message.splitlines():
+        console.print(f"[bold red]error:[/] {escape(line)}")
+    sys.exit(code)

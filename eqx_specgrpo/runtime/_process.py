@@ -17,11 +17,13 @@ def keep_compiled_programs() -> None:
 
     The user's own settings come first: `JAX_COMPILATION_CACHE_DIR`, or a folder that was set in `jax.config`. By
     default it is a folder a machine below `~/.cache/eqx_specgrpo`, because programs are made for the processor, and
-    home folders are shared.
+    home folders are shared. Where there is no home folder, or nothing can be written to it, programs are compiled at
+    every start.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = str(cache / "eqx_specgrpo" / platform.node())
     is_set = _CACHE_DIR in os.environ
+    folder = os.environ[_CACHE_DIR] if is_set else _default_cache()
+    if folder is None:
+        return
     # For this process, if it has yet to import JAX, and for those that it starts.
     os.environ.setdefault(_CACHE_DIR, folder)
     os.environ.setdefault(_MIN_SECONDS, str(_KEEP_FROM))
@@ -33,6 +35,16 @@ def keep_compiled_programs() -> None:
             jax.config.update("jax_compilation_cache_dir", folder)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", _KEEP_FROM)
             compilation_cache.reset_cache()  # JAX has looked for a folder once, if it has compiled anything
+
+
+def _default_cache() -> str | None:
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = cache / "eqx_specgrpo" / platform.node()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return None
+    return str(folder) if os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def kept_programs() -> tuple[Path, int] | None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, Scalar
 
+from ..errors import UserError
 from ._noise import exponential_noise
 from ._temperature import as_temperature, temper
 
@@ -192,9 +193,9 @@ class Sampling(AbstractSampling):
         top_p: float | int | Scalar | None = None,
     ):
         if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k}, but must be at least 1, or None to keep the whole vocabulary")
+            raise UserError(f"top_k is {top_k}, but must be at least 1, or None to keep the whole vocabulary")
         if isinstance(top_p, int | float) and not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {top_p}, but must be above 0 and at most 1, or None to keep everything")
+            raise UserError(f"top_p is {top_p}, but must be above 0 and at most 1; leave it out to keep everything")
         self.temperature = as_temperature(temperature)
         self.top_k = top_k
         self.top_p = None if top_p is None else jnp.asarray(top_p, jnp.float32)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
+from ..errors import UserError
+
 # Within them neither a temperature, nor its reciprocal, nor a model's logits over it leave float32. Two logits that
 # differ at all, differ by so much more than the lowest that it is greedy, but for exact ties.
 _LOWEST, _HIGHEST = 1e-30, 1e30
@@ -17,13 +19,13 @@ def as_temperature(temperature: float | int | Scalar) -> Float[Array, ""]:
 
     **Raises:**
 
-    `ValueError` for a number that is not above 0, or not finite. (What is traced can't be looked at.)
+    `UserError` for a number that is not above 0, or not finite. (What is traced can't be looked at.)
     """
     if isinstance(temperature, int | float):
         if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}, but must be above 0; for greedy use GreedySampling()")
+            raise UserError(f"temperature is {temperature}, but must be above 0; for greedy use GreedySampling()")
         if temperature == math.inf:
-            raise ValueError("temperature is inf, but must be a finite number; a large one draws uniformly")
+            raise UserError("temperature is inf, but must be a finite number; a large one draws uniformly")
         return jnp.asarray(min(max(temperature, _LOWEST), _HIGHEST), jnp.float32)
     return jnp.clip(jnp.asarray(temperature, jnp.float32), _LOWEST, _HIGHEST)
 

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import user_path
 from ._base import AbstractTask, Example, check_index
 from ._kind import TaskKind
-
-# What every reward function is given besides the columns.
-_RESERVED = ("prompts", "completions", "completion_ids")
+from ._rewards import RESERVED_COLUMNS
 
 
 class JsonlTask(AbstractTask):
@@ -31,7 +30,7 @@ class JsonlTask(AbstractTask):
         - `path`: a file of JSON objects, one a line, in UTF-8.
         - `seed`: of the order.
         """
-        path = Path(path).expanduser()
+        path = user_path(path)
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -70,12 +69,14 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
         ) from error
     except RecursionError as error:
         raise UserError(f"{where}: JSON nested too deeply. Each line must be one JSON object.") from error
+    except ValueError as error:
+        raise UserError(f"{where}: a number of too many digits for Python ({error}). Write it as text.") from error
     if not isinstance(row, dict):
         raise UserError(f'{where}: {_kind(row)}, but each line must be an object such as {{"prompt": "..."}}')
     if "prompt" not in row:
         found = ", ".join(repr(name) for name in row) or "nothing"
         raise UserError(f"{where}: no `prompt`, only {found}. Add or rename a column.")
-    for name in _RESERVED:
+    for name in RESERVED_COLUMNS:
         if name in row:
             raise UserError(f"{where}: the column {name!r} has a name that rewards need for something else. Rename it.")
     _check_prompt(row["prompt"], where)

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -15,7 +14,7 @@ from ..config import draft_config, load_policy, named_draft
 from ..decoding import VERIFIER_KINDS, AbstractAcceptanceRule, AbstractVerifier
 from ..drafts import AbstractDraft, describe_saved_draft
 from ..errors import UserError
-from ..files import is_import_spec
+from ..files import is_import_spec, user_path
 from ..models import AbstractLanguageModel
 from ..records import RunProgress
 from ._draws import check_draws
@@ -200,7 +199,7 @@ Check = Callable[[], tuple[str, dict[str, Any]]]
 def _own_kind(draft: str) -> str | None:
     """How the class of a draft of the user's own is found; `None` for ours."""
     config = draft_config(draft)
-    kind = config.kind if config.path is None else describe_saved_draft(Path(config.path).expanduser())["kind"]
+    kind = config.kind if config.path is None else describe_saved_draft(user_path(config.path))["kind"]
     return kind if is_import_spec(kind) else None
 
 

@@ -25,6 +25,7 @@ from ..config import (
 from ..decoding import DecodeProgress, FixedLength
 from ..drafts import AbstractDraft, NoDraft, completion_tokens, coverage, draft_vocabulary, save_draft, tempered_part
 from ..errors import Stopped, UserError
+from ..files import user_path
 from ..grpo import compute_copy
 from ..models import AbstractLanguageModel
 from ..records import RunProgress, replace_file, try_folder
@@ -122,7 +123,7 @@ def _check(config: RunConfig, out: Path) -> None:
         raise UserError(f"{off} says that there is no draft to train: name one with --draft")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, not a folder: choose another with --out")
-    goes_on = config.draft.path is not None and out.resolve() == Path(config.draft.path).expanduser().resolve()
+    goes_on = config.draft.path is not None and out.resolve() == user_path(config.draft.path).resolve()
     if not goes_on and out.is_dir() and any(out.iterdir()):
         raise UserError(
             f"the folder {out} is not empty: choose another with --out, or go on with the draft in it by --draft {out}"

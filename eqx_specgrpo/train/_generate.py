@@ -40,6 +40,7 @@ def generate_text(
     For each completion a JSON-able object with `prompt_tokens`, `tokens`, `text`, `logprobs`, `stop_reason`,
     `acceptance_length` and `target_forwards`.
     """
+    sampling = make_sampling(temperature, top_k, top_p)
     target, tokenizer = load_policy(model)
     chosen = NoDraft() if draft is None else named_draft(draft, target, tokenizer, seed)
     ids = tokenizer.encode_prompt([{"role": "user", "content": prompt}] if chat else prompt)
@@ -49,9 +50,10 @@ def generate_text(
         target,
         [ids],
         draft=chosen,
-        sampling=make_sampling(temperature, top_k, top_p),
+        sampling=sampling,
         key=jr.key(seed),
-        max_new_tokens=max_new_tokens,
+        # Room for more than the model's context holds would be of no use, and may be more than there is.
+        max_new_tokens=max(1, min(max_new_tokens, target.max_length - len(ids))),
         eos_ids=tokenizer.eos_ids,
         samples=num,
         smallest_bucket=2,  # one decoding does not earn what a batch of one row would cost to compile

@@ -72,8 +72,10 @@ def completion_records(
     reward_names: tuple[str, ...],
     extra: Mapping[str, Sequence[Any]],
 ) -> list[dict[str, Any]]:
-    """One JSON-able object a completion, for `completions.jsonl`; `extra` are further columns, one value a row. A reward
-    that is called like one of our keys is there as `rewards/NAME`."""
+    """One JSON-able object a completion, for `completions.jsonl`; `extra` are further columns, one value a row.
+
+    A reward that is called like one of our keys is there as `rewards/NAME`.
+    """
     rollouts = scored.rollouts
     keys = ["rewards/" + name if name in _COLUMNS else name for name in reward_names]
     return [
