@@ -1,5 +1,6 @@
 """What a benchmark is asked for, and what is wrong with it."""
 
+import math
 from typing import Any
 
 import equinox as eqx
@@ -72,14 +73,16 @@ class BenchSettings(eqx.Module):
                 raise UserError(f"--lengths: {error}") from None
         if not any(self.lengths):
             raise UserError("--lengths names no length above 0, and plain decoding is measured anyway: give 1 to 8")
-        if self.temperature < 0:
-            raise UserError(f"--temperature is {self.temperature}, but must be at least 0, which is greedy")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature is {self.temperature}, but must be at least 0, which is greedy, and finite")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(
                 f"--top-p is {self.top_p}, but must be above 0 and at most 1; leave it out to keep everything"
             )
-        if not self.minutes > 0:
-            raise UserError(f"--minutes is {self.minutes}, but a draft needs some time to learn: give more than 0")
+        if not 0 < self.minutes < math.inf:
+            raise UserError(
+                f"--minutes is {self.minutes}, but a draft needs some time to learn: give a finite number above 0"
+            )
         for name in self.verifiers:
             make_verifier(name)
             if VERIFIER_KINDS[name].greedy_only and self.temperature > 0:

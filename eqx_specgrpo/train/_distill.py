@@ -88,8 +88,11 @@ def distill(
     `UserError` for whatever the user can mend. `Stopped` where SIGINT, SIGTERM or SIGHUP has asked for an end: what was
     learned is saved first.
     """
-    if (steps is not None and steps < 1) or (minutes is not None and not minutes > 0):
-        raise UserError(f"steps = {steps} and minutes = {minutes} leave no time to learn: give more, or neither")
+    if (steps is not None and steps < 1) or (minutes is not None and not 0 < minutes < math.inf):
+        raise UserError(
+            f"steps = {steps} and minutes = {minutes} leave no time to learn, or no end: give finite numbers above "
+            "0, or neither"
+        )
     if steps is None and minutes is None:
         steps, minutes = DEFAULT_STEPS, DEFAULT_MINUTES
     out = Path(config.out)
