@@ -2,13 +2,11 @@
 
 import shlex
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from ._cli_options import DRAFT_WORDS, LARGEST_SEED, MOST_ROWS, Config, Model, Renamed, Set, Task
 from .choices import DRAFT_LOSSES, REWARDS, VERIFIERS, listed
@@ -18,13 +16,12 @@ from .runtime import (
     check_jax,
     check_output_arrived,
     ending_on_our_terms,
-    exit_on_error,
     guarded_streams,
     hold_standard_descriptors,
     keep_compiled_programs,
     keep_freed_memory,
     package_version,
-    set_aside_number_settings,
+    plain_messages,
 )
 
 app = typer.Typer(
@@ -42,20 +39,7 @@ def main() -> None:
     hold_standard_descriptors()
     keep_compiled_programs()
     keep_freed_memory()
-    with guarded_streams():
-        _run_app()
-
-
-def _run_app() -> None:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        console.print(f"[bold yellow]warning:[/] {escape(str(message))}")
-
-    with exit_on_error(console), warnings.catch_warnings():
-        warnings.showwarning = show
-        for message in set_aside_number_settings():
-            show(message)
+    with guarded_streams(), plain_messages():
         app()
 
 
@@ -331,6 +315,7 @@ def bench(
 ) -> None:
     """Measure drafts against plain decoding: acceptance, tokens a second, and the ratio, interleaved in one process."""
     del renamed
+    check_jax()
     from .bench import BenchSettings, bench as run_bench, check_plot, plot_bench, whole_numbers
     from .files import print_json
 

@@ -79,7 +79,7 @@ _NO_NUMBERS = ("nan", "inf", "-inf", "-1")
         ("generate", "--top-p", ("0", "0.0", "1.5", *_NO_NUMBERS)),
         ("generate", "--top-k", ("0", "-1", "nan")),
         ("generate", "--num", ("0", "-1", 10**12)),
-        ("generate", "--max-new-tokens", ("0", "-1", "nan")),
+        ("generate", "--max-completion-length", ("0", "-1", "nan")),
         ("verify", "--seed", _SEEDS),
         ("verify", "--rows", ("1", "-1", 10**12)),
         ("verify", "--tokens", ("0", "-1")),
@@ -225,7 +225,7 @@ def test_everything_at_once(tiny_folder):
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
         "JAX_DEBUG_NANS": "1",
     }
-    options = ["--model", str(tiny_folder), "--prompt", "é", "--max-new-tokens", "2", "--temperature", "1e-300"]
+    options = ["--model", str(tiny_folder), "--prompt", "é", "--max-completion-length", "2", "--temperature", "1e-300"]
     finished = subprocess.run(
         [sys.executable, "-c", "from eqx_specgrpo.cli import main; main()", "generate", *options, "--json"],
         env=os.environ | odd,

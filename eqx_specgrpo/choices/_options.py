@@ -113,8 +113,11 @@ def absolute_place(text: Any) -> Any:
     downloaded, for instance."""
     if not isinstance(text, str) or not text:
         return text
-    path = Path(text).expanduser()
-    return os.path.abspath(path) if path.exists() else text
+    try:
+        path = Path(text).expanduser()
+        return os.path.abspath(path) if path.exists() else text
+    except (OSError, RuntimeError):  # no such home, or no path that the system takes: whoever opens it says so
+        return text
 
 
 def options_of(make: Callable[..., Any], of: str, prefix: str, *, given: Sequence[str] = (), first: int = 0) -> Options:

@@ -27,7 +27,7 @@ def absolute_spec(spec: str) -> str:
     started in, and is not found without it, with that folder in front."""
     source, _, name = spec.rpartition(":")
     if source.endswith(".py"):
-        return f"{os.path.abspath(Path(source).expanduser())}:{name}"
+        return f"{os.path.abspath(user_path(source))}:{name}"
     folder, module = _module_in(source) or ("", "")
     if folder:
         return spec
@@ -119,9 +119,9 @@ def _load_file(source: str, what: str) -> ModuleType:
         return _main()
     try:
         return load_module_file(path)
-    except OSError as error:
-        raise UserError(f"the {what} file {source} can't be read: {error}") from error
     except (Exception, SystemExit) as error:
+        if isinstance(error, OSError) and error.filename == str(path):
+            raise UserError(f"the {what} file {source} can't be read: {error.strerror}") from error
         raise UserError(f"the {what} file {source} raised on import: {type(error).__name__}: {error}") from error
 
 
@@ -145,8 +145,9 @@ def _load_module(source: str, what: str, must_be: str) -> ModuleType:
     if started_as is not None and started_as.name == module:
         return _main()
     try:
-        with import_from(Path(folder) if folder else Path.cwd()):
-            found = importlib.import_module(module)
+        look_in = Path(folder) if folder else Path.cwd()
+        with import_from(look_in):
+            loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(
             f"the module {source!r} of a {what} can't be imported: {error}. Install it, start in its folder, or "
@@ -156,5 +157,5 @@ def _load_module(source: str, what: str, must_be: str) -> ModuleType:
         raise UserError(
             f"the module {source!r} of a {what} raised on import: {type(error).__name__}: {error}"
         ) from error
-    stay_importable(Path(folder) if folder else Path.cwd())
-    return found
+    stay_importable(look_in)
+    return loaded

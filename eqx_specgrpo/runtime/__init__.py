@@ -8,7 +8,7 @@ from ._environment import (
     check_jax as check_jax,
     set_aside_number_settings as set_aside_number_settings,
 )
-from ._exit import ending_on_our_terms as ending_on_our_terms, exit_on_error as exit_on_error
+from ._exit import ending_on_our_terms as ending_on_our_terms, plain_messages as plain_messages
 from ._output import (
     GuardedOutput as GuardedOutput,
     OutputLost as OutputLost,

@@ -2,13 +2,16 @@
 
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from ..errors import Stopped, UserError
+from ._environment import set_aside_number_settings
 
 _OF_CTRL_C = 130
 
@@ -46,16 +49,21 @@ def ending_on_our_terms(stopped_at_once: str) -> Iterator[None]:
 
 
 @contextmanager
-def exit_on_error(console: Console) -> Iterator[None]:
-    """Ends the program with a message and an exit code where the user can mend what is wrong: a `UserError`, what the
-    system says of a file, too little memory. Any other exception is ours, and goes on.
+def plain_messages() -> Iterator[None]:
+    """Around a program of ours. Warnings are a line on standard error, without a place in the source. What the user can
+    mend is a message and an exit code: a `UserError`, what the system says of a file, too little memory. Any other
+    exception is ours, and goes on."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
 
-    **Arguments:**
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        console.print(f"[bold yellow]warning:[/] {escape(str(message))}")
 
-    - `console`: where the message goes.
-    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            for message in set_aside_number_settings():
+                show(message)
+            yield
         return
     except UserError as error:
         message, code = str(error), error.exit_code

@@ -17,7 +17,7 @@ from .._types import Message
 from ..errors import Stopped, UserError
 from ._reward_context import RewardLog, TrainerState
 
-# What a function is given besides the columns; a column of such a name would take its place.
+# What a function is given besides what a task has; a column of such a name would take its place.
 RESERVED_COLUMNS = ("prompts", "completions", "completion_ids")
 # (prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns) -> list[float | None]
 RewardFunction = Callable[..., Any]

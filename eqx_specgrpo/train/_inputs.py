@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import RunConfig, default_model_path, draft_spec
 from ..errors import UserError
-from ..files import is_import_spec
+from ..files import is_import_spec, user_path
 from ..models import locate
 from ..records import RunFolder, changed_inputs, checkpointed_steps, fingerprint_file
 from ..tasks import AbstractTask
@@ -123,7 +123,7 @@ def _source(spec: str) -> Path | None:
         return None
     source = spec.rpartition(":")[0]
     if source.endswith(".py"):
-        return Path(source).expanduser()
+        return user_path(source)
     try:
         found = inspect.getsourcefile(sys.modules[source.rpartition("/")[2]])
     except (KeyError, TypeError):
