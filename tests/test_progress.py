@@ -41,7 +41,7 @@ def test_the_live_line_says_what_is_compiled_while_it_is():
         lines.append(progress.line())
     assert lines == [
         "step 1: policy update [of 2]",
-        "step 1: policy update [of 2]: compiling policy_gradients, program 1, 0 s",
+        "compiling policy_gradients, program 1, 0 s: step 1: policy update [of 2]",
         "step 1: policy update [of 2]",
     ]
     assert "policy update [of 2]: compiled policy_gradients in 3.0 s" in file.getvalue()
@@ -121,10 +121,11 @@ def test_a_step_without_a_guess_says_so():
     metrics = {"reward": 0.5, "completions/mean_length": 9.0, "entropy": 1.0, "time/step": 2.0}
     metrics |= {"spec/tokens_per_second": 10.0, "spec/acceptance_length": 1.0}
     progress.stepped(1, 3, metrics | {"spec/draft_length": 0.0})
-    progress.stepped(2, 3, metrics | {"spec/draft_length": 0.5})
+    progress.stepped(2, 3, metrics | {"spec/draft_length": 0.5}, compiling=1.6)
     first, second = file.getvalue().splitlines()
     assert first.startswith("step 1/3") and "nothing drafted" in first and "acceptance length" not in first
     assert second.startswith("step 2/3") and "acceptance length 1.00" in second
+    assert first.endswith("  2.0 s") and second.endswith("  2.0 s, 2 of it compiling")
 
 
 KEEP = """
@@ -141,8 +142,8 @@ jax.jit(lambda x: jnp.sin(x) * 3)(jnp.ones(7))
 
 @pytest.mark.parametrize("before", ["", 'jax.config.update("jax_compilation_cache_dir", "{own}")'])
 def test_a_script_keeps_programs_though_jax_is_imported(before, tmp_path, monkeypatch):
-    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("COMPILATION_CACHE_DIR", "PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "ENABLE_COMPILATION_CACHE"):
+        monkeypatch.delenv(f"JAX_{name}", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     own = tmp_path / "own"
     code = KEEP.format(before=before.format(own=own))
@@ -156,9 +157,11 @@ def test_a_script_keeps_programs_though_jax_is_imported(before, tmp_path, monkey
         assert len(entries) >= 1, "nothing was kept"
 
 
-def test_kept_programs(tmp_path, monkeypatch):
-    before = jax.config.values["jax_compilation_cache_dir"]
+def test_kept_programs(tmp_path):
+    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    before = {name: jax.config.values[name] for name in names}
     try:
+        jax.config.update("jax_enable_compilation_cache", True)
         jax.config.update("jax_compilation_cache_dir", str(tmp_path))
         assert kept_programs() == (tmp_path, 0)
         (tmp_path / "jit_f-1234-cache").write_bytes(b"")
@@ -167,4 +170,5 @@ def test_kept_programs(tmp_path, monkeypatch):
         jax.config.update("jax_compilation_cache_dir", None)
         assert kept_programs() is None
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+        for name, value in before.items():
+            jax.config.update(name, value)

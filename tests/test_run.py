@@ -166,7 +166,7 @@ def test_sigterm_leaves_the_rollouts_and_keeps_the_warm_up(straight, tiny_folder
     assert code == 143 and err == "" and "Stopped by SIGTERM after step 0 of 6" in text, err
     assert latest_checkpoint(out) == out / "checkpoints" / "step-000000"
     code, text, err = main_like(monkeypatch, capsys, "run", "--resume", "--out", str(out))
-    assert code == 0 and "warm-up" not in text, err
+    assert code == 0 and "warming up" not in text and "in all, of 2 starts" in text, err
     assert_same_as(straight[0], out)
 
 
@@ -293,7 +293,7 @@ def test_the_header_says_what_is_about_to_run(straight):
     _, text = straight
     for words in (
         r"model     \S+: \d[\d,]+ parameters, float32 on 1 x cpu",
-        r"task      \S+problems.jsonl, rewards even",
+        r"task      arithmetic, rewards even\n",
         r"rollouts  6 steps of 2 prompts x 4 completions, each of up to 16 tokens",
         r"draft     medusa \([\d,]+ parameters\), learns at every step; guesses 3 tokens a round, verifier \w+",
         r"programs  (\d+ are kept in /|compiled anew)",
@@ -419,7 +419,7 @@ def test_the_draft_leaves_the_policy_alone(tiny_folder, tmp_path):
                 rollouts = train.roll_out(
                     parts, compute_copy(state.policy, "float32"), state.draft, prompts, jr.key(step)
                 )
-                recorded.append(train.score(parts.rewards, tokenizer, examples, rollouts, "group", step)[0])
+                recorded.append(train.score(parts, examples, rollouts, step)[0])
             policy, optimizer, weights, features, batch, metrics, _ = train.update_policy(
                 parts, state.policy, state.policy_optimizer, None, recorded[step], 3e-3, step
             )

@@ -85,7 +85,8 @@ class RunProgress:
         if self._program is None:
             return f"{self._phase}: {self._detail}" if self._detail else self._phase
         seconds = time.perf_counter() - self._program_since
-        return f"{self._phase}: {self._compiling(self._program)}, {seconds:.0f} s"
+        # First: a narrow terminal cuts the end off.
+        return f"{self._compiling(self._program)}, {seconds:.0f} s: {self._phase}"
 
     def say(self, text: str, style: str = "") -> None:
         """A line that stays as it is: not broken where a log is narrow, for whoever reads it with other tools."""
@@ -133,8 +134,9 @@ class RunProgress:
                 + " ".join(f"{value:.2f}" for value in expected)
             )
 
-    def stepped(self, step: int, steps: int, metrics: Mapping[str, Any]) -> None:
-        """The line of a step."""
+    def stepped(self, step: int, steps: int, metrics: Mapping[str, Any], compiling: float = 0.0) -> None:
+        """The line of a step, of whose seconds so many were `compiling`."""
+        of_it = f", {compiling:.0f} of it compiling" if compiling >= 0.5 else ""
         drafted = f"acceptance length {metrics['spec/acceptance_length']:.2f}"
         if metrics["spec/draft_length"] == 0:
             drafted = "nothing drafted"
@@ -142,7 +144,7 @@ class RunProgress:
             f"step {step}/{steps}  reward {metrics['reward']:.3f}  "
             f"length {metrics['completions/mean_length']:.0f}  "
             f"entropy {metrics['entropy']:.2f}  {drafted}  "
-            f"{metrics['spec/tokens_per_second']:.0f} tokens/s  {metrics['time/step']:.1f} s"
+            f"{metrics['spec/tokens_per_second']:.0f} tokens/s  {metrics['time/step']:.1f} s{of_it}"
         )
 
     def close(self) -> None:
@@ -159,4 +161,4 @@ class _Live:
         self._line = line
 
     def __rich__(self) -> Text:
-        return Text(self._line())
+        return Text(self._line(), no_wrap=True, overflow="ellipsis")

@@ -20,7 +20,7 @@ def header(parts: RunParts, state: RunState, start: int) -> list[str]:
     """
     config, grpo = parts.config, parts.config.grpo
     about = machine()
-    steps = f"steps {start + 1} to {config.steps}" if start else f"{config.steps} steps"
+    steps = f"{config.steps - start} more steps" if start else f"{config.steps} steps"
     rewards = zip(parts.rewards.names, parts.rewards.weights, strict=True)
     weighted = ", ".join(name if weight == 1 else f"{weight:g} x {name}" for name, weight in rewards)
     return [
@@ -48,10 +48,10 @@ def _draft(parts: RunParts, draft: AbstractDraft) -> str:
     if not config.enabled:
         return "none: plain decoding"
     source = config.kind if config.path is None else f"{config.kind} from {config.path}"
-    guesses = f"up to {config.length} tokens, as pays" if config.adaptive else f"{config.length} tokens"
+    guesses = f"up to {config.length} tokens a round, as pays" if config.adaptive else f"{config.length} tokens a round"
     learns = "learns at every step" if config.learns and draft.train_length > 0 else "does not learn"
     size = _size(draft) if draft.train_length > 0 else "nothing to train"
-    return f"{source} ({size}), {learns}; guesses {guesses} a round, verifier {config.verifier}"
+    return f"{source} ({size}), {learns}; guesses {guesses}, verifier {config.verifier}"
 
 
 def _programs() -> str:

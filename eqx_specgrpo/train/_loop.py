@@ -212,6 +212,7 @@ def _one_step(
     config, grpo = parts.config, parts.config.grpo
     step = done + 1  # as it is counted wherever it is shown or written
     progress.times.laps()  # What was before the step is not its own.
+    compiled = progress.compilations.seconds
 
     with progress.timed("rollout", f"step {step}: rollout"):
         examples, prompts = next_examples(
@@ -264,5 +265,5 @@ def _one_step(
         records = completion_records(step, examples, scored, texts, parts.rewards.names, log.extra)
         folder.append_completions(records)
         folder.append_metrics(metrics)
-        progress.stepped(step, config.steps, metrics)
+        progress.stepped(step, config.steps, metrics, metrics["compile/seconds"] - compiled)
     return state
