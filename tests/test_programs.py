@@ -21,6 +21,7 @@ from eqx_specgrpo.decoding import (
     _decode as decode_module,
     decode,
 )
+from eqx_specgrpo.decoding._room import Room
 from eqx_specgrpo.decoding._segment import UntilRowsFinish, run_segment
 from eqx_specgrpo.drafts import MedusaHeads
 from eqx_specgrpo.grpo import LossNormalizer, LossSettings, UpdateBatch, compute_copy, policy_gradients
@@ -42,7 +43,7 @@ def segment_program(target: Transformer) -> str:
     """StableHLO of a segment with two guesses a round."""
     modules = (target, MedusaHeads.fresh(20, 2), Rejection(), Sampling(), jnp.array([0], jnp.int32))
     rows, twos = jnp.arange(4, dtype=jnp.int32), jnp.array([2, 2], jnp.int32)
-    sizes = dict(new=12, cache_dtype="float32", share=False, keep_prompts=False)
+    sizes = dict(room=Room(12, 18), capacity=18, cache_dtype="float32", share=False, keep_prompts=False)
 
     def prefill(tokens):
         return decode_module._prefill(modules, tokens, twos, twos, jr.key(0), rows, rows // 2, **sizes)[:2]

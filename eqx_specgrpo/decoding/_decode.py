@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, DTypeLike, Int, Key
 from .._types import DecodeStatistics, Prompts, Rollouts
 from ..drafts import AbstractDraft, NoDraft
 from ..errors import UserError
-from ..models import AbstractLanguageModel, KVCache, default_cache_dtype, take_rows
+from ..models import AbstractLanguageModel, KVCache, caches_can_grow, default_cache_dtype, take_rows
 from ..runtime import check_jax, count_compilations
 from ..sampling import AbstractSampling, GreedySampling, Sampling
 from ._block import Block
@@ -22,6 +22,7 @@ from ._finite import require_finite
 from ._greedy_match import GreedyMatch
 from ._length import AbstractLengthController, FixedLength, SegmentObservation
 from ._prompts import AbstractPromptStore, PromptsInRows, PromptsOnce, can_share
+from ._room import Room, RoomKeeper, grown, room_ladder, with_room
 from ._segment import AbstractSegmentLoop, SegmentQueue, default_loop
 from ._start import Modules, PromptState, prompt_pass, start_rows
 from ._state import DecodeState
@@ -140,6 +141,9 @@ def decode(
     smallest_bucket = default_smallest_bucket(target) if smallest_bucket is None else smallest_bucket
     if cache_dtype is None:
         cache_dtype = default_cache_dtype(target)
+    loop = default_loop() if loop is None else loop
+    rooms = room_ladder(prompts.tokens.shape[1], max_new_tokens + block, can_grow=caches_can_grow(target))
+    keeper = RoomKeeper(rooms, block, loop)
     at_once = num_rows if max_rows is None else min(max_rows, num_rows)
     row_ids, waiting = np.split(_order(prompts, samples, expected_lengths), [at_once])
     share = can_share(target, samples, len(waiting))
@@ -153,26 +157,27 @@ def decode(
         key,
         jnp.asarray(row_ids),
         jnp.asarray(row_ids // samples),
-        new=max_new_tokens + block,
+        room=keeper.room,
+        capacity=prompts.tokens.shape[1] + rooms[-1].new,
         cache_dtype=jnp.dtype(cache_dtype).name,
         share=share,
         keep_prompts=len(waiting) > 0,
     )
 
-    def look(segments: SegmentQueue, length_state: Any) -> tuple[Bool[np.ndarray, " rows"], int, Any]:
+    def look(segments: SegmentQueue, length_state: Any) -> tuple[Bool[np.ndarray, " rows"], int, int, Any]:
         report, observation = segments.look()
         if not report.finite:
             require_finite(state, row_ids, samples)
         length_state = length.update(length_state, observation)
         if on_segment is not None:
             on_segment(observation, length_state)
-        return np.asarray(report.active), int(report.tokens_in_all), length_state
+        return np.asarray(report.active), int(report.tokens_in_all), int(report.longest), length_state
 
     output = _Output(num_rows, max_new_tokens, draft.max_length)
     require_finite(state, row_ids, samples)
-    active, emitted = np.asarray(state.active), int(np.asarray(state.num_new).sum())
+    active, emitted, longest = _standing(state)
     with count_compilations() as compilations:
-        segments = SegmentQueue(default_loop() if loop is None else loop, compilations)
+        segments = SegmentQueue(loop, compilations)
         while True:
             if on_progress is not None:
                 done = output.tokens_of_others(row_ids)
@@ -183,7 +188,7 @@ def decode(
             shrinks = admission == 0 and bucket < len(row_ids)
             if len(segments) > 0 and (admits or shrinks or not active.any()):
                 # Rows are moved when nothing is under way, by what is true then.
-                active, emitted, length_state = look(segments, length_state)
+                active, emitted, longest, length_state = look(segments, length_state)
                 continue
             if admits:
                 assert prompt_state is not None
@@ -193,9 +198,9 @@ def decode(
                 row_ids = row_ids.copy()
                 row_ids[slots] = admitted
                 which = (jnp.asarray(slots), jnp.asarray(admitted), jnp.asarray(admitted // samples))
-                state = _admit((modules, prompt_state, key, *which), state)
+                state = _admit((modules, prompt_state, key, *which), state, keeper.room)
                 require_finite(state, row_ids, samples)
-                active, emitted = np.asarray(state.active), int(np.asarray(state.num_new).sum())
+                active, emitted, longest = _standing(state)
                 continue
             if not active.any():
                 output.take(row_ids, state)
@@ -206,20 +211,36 @@ def decode(
                 keep = np.argsort(~active, kind="stable")[:bucket]
                 row_ids = row_ids[keep]
                 # Waited for: else the copy would count as part of the next segment, and a small batch look dear.
-                state = jax.block_until_ready(_take_rows(state, store, jnp.asarray(keep)))
+                state = jax.block_until_ready(_take_rows(state, store, jnp.asarray(keep), keeper.room.whole))
                 store = PromptsInRows()
                 active, emitted = active[keep], int(output.lengths[row_ids].sum())
+                longest = int(output.lengths[row_ids].max())
             plan = length.choose(length_state, len(row_ids))
             if not 0 <= plan.length <= draft.max_length:
                 raise ValueError(
                     f"{type(length).__name__} planned to draft {plan.length} tokens, but this draft drafts at most "
                     f"{draft.max_length}: was the length_state made for another draft?"
                 )
+            fitting = keeper.fit(plan, longest + segments.most_tokens)
+            if fitting is None and len(segments) > 0:
+                # What they may emit is more than they will.
+                active, emitted, longest, length_state = look(segments, length_state)
+                continue
+            if fitting is None:
+                keeper.grow(plan, longest)
+                state = grown(draft, state, keeper.room, store.slots(*keeper.room))
+                continue
             stop_below = len(row_ids) - admission if admission else shrink_below(len(row_ids), smallest_bucket)
-            state = segments.run(modules, store, state, plan, stop_below)
+            state = segments.run(modules, store, state, fitting, stop_below)
             if segments.is_full:
-                active, emitted, length_state = look(segments, length_state)
+                active, emitted, longest, length_state = look(segments, length_state)
     return output.rollouts(prompts, samples)
+
+
+def _standing(state: DecodeState) -> tuple[Bool[np.ndarray, " rows"], int, int]:
+    """Which rows are active, and how many tokens they have emitted, together and the longest of them."""
+    num_new = np.asarray(state.num_new)
+    return np.asarray(state.active), int(num_new.sum()), int(num_new.max())
 
 
 def _order(prompts: Prompts, samples: int, expected_lengths: Sequence[float] | None) -> Int[np.ndarray, " rows"]:
@@ -271,17 +292,20 @@ def _prefill(
     row_ids: Int[Array, " rows"],
     prompt_of_row: Int[Array, " rows"],
     *,
-    new: int,
+    room: Room,
+    capacity: int,
     cache_dtype: str,
     share: bool,
     keep_prompts: bool,
 ) -> tuple[DecodeState, AbstractPromptStore, PromptState | None]:
     """The prompts' pass and the first rows; for rows that have to wait, the prompts are kept."""
     dtype = jnp.dtype(cache_dtype)
-    prompt_state = prompt_pass(modules[0], modules[1], tokens, lengths, limits, new, dtype, share=share)
+    prompt_state = prompt_pass(
+        modules[0], modules[1], tokens, lengths, limits, room.new, room.whole, capacity, dtype, share=share
+    )
     if share:
         store = PromptsOnce(cast(tuple[KVCache, ...], prompt_state.cache), lengths)
-        cache = modules[0].init_cache(len(row_ids), new, dtype)
+        cache = modules[0].init_cache(len(row_ids), room.new, dtype)
     else:
         store = PromptsInRows()
         cache = take_rows(prompt_state.cache, prompt_of_row)
@@ -300,18 +324,21 @@ def _admit(
         Int[Array, " admitted"],
     ],
     state: DecodeState,
+    room: Room,
 ) -> DecodeState:
     """Starts waiting rows in the places of finished ones. DONATES the state."""
     modules, prompt_state, key, slots, row_ids, prompt_of_row = context
     cache = take_rows(prompt_state.cache, prompt_of_row)
     fresh = start_rows(modules, prompt_state, key, row_ids, prompt_of_row, cache)
+    if room.new > fresh.tokens.shape[1]:
+        fresh = with_room(modules[1], fresh, room, room.whole)
     return jax.tree.map(lambda old, new: old.at[slots].set(new), state, fresh)
 
 
 @eqx.filter_jit
-def _take_rows(state: DecodeState, store: AbstractPromptStore, rows: Int[Array, " kept"]) -> DecodeState:
+def _take_rows(state: DecodeState, store: AbstractPromptStore, rows: Int[Array, " kept"], slots: int) -> DecodeState:
     """The state of some rows, whose caches then begin with their prompts."""
-    cache = store.take(state.cache, rows)
+    cache = store.take(state.cache, rows, slots)
     others = jax.tree.map(lambda x: x[rows], dataclasses.replace(state, cache=()))
     return dataclasses.replace(others, cache=cache)
 
@@ -332,9 +359,10 @@ class _Output:
 
     def take(self, row_ids: Int[np.ndarray, " rows"], state: DecodeState) -> None:
         lengths = np.asarray(state.num_new)
-        counts = np.arange(self.new)[None] < lengths[:, None]
-        self.tokens[row_ids] = np.where(counts, np.asarray(state.tokens)[:, : self.new], 0)
-        self.logprobs[row_ids] = np.where(counts, np.asarray(state.logprobs)[:, : self.new], 0.0)
+        there = min(self.new, state.tokens.shape[1])
+        counts = np.arange(there)[None] < lengths[:, None]
+        self.tokens[row_ids, :there] = np.where(counts, np.asarray(state.tokens)[:, :there], 0)
+        self.logprobs[row_ids, :there] = np.where(counts, np.asarray(state.logprobs)[:, :there], 0.0)
         self.lengths[row_ids] = lengths
         self.stop[row_ids] = np.asarray(state.stop)
         self.target_forwards[row_ids] = np.asarray(state.target_forwards)

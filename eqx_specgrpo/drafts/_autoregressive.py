@@ -7,13 +7,15 @@ drafted token more where all were accepted, for the last of a chain is drawn but
 make the backlog longer.
 """
 
+from typing import cast
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ..models import AbstractLanguageModel, Cache, default_cache_dtype
+from ..models import AbstractLanguageModel, Cache, KVCache, default_cache_dtype
 from ._base import Proposal, pick_positions
 from ._sampler import AbstractSampler
 from ._vocabulary import AbstractDraftVocabulary
@@ -61,6 +63,13 @@ def start(
     history = jnp.zeros((rows, capacity), jnp.int32).at[:, :seq].set(tokens)
     lengths = lengths.astype(jnp.int32)
     return AutoregressiveState(cache, history, lengths, lengths)
+
+
+def make_room(state: AutoregressiveState, capacity: int) -> AutoregressiveState:
+    """The state with room for more positions. Its layers' caches are `KVCache`s."""
+    cache = tuple(layer.with_slots(capacity) for layer in cast(tuple[KVCache, ...], state.cache))
+    tokens = jnp.pad(state.tokens, ((0, 0), (0, capacity - state.tokens.shape[1])))
+    return AutoregressiveState(cache, tokens, state.committed, state.absorbed)
 
 
 def catch_up(

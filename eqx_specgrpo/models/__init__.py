@@ -1,4 +1,8 @@
-from ._base import AbstractLanguageModel as AbstractLanguageModel, Features as Features
+from ._base import (
+    AbstractLanguageModel as AbstractLanguageModel,
+    Features as Features,
+    caches_can_grow as caches_can_grow,
+)
 from ._cache import (
     AbstractLayerCache as AbstractLayerCache,
     AbstractSlotCache as AbstractSlotCache,
