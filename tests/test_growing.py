@@ -28,12 +28,11 @@ from eqx_specgrpo.drafts import (
     MedusaHeads,
     ModelDraft,
     NGramDraft,
-    NoDraft,
     TemperedDraft,
 )
 
-PROMPTS, NEW, SMALLEST = [[1, 2, 3], [4, 5, 6, 7, 8]], 60, 20
-CONTEXT = dict(max_position_embeddings=96, num_layers=1)
+PROMPTS, NEW, SMALLEST = [[1, 2, 3], [4, 5, 6, 7, 8]], 150, 48
+CONTEXT = dict(max_position_embeddings=192, num_layers=1, vocab_size=61)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,12 +47,9 @@ def target():
 
 
 DRAFTS = {
-    "none": lambda target: NoDraft(),
     "heads": lambda target: randomise(MedusaHeads.fresh(16, 3), 1, 0.1),
-    "eagle": lambda target: EagleDraft.for_target(target, max_length=3, key=jr.key(1)),
     "model": lambda target: ModelDraft(tiny_transformer(seed=1, **CONTEXT), 3),
     "layers": lambda target: LayerSkipDraft(16, 1, 3, key=jr.key(1)),
-    "ngram": lambda target: NGramDraft(3, min_ngram=1),
     "fallback": lambda target: FallbackDraft(
         NGramDraft(3, min_ngram=2), TemperedDraft(EagleDraft.for_target(target, max_length=4, key=jr.key(1)))
     ),
@@ -74,7 +70,7 @@ def rooms_seen(monkeypatch: pytest.MonkeyPatch) -> list[Room]:
 
 def generate(target, monkeypatch, smallest: int, **options: Any) -> Rollouts:
     monkeypatch.setattr(room_module, "_SMALLEST", smallest)
-    defaults = dict(key=jr.key(5), max_new_tokens=NEW, eos_ids=[0], samples=3, smallest_bucket=2)
+    defaults = dict(key=jr.key(5), max_new_tokens=NEW, eos_ids=[0], samples=2, smallest_bucket=2)
     return decode(target, PROMPTS, **(defaults | options))
 
 
@@ -122,11 +118,11 @@ def test_no_segment_is_planned_that_could_overflow(loop):
 
 @pytest.mark.parametrize("kind", DRAFTS)
 def test_a_growth_never_shows(kind, target, monkeypatch):
-    """In the middle of completions, with every draft that has a cache or a memory, and those that have none."""
+    """In the middle of completions, with every draft that has a cache or a memory."""
     seen = rooms_seen(monkeypatch)
-    options = dict(draft=DRAFTS[kind](target), length=FixedLength(3 if kind != "none" else 0))
+    options = dict(draft=DRAFTS[kind](target), length=FixedLength(3))
     expected = generate(target, monkeypatch, 1000, **options)
-    assert seen == [] and expected.lengths.max() > 50
+    assert seen == [] and expected.lengths.max() > 100
     found = generate(target, monkeypatch, SMALLEST, **options)
-    assert len(seen) >= 2 and seen[0].new < 40, seen
+    assert len(seen) >= 2 and seen[0].new < 100, seen
     assert_same(found, expected)
