@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Int, Key
 
-from .._types import DecodeStatistics, Prompts, Rollouts
+from .._types import DecodeStatistics, Prompts, Rollouts, StopReason
 from ..drafts import AbstractDraft, NoDraft
 from ..errors import UserError
 from ..models import AbstractLanguageModel, KVCache, caches_can_grow, default_cache_dtype, take_rows
@@ -21,6 +21,7 @@ from ._buckets import bucket_for, default_smallest_bucket, shrink_below
 from ._finite import require_finite
 from ._greedy_match import GreedyMatch
 from ._length import AbstractLengthController, FixedLength, SegmentObservation
+from ._order import StartOrder
 from ._prompts import AbstractPromptStore, PromptsInRows, PromptsOnce, can_share
 from ._room import Room, RoomKeeper, grown, room_ladder, with_room
 from ._segment import AbstractSegmentLoop, SegmentQueue, default_loop
@@ -87,8 +88,8 @@ def decode(
     - `length`: how many tokens to draft; by default 3 or the draft's most.
     - `length_state`: what a controller learned in an earlier call, see `on_segment`; by default it starts anew.
     - `max_rows`: decode at most so many rows at a time; as rows finish, waiting ones take their place. By default all.
-    - `expected_lengths`: of the completions of each prompt; rows that are expected to be longest start first, so that
-        few are left at the end.
+    - `expected_lengths`: of the completions of each prompt, `nan` where nothing is known: then it is the mean of its
+        rows that have ended. Rows that are expected to be longest start first, so that few are left at the end.
     - `smallest_bucket`: when rows finish, the batch is shrunk to the next power of two, but not below this; by
         default 2, on CPU 1 in float32, where a single row is cheaper, and 16 for a very small model. Each is a program
         to compile: for a single decoding 2 may be enough.
@@ -145,7 +146,9 @@ def decode(
     rooms = room_ladder(prompts.tokens.shape[1], max_new_tokens + block, can_grow=caches_can_grow(target))
     keeper = RoomKeeper(rooms, block, loop)
     at_once = num_rows if max_rows is None else min(max_rows, num_rows)
-    row_ids, waiting = np.split(_order(prompts, samples, expected_lengths), [at_once])
+    waiting = StartOrder(expected_lengths, len(prompts.lengths), samples)
+    output = _Output(num_rows, max_new_tokens, draft.max_length)
+    row_ids = waiting.take(at_once, output.lengths, output.ended)
     share = can_share(target, samples, len(waiting))
     if share:
         row_ids = np.arange(num_rows)
@@ -173,7 +176,6 @@ def decode(
             on_segment(observation, length_state)
         return np.asarray(report.active), int(report.tokens_in_all), int(report.longest), length_state
 
-    output = _Output(num_rows, max_new_tokens, draft.max_length)
     require_finite(state, row_ids, samples)
     active, emitted, longest = _standing(state)
     with count_compilations() as compilations:
@@ -194,7 +196,7 @@ def decode(
                 assert prompt_state is not None
                 output.take(row_ids, state)
                 slots = np.flatnonzero(~active)[:admission]
-                admitted, waiting = np.split(waiting, [admission])
+                admitted = waiting.take(admission, output.lengths, output.ended)
                 row_ids = row_ids.copy()
                 row_ids[slots] = admitted
                 which = (jnp.asarray(slots), jnp.asarray(admitted), jnp.asarray(admitted // samples))
@@ -241,15 +243,6 @@ def _standing(state: DecodeState) -> tuple[Bool[np.ndarray, " rows"], int, int]:
     """Which rows are active, and how many tokens they have emitted, together and the longest of them."""
     num_new = np.asarray(state.num_new)
     return np.asarray(state.active), int(num_new.sum()), int(num_new.max())
-
-
-def _order(prompts: Prompts, samples: int, expected_lengths: Sequence[float] | None) -> Int[np.ndarray, " rows"]:
-    """Row ids in the order in which they start."""
-    if expected_lengths is None:
-        return np.arange(len(prompts.lengths) * samples)
-    if len(expected_lengths) != len(prompts.lengths):
-        raise ValueError(f"expected_lengths has {len(expected_lengths)} values for {len(prompts.lengths)} prompts")
-    return np.argsort(-np.repeat(np.asarray(expected_lengths, float), samples), kind="stable")
 
 
 def _admission(rows: int, waiting: int) -> int:
@@ -369,6 +362,10 @@ class _Output:
         self.emitted[row_ids] = np.asarray(state.emitted)
         self.drafted[row_ids] = np.asarray(state.drafted)
         self.accepted[row_ids] = np.asarray(state.accepted)
+
+    @property
+    def ended(self) -> Bool[np.ndarray, " rows"]:
+        return self.stop != StopReason.RUNNING
 
     def tokens_of_others(self, row_ids: Int[np.ndarray, " rows"]) -> int:
         return int(np.delete(self.lengths, row_ids).sum())
