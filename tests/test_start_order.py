@@ -57,7 +57,5 @@ def test_the_newest_completions_of_a_prompt_count(tmp_path):
     # A resumed run knows what its file says, and the same.
     path = tmp_path / "completions.jsonl"
     np.testing.assert_array_equal(PromptLengths.of_run(path).expected(examples), [NAN, NAN, NAN])
-    path.write_bytes(
-        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode("utf-8", "replace")
-    )
+    path.write_bytes("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode("utf-8", "replace"))
     np.testing.assert_array_equal(PromptLengths.of_run(path).expected(examples), lengths.expected(examples))

@@ -10,7 +10,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, Key
 
 from .._types import StopReason
 from ..drafts import AbstractDraft, Proposal
-from ..models import AbstractLanguageModel, Cache
+from ..models import AbstractLanguageModel, Cache, fill_cache
 from ..sampling import AbstractSampling
 from ._state import DecodeState, commit
 from ._verify import AbstractVerifier
@@ -51,7 +51,7 @@ def prompt_pass(
     *,
     share: bool,
 ) -> PromptState:
-    """One pass of the target over the right-padded prompts.
+    """The target's pass over the right-padded prompts, long ones a piece at a time.
 
     **Arguments:**
 
@@ -62,8 +62,7 @@ def prompt_pass(
     """
     num_prompts, width = tokens.shape
     cache = target.init_cache(num_prompts, width if share else slots, cache_dtype)
-    positions = jnp.broadcast_to(jnp.arange(width)[None], tokens.shape)
-    features, cache = target.hidden(tokens, positions, cache, layers=draft.layers)
+    features, cache = fill_cache(target, tokens, cache, layers=draft.layers)
     last = jnp.take_along_axis(features.last, (lengths - 1)[:, None, None], axis=1)
     draft_state = draft.begin(target, features, tokens, lengths, capacity, slots)
     return PromptState(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ..models import AbstractLanguageModel, Cache, KVCache, default_cache_dtype
+from ..models import AbstractLanguageModel, Cache, KVCache, default_cache_dtype, fill_cache
 from ._base import Proposal, pick_positions
 from ._sampler import AbstractSampler
 from ._vocabulary import AbstractDraftVocabulary
@@ -56,10 +56,9 @@ class AutoregressiveState(eqx.Module):
 def start(
     model: AbstractLanguageModel, tokens: Int[Array, "rows seq"], lengths: Int[Array, " rows"], capacity: int
 ) -> AutoregressiveState:
-    """The state after one pass of the drafting model over right-padded prompts."""
+    """The state after the drafting model has read right-padded prompts."""
     rows, seq = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32)[None], tokens.shape)
-    _, cache = model.hidden(tokens, positions, model.init_cache(rows, capacity, default_cache_dtype(model)))
+    _, cache = fill_cache(model, tokens, model.init_cache(rows, capacity, default_cache_dtype(model)))
     history = jnp.zeros((rows, capacity), jnp.int32).at[:, :seq].set(tokens)
     lengths = lengths.astype(jnp.int32)
     return AutoregressiveState(cache, history, lengths, lengths)

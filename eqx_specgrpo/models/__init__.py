@@ -35,6 +35,7 @@ from ._keys import CheckpointWarning as CheckpointWarning, KeyRule as KeyRule
 from ._linear import Linear as Linear, matmul as matmul
 from ._locate import could_be_downloaded as could_be_downloaded, locate as locate
 from ._norm import RMSNorm as RMSNorm, rms_normalize as rms_normalize
+from ._prompt_pass import fill_cache as fill_cache
 from ._rope import (
     RopeTable as RopeTable,
     rope_frequencies as rope_frequencies,
