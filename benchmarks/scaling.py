@@ -2,16 +2,21 @@
 
     python benchmarks/scaling.py --out results/scaling
     python benchmarks/scaling.py --out results/scaling --dtype bfloat16 --rows 64,128,256,512 --contexts 512,2048,8192
+    python benchmarks/scaling.py --out results/scaling --max-new-tokens 512,8192
 
 Models have random weights, and no row ends. One of the four is varied at a time, the others stay at the value that is
 second in its list. A round of plain decoding is measured, and one that checks `--length` guesses of a draft next to
 free: their ratio is how many tokens such a round has to yield to be worth it. The update's memory is what the compiler
 says it needs besides weights and gradients. Writes `scaling.json`, `scaling.md` and `scaling.png`.
+
+With `--max-new-tokens` only what these limits cost is measured, for 16 rows that end at 300 tokens: a process for each
+limit, so that each has a peak of its own. Writes `room.json`.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -49,7 +54,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=3, help="tokens guessed a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--max-new-tokens", help="limits that rows do not come to; measures nothing else")
     return parser.parse_args()
+
+
+def room(limits: list[int], out: Path) -> None:
+    """What a limit costs that no row comes to."""
+    found = []
+    for limit in limits:
+        command = [sys.executable, str(Path(__file__).with_name("room.py")), f"--max-new-tokens={limit}"]
+        found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        print(found[-1], flush=True)
+    text = json.dumps({"machine": machine(), "limits": found}, indent=1)
+    (out / "room.json").write_text(text + "\n")
 
 
 def make_model(size: str, vocab: int, context: int) -> Transformer:
@@ -205,6 +222,9 @@ _FIELD = {"rows": "rows", "context": "context", "vocabulary": "vocab", "weights"
 def main() -> int:
     arguments = parse_arguments()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.max_new_tokens is not None:
+        room(whole_numbers("--max-new-tokens", arguments.max_new_tokens), arguments.out)
+        return 0
     rows, contexts, vocabs = (
         whole_numbers(f"--{name}", getattr(arguments, name)) for name in ("rows", "contexts", "vocabs")
     )

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -40,6 +41,7 @@ from eqx_specgrpo.models import (
     YarnRope,
     sequence_features,
 )
+from eqx_specgrpo.runtime._compile import _COMPILED as COMPILED
 
 # Gives a program whose text is looked at XLA's own options, where conftest.py has set others for the whole process.
 AS_USERS_COMPILE = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ.get("XLA_FLAGS", "") else {}
@@ -54,6 +56,29 @@ def quick_compilation() -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
+
+
+@contextmanager
+def compiled_programs():
+    """Names of what is compiled, and how often: `count_compilations` knows no names, and leaves short ones out."""
+    found: Counter[str] = Counter()
+
+    def listen(event, duration, **details):
+        if event == COMPILED:
+            found[str(details.get("fun_name"))] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def anything(like: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array of this shape, for a program that is only looked at."""
+    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return jr.split(jr.key(0), like.shape)
+    return jnp.zeros(like.shape, like.dtype)
 
 
 def make_rounds_long(monkeypatch: pytest.MonkeyPatch) -> None:

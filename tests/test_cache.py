@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import AS_USERS_COMPILE, quick_compilation, tiny_transformer
+from helpers import AS_USERS_COMPILE, anything, quick_compilation, tiny_transformer
 from jax import lax
 
 from eqx_specgrpo.decoding import FixedRounds, Rejection, Sampling, UntilRowsFinish, _decode as decode_module
+from eqx_specgrpo.decoding._room import Room
 from eqx_specgrpo.decoding._segment import run_segment
 from eqx_specgrpo.drafts import MedusaHeads
 from eqx_specgrpo.models import KVCache, NoCache, _partial_attention, take_rows
@@ -154,12 +155,6 @@ def _culprits(hlo: str, shape: str) -> list[str]:
     return [op for name in inside for op in instruction.findall(computations[name]) if op not in _HARMLESS]
 
 
-def _anything(like: jax.ShapeDtypeStruct) -> jax.Array:
-    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-        return jr.split(jr.key(0), like.shape)
-    return jnp.zeros(like.shape, like.dtype)
-
-
 @only_cpu
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("loop", [UntilRowsFinish(), FixedRounds(rounds=2)], ids=["until", "fixed"])
@@ -174,11 +169,12 @@ def test_the_decoding_loop_copies_no_cache(share, loop):
     row_ids, twos = jnp.arange(4, dtype=jnp.int32), jnp.array([2, 2], jnp.int32)
 
     def prefill(tokens, lengths, limits, key):
-        sizes = dict(new=capacity // 4 * 3, cache_dtype="float32", share=share, keep_prompts=False)
+        room = Room(capacity // 4 * 3, capacity)
+        sizes = dict(room=room, capacity=capacity, cache_dtype="float32", share=share, keep_prompts=False)
         return decode_module._prefill(modules, tokens, lengths, limits, key, row_ids, row_ids // 2, **sizes)[:2]
 
     shapes = eqx.filter_eval_shape(prefill, jnp.ones((2, capacity // 4), jnp.int32), twos, twos, jr.key(0))
-    state, store = jax.tree.map(_anything, shapes)
+    state, store = jax.tree.map(anything, shapes)
     context = (modules, store, loop)
     compiled = run_segment.lower(context, state, twos[0], twos[1], 3).compile().compiled
     hlo = compiled.as_text()

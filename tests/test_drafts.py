@@ -12,6 +12,7 @@ from helpers import quick_compilation, randomise, tiny_transformer
 
 from eqx_specgrpo._types import Prompts
 from eqx_specgrpo.decoding import Rejection, _decode as decode_module, decode_round
+from eqx_specgrpo.decoding._room import Room
 from eqx_specgrpo.drafts import DraftError, IndependentSampler, MedusaHeads, NoDraft, draft_kind, load_draft, save_draft
 from eqx_specgrpo.errors import CheckpointError
 from eqx_specgrpo.models import Features, sequence_features
@@ -128,7 +129,8 @@ def test_in_decoding_the_state_is_where_training_looks(target, heads):
         jr.key(3),
         jnp.arange(rows),
         jnp.arange(rows),
-        new=new + HEADS + 1,
+        room=Room(new + HEADS + 1, 5 + new + HEADS + 1),
+        capacity=5 + new + HEADS + 1,
         cache_dtype="float32",
         share=False,
         keep_prompts=False,

@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from contextlib import contextmanager
 
 import equinox as eqx
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import make_rounds_long, quick_compilation, tiny_transformer
+from helpers import compiled_programs, make_rounds_long, quick_compilation, tiny_transformer
 
 from eqx_specgrpo.decoding import (
     AdaptiveLength,
@@ -21,12 +20,12 @@ from eqx_specgrpo.decoding import (
     _decode as decode_module,
     decode,
 )
+from eqx_specgrpo.decoding._room import Room
 from eqx_specgrpo.decoding._segment import UntilRowsFinish, run_segment
 from eqx_specgrpo.drafts import MedusaHeads
 from eqx_specgrpo.grpo import LossNormalizer, LossSettings, UpdateBatch, compute_copy, policy_gradients
 from eqx_specgrpo.grpo.losses import DAPO
 from eqx_specgrpo.models import Transformer, default_cache_dtype
-from eqx_specgrpo.runtime._compile import _COMPILED as COMPILED
 
 # Sizes that no activation has: a weight is recognised by its shape.
 SIZES = dict(hidden_size=20, intermediate_size=28, vocab_size=37)
@@ -42,7 +41,7 @@ def segment_program(target: Transformer) -> str:
     """StableHLO of a segment with two guesses a round."""
     modules = (target, MedusaHeads.fresh(20, 2), Rejection(), Sampling(), jnp.array([0], jnp.int32))
     rows, twos = jnp.arange(4, dtype=jnp.int32), jnp.array([2, 2], jnp.int32)
-    sizes = dict(new=12, cache_dtype="float32", share=False, keep_prompts=False)
+    sizes = dict(room=Room(12, 18), capacity=18, cache_dtype="float32", share=False, keep_prompts=False)
 
     def prefill(tokens):
         return decode_module._prefill(modules, tokens, twos, twos, jr.key(0), rows, rows // 2, **sizes)[:2]
@@ -96,22 +95,6 @@ def test_a_layer_is_traced_and_lowered_once(program_of):
     """Not once for each layer: a model of thirty would take its start, also a second one, many seconds."""
     sizes = [program_of(tiny_transformer(num_layers=layers, **SIZES)).count("dot_general") for layers in (2, 5)]
     assert sizes[0] == sizes[1] > 4
-
-
-@contextmanager
-def compiled_programs():
-    """Names of what is compiled, and how often: `count_compilations` knows no names, and leaves short ones out."""
-    found: Counter[str] = Counter()
-
-    def listen(event, duration, **details):
-        if event == COMPILED:
-            found[str(details.get("fun_name"))] += 1
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_programs_of_decoding_are_bounded_by_the_ladder():

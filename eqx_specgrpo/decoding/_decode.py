@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Int, Key
 
-from .._types import DecodeStatistics, Prompts, Rollouts
+from .._types import DecodeStatistics, Prompts, Rollouts, StopReason
 from ..drafts import AbstractDraft, NoDraft
 from ..errors import UserError
-from ..models import AbstractLanguageModel, KVCache, default_cache_dtype, take_rows
+from ..models import AbstractLanguageModel, KVCache, caches_can_grow, default_cache_dtype, take_rows
 from ..runtime import check_jax, count_compilations
 from ..sampling import AbstractSampling, GreedySampling, Sampling
 from ._block import Block
@@ -21,7 +21,9 @@ from ._buckets import bucket_for, default_smallest_bucket, shrink_below
 from ._finite import require_finite
 from ._greedy_match import GreedyMatch
 from ._length import AbstractLengthController, FixedLength, SegmentObservation
+from ._order import StartOrder
 from ._prompts import AbstractPromptStore, PromptsInRows, PromptsOnce, can_share
+from ._room import Room, RoomKeeper, grown, room_ladder, with_room
 from ._segment import AbstractSegmentLoop, SegmentQueue, default_loop
 from ._start import Modules, PromptState, prompt_pass, start_rows
 from ._state import DecodeState
@@ -86,8 +88,8 @@ def decode(
     - `length`: how many tokens to draft; by default 3 or the draft's most.
     - `length_state`: what a controller learned in an earlier call, see `on_segment`; by default it starts anew.
     - `max_rows`: decode at most so many rows at a time; as rows finish, waiting ones take their place. By default all.
-    - `expected_lengths`: of the completions of each prompt; rows that are expected to be longest start first, so that
-        few are left at the end.
+    - `expected_lengths`: of the completions of each prompt, `nan` where nothing is known: then it is the mean of its
+        rows that have ended. Rows that are expected to be longest start first, so that few are left at the end.
     - `smallest_bucket`: when rows finish, the batch is shrunk to the next power of two, but not below this; by
         default 2, on CPU 1 in float32, where a single row is cheaper, and 16 for a very small model. Each is a program
         to compile: for a single decoding 2 may be enough.
@@ -140,8 +142,13 @@ def decode(
     smallest_bucket = default_smallest_bucket(target) if smallest_bucket is None else smallest_bucket
     if cache_dtype is None:
         cache_dtype = default_cache_dtype(target)
+    loop = default_loop() if loop is None else loop
+    rooms = room_ladder(prompts.tokens.shape[1], max_new_tokens + block, can_grow=caches_can_grow(target))
+    keeper = RoomKeeper(rooms, block, loop)
     at_once = num_rows if max_rows is None else min(max_rows, num_rows)
-    row_ids, waiting = np.split(_order(prompts, samples, expected_lengths), [at_once])
+    waiting = StartOrder(expected_lengths, len(prompts.lengths), samples)
+    output = _Output(num_rows, max_new_tokens, draft.max_length)
+    row_ids = waiting.take(at_once, output.lengths, output.ended)
     share = can_share(target, samples, len(waiting))
     if share:
         row_ids = np.arange(num_rows)
@@ -153,26 +160,26 @@ def decode(
         key,
         jnp.asarray(row_ids),
         jnp.asarray(row_ids // samples),
-        new=max_new_tokens + block,
+        room=keeper.room,
+        capacity=prompts.tokens.shape[1] + rooms[-1].new,
         cache_dtype=jnp.dtype(cache_dtype).name,
         share=share,
         keep_prompts=len(waiting) > 0,
     )
 
-    def look(segments: SegmentQueue, length_state: Any) -> tuple[Bool[np.ndarray, " rows"], int, Any]:
+    def look(segments: SegmentQueue, length_state: Any) -> tuple[Bool[np.ndarray, " rows"], int, int, Any]:
         report, observation = segments.look()
         if not report.finite:
             require_finite(state, row_ids, samples)
         length_state = length.update(length_state, observation)
         if on_segment is not None:
             on_segment(observation, length_state)
-        return np.asarray(report.active), int(report.tokens_in_all), length_state
+        return np.asarray(report.active), int(report.tokens_in_all), int(report.longest), length_state
 
-    output = _Output(num_rows, max_new_tokens, draft.max_length)
     require_finite(state, row_ids, samples)
-    active, emitted = np.asarray(state.active), int(np.asarray(state.num_new).sum())
+    active, emitted, longest = _standing(state)
     with count_compilations() as compilations:
-        segments = SegmentQueue(default_loop() if loop is None else loop, compilations)
+        segments = SegmentQueue(loop, compilations)
         while True:
             if on_progress is not None:
                 done = output.tokens_of_others(row_ids)
@@ -183,19 +190,19 @@ def decode(
             shrinks = admission == 0 and bucket < len(row_ids)
             if len(segments) > 0 and (admits or shrinks or not active.any()):
                 # Rows are moved when nothing is under way, by what is true then.
-                active, emitted, length_state = look(segments, length_state)
+                active, emitted, longest, length_state = look(segments, length_state)
                 continue
             if admits:
                 assert prompt_state is not None
                 output.take(row_ids, state)
                 slots = np.flatnonzero(~active)[:admission]
-                admitted, waiting = np.split(waiting, [admission])
+                admitted = waiting.take(admission, output.lengths, output.ended)
                 row_ids = row_ids.copy()
                 row_ids[slots] = admitted
                 which = (jnp.asarray(slots), jnp.asarray(admitted), jnp.asarray(admitted // samples))
-                state = _admit((modules, prompt_state, key, *which), state)
+                state = _admit((modules, prompt_state, key, *which), state, keeper.room)
                 require_finite(state, row_ids, samples)
-                active, emitted = np.asarray(state.active), int(np.asarray(state.num_new).sum())
+                active, emitted, longest = _standing(state)
                 continue
             if not active.any():
                 output.take(row_ids, state)
@@ -206,29 +213,36 @@ def decode(
                 keep = np.argsort(~active, kind="stable")[:bucket]
                 row_ids = row_ids[keep]
                 # Waited for: else the copy would count as part of the next segment, and a small batch look dear.
-                state = jax.block_until_ready(_take_rows(state, store, jnp.asarray(keep)))
+                state = jax.block_until_ready(_take_rows(state, store, jnp.asarray(keep), keeper.room.whole))
                 store = PromptsInRows()
                 active, emitted = active[keep], int(output.lengths[row_ids].sum())
+                longest = int(output.lengths[row_ids].max())
             plan = length.choose(length_state, len(row_ids))
             if not 0 <= plan.length <= draft.max_length:
                 raise ValueError(
                     f"{type(length).__name__} planned to draft {plan.length} tokens, but this draft drafts at most "
                     f"{draft.max_length}: was the length_state made for another draft?"
                 )
+            fitting = keeper.fit(plan, longest + segments.most_tokens)
+            if fitting is None and len(segments) > 0:
+                # What they may emit is more than they will.
+                active, emitted, longest, length_state = look(segments, length_state)
+                continue
+            if fitting is None:
+                keeper.grow(plan, longest)
+                state = grown(draft, state, keeper.room, store.slots(*keeper.room))
+                continue
             stop_below = len(row_ids) - admission if admission else shrink_below(len(row_ids), smallest_bucket)
-            state = segments.run(modules, store, state, plan, stop_below)
+            state = segments.run(modules, store, state, fitting, stop_below)
             if segments.is_full:
-                active, emitted, length_state = look(segments, length_state)
+                active, emitted, longest, length_state = look(segments, length_state)
     return output.rollouts(prompts, samples)
 
 
-def _order(prompts: Prompts, samples: int, expected_lengths: Sequence[float] | None) -> Int[np.ndarray, " rows"]:
-    """Row ids in the order in which they start."""
-    if expected_lengths is None:
-        return np.arange(len(prompts.lengths) * samples)
-    if len(expected_lengths) != len(prompts.lengths):
-        raise ValueError(f"expected_lengths has {len(expected_lengths)} values for {len(prompts.lengths)} prompts")
-    return np.argsort(-np.repeat(np.asarray(expected_lengths, float), samples), kind="stable")
+def _standing(state: DecodeState) -> tuple[Bool[np.ndarray, " rows"], int, int]:
+    """Which rows are active, and how many tokens they have emitted, together and the longest of them."""
+    num_new = np.asarray(state.num_new)
+    return np.asarray(state.active), int(num_new.sum()), int(num_new.max())
 
 
 def _admission(rows: int, waiting: int) -> int:
@@ -271,17 +285,20 @@ def _prefill(
     row_ids: Int[Array, " rows"],
     prompt_of_row: Int[Array, " rows"],
     *,
-    new: int,
+    room: Room,
+    capacity: int,
     cache_dtype: str,
     share: bool,
     keep_prompts: bool,
 ) -> tuple[DecodeState, AbstractPromptStore, PromptState | None]:
     """The prompts' pass and the first rows; for rows that have to wait, the prompts are kept."""
     dtype = jnp.dtype(cache_dtype)
-    prompt_state = prompt_pass(modules[0], modules[1], tokens, lengths, limits, new, dtype, share=share)
+    prompt_state = prompt_pass(
+        modules[0], modules[1], tokens, lengths, limits, room.new, room.whole, capacity, dtype, share=share
+    )
     if share:
         store = PromptsOnce(cast(tuple[KVCache, ...], prompt_state.cache), lengths)
-        cache = modules[0].init_cache(len(row_ids), new, dtype)
+        cache = modules[0].init_cache(len(row_ids), room.new, dtype)
     else:
         store = PromptsInRows()
         cache = take_rows(prompt_state.cache, prompt_of_row)
@@ -300,18 +317,21 @@ def _admit(
         Int[Array, " admitted"],
     ],
     state: DecodeState,
+    room: Room,
 ) -> DecodeState:
     """Starts waiting rows in the places of finished ones. DONATES the state."""
     modules, prompt_state, key, slots, row_ids, prompt_of_row = context
     cache = take_rows(prompt_state.cache, prompt_of_row)
     fresh = start_rows(modules, prompt_state, key, row_ids, prompt_of_row, cache)
+    if room.new > fresh.tokens.shape[1]:
+        fresh = with_room(modules[1], fresh, room, room.whole)
     return jax.tree.map(lambda old, new: old.at[slots].set(new), state, fresh)
 
 
 @eqx.filter_jit
-def _take_rows(state: DecodeState, store: AbstractPromptStore, rows: Int[Array, " kept"]) -> DecodeState:
+def _take_rows(state: DecodeState, store: AbstractPromptStore, rows: Int[Array, " kept"], slots: int) -> DecodeState:
     """The state of some rows, whose caches then begin with their prompts."""
-    cache = store.take(state.cache, rows)
+    cache = store.take(state.cache, rows, slots)
     others = jax.tree.map(lambda x: x[rows], dataclasses.replace(state, cache=()))
     return dataclasses.replace(others, cache=cache)
 
@@ -332,15 +352,20 @@ class _Output:
 
     def take(self, row_ids: Int[np.ndarray, " rows"], state: DecodeState) -> None:
         lengths = np.asarray(state.num_new)
-        counts = np.arange(self.new)[None] < lengths[:, None]
-        self.tokens[row_ids] = np.where(counts, np.asarray(state.tokens)[:, : self.new], 0)
-        self.logprobs[row_ids] = np.where(counts, np.asarray(state.logprobs)[:, : self.new], 0.0)
+        there = min(self.new, state.tokens.shape[1])
+        counts = np.arange(there)[None] < lengths[:, None]
+        self.tokens[row_ids, :there] = np.where(counts, np.asarray(state.tokens)[:, :there], 0)
+        self.logprobs[row_ids, :there] = np.where(counts, np.asarray(state.logprobs)[:, :there], 0.0)
         self.lengths[row_ids] = lengths
         self.stop[row_ids] = np.asarray(state.stop)
         self.target_forwards[row_ids] = np.asarray(state.target_forwards)
         self.emitted[row_ids] = np.asarray(state.emitted)
         self.drafted[row_ids] = np.asarray(state.drafted)
         self.accepted[row_ids] = np.asarray(state.accepted)
+
+    @property
+    def ended(self) -> Bool[np.ndarray, " rows"]:
+        return self.stop != StopReason.RUNNING
 
     def tokens_of_others(self, row_ids: Int[np.ndarray, " rows"]) -> int:
         return int(np.delete(self.lengths, row_ids).sum())

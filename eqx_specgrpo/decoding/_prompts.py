@@ -21,8 +21,17 @@ class AbstractPromptStore(eqx.Module):
         """The rows' own part of what the target's pass returned."""
 
     @abstractmethod
-    def take(self, cache: Cache, rows: Int[Array, " kept"]) -> Cache:
-        """Whole caches of some of the rows, prompts included."""
+    def take(self, cache: Cache, rows: Int[Array, " kept"], slots: int) -> Cache:
+        """Whole caches of some of the rows, prompts included.
+
+        **Arguments:**
+
+        - `slots`: of a whole cache.
+        """
+
+    @abstractmethod
+    def slots(self, new: int, whole: int) -> int:
+        """Of the rows' own part, which has `new` slots behind its prompt, or `whole` with it."""
 
 
 class PromptsInRows(AbstractPromptStore):
@@ -34,8 +43,13 @@ class PromptsInRows(AbstractPromptStore):
     def detach(self, cache):
         return cache
 
-    def take(self, cache, rows):
+    def take(self, cache, rows, slots):
+        del slots
         return take_rows(cache, rows)
+
+    def slots(self, new, whole):
+        del new
+        return whole
 
 
 class PromptsOnce(AbstractPromptStore):
@@ -57,8 +71,13 @@ class PromptsOnce(AbstractPromptStore):
     def detach(self, cache):
         return tuple(layer.rows for layer in cast(tuple[SharedPromptCache, ...], cache))
 
-    def take(self, cache, rows):
-        return tuple(layer.unshared(rows) for layer in cast(tuple[SharedPromptCache, ...], self.attach(cache)))
+    def take(self, cache, rows, slots):
+        layers = cast(tuple[SharedPromptCache, ...], self.attach(cache))
+        return tuple(layer.unshared(rows).with_slots(slots) for layer in layers)
+
+    def slots(self, new, whole):
+        del whole
+        return new
 
 
 def can_share(target: AbstractLanguageModel, samples: int, waiting: int) -> bool:

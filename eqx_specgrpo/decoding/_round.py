@@ -53,9 +53,6 @@ def decode_round(
 
     # Commit: the only place where anything of a row moves.
     with jax.named_scope("commit"):
-        # Finished rows are drafted for until the batch shrinks. They go on by one token a round, which no active row is
-        # slower than: how much of a draft's cache is read depends on the row that has come farthest.
-        num_kept = jnp.where(state.active, verdict.num_accepted, 0)
-        draft_state = draft.commit(target, draft_state, features, block, num_kept)
+        draft_state = draft.commit_active(target, draft_state, features, block, verdict.num_accepted, state.active)
         state = dataclasses.replace(state, finite=state.finite & (proposal.finite() | ~state.active))
         return commit(state, emitted, logprobs, verdict.num_accepted + 1, eos_ids, prompts.detach(cache), draft_state)

@@ -29,6 +29,10 @@ class AbstractSegmentLoop(eqx.Module):
     ahead: eqx.AbstractVar[int]
 
     @abstractmethod
+    def most_rounds(self, max_rounds: int) -> int:
+        """The most rounds of a segment that is asked for so many: rows must have room for what all of them emit."""
+
+    @abstractmethod
     def run(
         self,
         decode_once: Callable[[DecodeState], DecodeState],
@@ -57,6 +61,9 @@ class UntilRowsFinish(AbstractSegmentLoop):
 
     def __check_init__(self):
         _check_ahead(self.ahead)
+
+    def most_rounds(self, max_rounds):
+        return max_rounds
 
     def run(self, decode_once, state, max_rounds, stop_below):
         def more(carry):
@@ -88,6 +95,10 @@ class FixedRounds(AbstractSegmentLoop):
         if self.rounds < 1:
             raise ValueError(f"rounds is {self.rounds}, but a segment has at least one")
 
+    def most_rounds(self, max_rounds):
+        del max_rounds
+        return self.rounds
+
     def run(self, decode_once, state, max_rounds, stop_below):
         del max_rounds, stop_below
         return lax.fori_loop(0, self.rounds, lambda _, state: decode_once(state), state), jnp.int32(self.rounds)
@@ -112,7 +123,7 @@ class SegmentReport(eqx.Module):
     - `finite`: whether all logits so far were finite.
     - `rounds`: rounds run.
     - `accepted`, `active_rounds`, `tokens`: of this segment, summed over rows.
-    - `tokens_in_all`: that the rows have emitted so far.
+    - `tokens_in_all`, `longest`: that the rows have emitted so far, together and the longest of them.
     """
 
     active: Bool[Array | np.ndarray, " rows"]
@@ -122,6 +133,7 @@ class SegmentReport(eqx.Module):
     active_rounds: Int[Array | np.ndarray, ""]
     tokens: Int[Array | np.ndarray, ""]
     tokens_in_all: Int[Array | np.ndarray, ""]
+    longest: Int[Array | np.ndarray, ""]
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -145,7 +157,9 @@ def run_segment(
     state, rounds = loop.run(decode_once, state, max_rounds, stop_below)
     after = totals(state)
     accepted, active_rounds, tokens = jax.tree.map(jnp.subtract, after, before)
-    return state, SegmentReport(state.active, state.finite.all(), rounds, accepted, active_rounds, tokens, after[2])
+    return state, SegmentReport(
+        state.active, state.finite.all(), rounds, accepted, active_rounds, tokens, after[2], state.num_new.max()
+    )
 
 
 class SegmentQueue:
@@ -164,6 +178,11 @@ class SegmentQueue:
     def is_full(self) -> bool:
         """Whether it is time to look at the oldest."""
         return len(self._flights) > self._loop.ahead
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens that a row may emit in them."""
+        return sum(self._loop.most_rounds(plan.max_rounds) * (plan.length + 1) for plan, *_ in self._flights)
 
     def run(
         self,

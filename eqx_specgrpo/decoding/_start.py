@@ -10,7 +10,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, Key
 
 from .._types import StopReason
 from ..drafts import AbstractDraft, Proposal
-from ..models import AbstractLanguageModel, Cache
+from ..models import AbstractLanguageModel, Cache, fill_cache
 from ..sampling import AbstractSampling
 from ._state import DecodeState, commit
 from ._verify import AbstractVerifier
@@ -25,9 +25,9 @@ class PromptState(eqx.Module):
 
     - `lengths`, `limits`: of the prompts, and the most tokens that a row may emit.
     - `logits`: of the first new token.
-    - `cache`: the target's, with room for whole rows, or for prompts alone where rows share them.
-    - `draft`: the draft's state, with room for whole rows.
-    - `tokens`: as many as a row may emit and a block more, all zero.
+    - `cache`: the target's, with room for the beginning of rows, or for prompts alone where rows share them.
+    - `draft`: the draft's state, with room for the beginning of rows.
+    - `tokens`: as many as there is room for at first, all zero.
     """
 
     lengths: Int[Array, " prompts"]
@@ -45,24 +45,26 @@ def prompt_pass(
     lengths: Int[Array, " prompts"],
     limits: Int[Array, " prompts"],
     new: int,
+    slots: int,
+    capacity: int,
     cache_dtype: DTypeLike,
     *,
     share: bool,
 ) -> PromptState:
-    """One pass of the target over the right-padded prompts.
+    """The target's pass over the right-padded prompts, long ones a piece at a time.
 
     **Arguments:**
 
-    - `new`: positions of a row behind its prompt.
+    - `new`: positions of a row behind its prompt that there is room for at first.
+    - `slots`: positions in all that there is room for at first.
+    - `capacity`: positions that a row may come to.
     - `share`: whether prompts stay where they are, or are copied into every row.
     """
     num_prompts, width = tokens.shape
-    capacity = width + new
-    cache = target.init_cache(num_prompts, width if share else capacity, cache_dtype)
-    positions = jnp.broadcast_to(jnp.arange(width)[None], tokens.shape)
-    features, cache = target.hidden(tokens, positions, cache, layers=draft.layers)
+    cache = target.init_cache(num_prompts, width if share else slots, cache_dtype)
+    features, cache = fill_cache(target, tokens, cache, layers=draft.layers)
     last = jnp.take_along_axis(features.last, (lengths - 1)[:, None, None], axis=1)
-    draft_state = draft.init(target, features, tokens, lengths, capacity)
+    draft_state = draft.begin(target, features, tokens, lengths, capacity, slots)
     return PromptState(
         lengths, limits, target.unembed(last)[:, 0], cache, draft_state, jnp.zeros((num_prompts, new), jnp.int32)
     )

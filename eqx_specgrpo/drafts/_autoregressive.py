@@ -7,13 +7,15 @@ drafted token more where all were accepted, for the last of a chain is drawn but
 make the backlog longer.
 """
 
+from typing import cast
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ..models import AbstractLanguageModel, Cache, default_cache_dtype
+from ..models import AbstractLanguageModel, Cache, KVCache, default_cache_dtype, fill_cache
 from ._base import Proposal, pick_positions
 from ._sampler import AbstractSampler
 from ._vocabulary import AbstractDraftVocabulary
@@ -54,13 +56,19 @@ class AutoregressiveState(eqx.Module):
 def start(
     model: AbstractLanguageModel, tokens: Int[Array, "rows seq"], lengths: Int[Array, " rows"], capacity: int
 ) -> AutoregressiveState:
-    """The state after one pass of the drafting model over right-padded prompts."""
+    """The state after the drafting model has read right-padded prompts."""
     rows, seq = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32)[None], tokens.shape)
-    _, cache = model.hidden(tokens, positions, model.init_cache(rows, capacity, default_cache_dtype(model)))
+    _, cache = fill_cache(model, tokens, model.init_cache(rows, capacity, default_cache_dtype(model)))
     history = jnp.zeros((rows, capacity), jnp.int32).at[:, :seq].set(tokens)
     lengths = lengths.astype(jnp.int32)
     return AutoregressiveState(cache, history, lengths, lengths)
+
+
+def make_room(state: AutoregressiveState, capacity: int) -> AutoregressiveState:
+    """The state with room for more positions. Its layers' caches are `KVCache`s."""
+    cache = tuple(layer.with_slots(capacity) for layer in cast(tuple[KVCache, ...], state.cache))
+    tokens = jnp.pad(state.tokens, ((0, 0), (0, capacity - state.tokens.shape[1])))
+    return AutoregressiveState(cache, tokens, state.committed, state.absorbed)
 
 
 def catch_up(

@@ -112,6 +112,36 @@ class AbstractDraft(eqx.Module, Generic[State]):
         - `capacity`: the most positions a row will ever have, the draft's own included.
         """
 
+    def begin(
+        self,
+        target: AbstractLanguageModel,
+        features: Features,
+        tokens: Int[Array, "rows seq"],
+        lengths: Int[Array, " rows"],
+        capacity: int,
+        first: int,
+    ) -> State:
+        """As `init`, with room for the first positions only; `grow` makes more of it. For drafts whose state has the
+        size of its capacity; by default it has all its room at once.
+
+        **Arguments:**
+
+        - `features`, `tokens`, `lengths`, `capacity`: as for `init`.
+        - `first`: positions that there has to be room for at first. What is drafted may not depend on it.
+        """
+        del first
+        return self.init(target, features, tokens, lengths, capacity)
+
+    def grow(self, state: State, capacity: int) -> State:
+        """The state with room for more positions than `begin` left, or than the last `grow`.
+
+        **Arguments:**
+
+        - `capacity`: positions that there has to be room for from here on.
+        """
+        del capacity
+        return state
+
     @abstractmethod
     def propose(
         self,
@@ -151,6 +181,26 @@ class AbstractDraft(eqx.Module, Generic[State]):
         - `num_accepted`: how many drafted tokens were kept; 0 in rows that have finished, whose state nobody will see,
             but which must not write beyond the capacity.
         """
+
+    def commit_active(
+        self,
+        target: AbstractLanguageModel,
+        state: State,
+        features: Features,
+        block: Int[Array, "rows block"],
+        num_accepted: Int[Array, " rows"],
+        active: Bool[Array, " rows"],
+    ) -> State:
+        """What the decoder calls: `commit`, told which rows have not finished.
+
+        Finished rows are drafted for until the batch shrinks. By default they go on by one token a round, which no
+        active row is slower than: how much of a draft's cache is read depends on the row that has come farthest.
+
+        **Arguments:**
+
+        - `active`: rows that have not finished. `num_accepted` is arbitrary in the others.
+        """
+        return self.commit(target, state, features, block, jnp.where(active, num_accepted, 0))
 
     @abstractmethod
     def train_hidden(

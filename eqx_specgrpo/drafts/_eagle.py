@@ -160,6 +160,13 @@ class EagleDraft(AbstractDraft[EagleState]):
             )
         self.vocabulary.check(target)
 
+    def begin(self, target, features, tokens, lengths, capacity, first) -> EagleState:
+        del capacity
+        return self.init(target, features, tokens, lengths, first)
+
+    def grow(self, state: EagleState, capacity: int) -> EagleState:
+        return EagleState(state.cache.with_slots(capacity), state.fused, state.last, state.positions)
+
     def init(self, target, features, tokens, lengths, capacity) -> EagleState:
         config = self.layer.block.attention.config
         fused = self._fused(features)

@@ -62,10 +62,18 @@ class FallbackDraft(AbstractDraft[FallbackState], Generic[First, Then]):
         self.then.check(target)
 
     def init(self, target, features: Features, tokens, lengths, capacity) -> FallbackState:
+        return self.begin(target, features, tokens, lengths, capacity, capacity)
+
+    def begin(self, target, features: Features, tokens, lengths, capacity, first) -> FallbackState:
         # A draft of more tokens than the two together counts on room for as many.
         return tuple(
-            draft.init(target, self._features_for(draft, features), tokens, lengths, capacity + spare)
+            draft.begin(target, self._features_for(draft, features), tokens, lengths, capacity + spare, first + spare)
             for draft, spare in self._with_spare()
+        )
+
+    def grow(self, state: FallbackState, capacity: int) -> FallbackState:
+        return tuple(
+            draft.grow(part, capacity + spare) for (draft, spare), part in zip(self._with_spare(), state, strict=True)
         )
 
     @jax.named_scope("FallbackDraft.propose")
@@ -77,6 +85,14 @@ class FallbackDraft(AbstractDraft[FallbackState], Generic[First, Then]):
     def commit(self, target, state: FallbackState, features: Features, block, num_accepted) -> FallbackState:
         return tuple(
             draft.commit(target, part, self._features_for(draft, features), block, num_accepted)
+            for draft, part in zip((self.first, self.then), state, strict=True)
+        )
+
+    def commit_active(
+        self, target, state: FallbackState, features: Features, block, num_accepted, active
+    ) -> FallbackState:
+        return tuple(
+            draft.commit_active(target, part, self._features_for(draft, features), block, num_accepted, active)
             for draft, part in zip((self.first, self.then), state, strict=True)
         )
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from pydantic import Field
 
 from ..models import AbstractLanguageModel, Features, Linear, Transformer
-from ._autoregressive import AutoregressiveState, check_max_length, draft_chain, start, take_in
+from ._autoregressive import AutoregressiveState, check_max_length, draft_chain, make_room, start, take_in
 from ._base import AbstractDraft, DraftError
 from ._kind import DraftKind, as_transformer
 from ._model import next_positions
@@ -158,6 +158,13 @@ class LayerSkipDraft(AbstractDraft[AutoregressiveState]):
                 f"{len(target.blocks)}: choose num_layers from 1 to {len(target.blocks)}"
             )
         self.vocabulary.check(target)
+
+    def begin(self, target, features, tokens, lengths, capacity, first) -> AutoregressiveState:
+        del capacity
+        return self.init(target, features, tokens, lengths, first)
+
+    def grow(self, state: AutoregressiveState, capacity: int) -> AutoregressiveState:
+        return make_room(state, capacity)
 
     def init(self, target, features, tokens, lengths, capacity) -> AutoregressiveState:
         del features

@@ -21,10 +21,11 @@ from ..models import (
     Transformer,
     TransformerConfig,
     YarnRope,
+    caches_can_grow,
     load_pretrained,
     sequence_features,
 )
-from ._autoregressive import AutoregressiveState, check_max_length, draft_chain, start, take_in
+from ._autoregressive import AutoregressiveState, check_max_length, draft_chain, make_room, start, take_in
 from ._base import AbstractDraft, DraftError
 from ._kind import DraftKind
 from ._sampler import AbstractSampler
@@ -76,6 +77,9 @@ class ModelDraft(AbstractDraft[AutoregressiveState]):
         self.vocabulary.check(target)
 
     def init(self, target, features, tokens, lengths, capacity) -> AutoregressiveState:
+        return self.begin(target, features, tokens, lengths, capacity, capacity)
+
+    def begin(self, target, features, tokens, lengths, capacity, first) -> AutoregressiveState:
         del features
         # Of the capacity, the last block is for drafted tokens that are not kept.
         longest = min(capacity - self.max_length - 1, target.max_length)
@@ -85,7 +89,10 @@ class ModelDraft(AbstractDraft[AutoregressiveState]):
                 f"{longest} (prompts, padded, and completions): draft with a model of a longer context, or ask for "
                 "shorter completions"
             )
-        return start(self.model, tokens, lengths, capacity)
+        return start(self.model, tokens, lengths, first if caches_can_grow(self.model) else capacity)
+
+    def grow(self, state: AutoregressiveState, capacity: int) -> AutoregressiveState:
+        return make_room(state, capacity) if caches_can_grow(self.model) else state
 
     @jax.named_scope("ModelDraft.propose")
     def propose(self, target, state: AutoregressiveState, last_token, sampler: AbstractSampler, length: int):

@@ -124,16 +124,23 @@ class NGramDraft(AbstractHistoryDraft[NGramState]):
             )
 
     def init(self, target, features, tokens, lengths, capacity) -> NGramState:
+        return self.begin(target, features, tokens, lengths, capacity, capacity)
+
+    def begin(self, target, features, tokens, lengths, capacity, first) -> NGramState:
         del target, features
         rows, seq = tokens.shape
         is_prompt = jnp.arange(seq)[None] < lengths[:, None]
         context = jnp.where(is_prompt, tokens, OUTSIDE).astype(jnp.int32)
-        context = jnp.pad(context, ((0, 0), (0, capacity - seq)), constant_values=OUTSIDE)
+        context = jnp.pad(context, ((0, 0), (0, first - seq)), constant_values=OUTSIDE)
         # So that a match may reach back into the prompt; what is before its first token is at the far end of the array.
         tail = jnp.flip(newest_tokens(context, lengths, self.max_ngram), axis=1)
         tail = jnp.where(tail < 0, OUTSIDE, tail)
         ids = prompt_ids(tokens, lengths)
-        recalled, recalled_lengths = self.memory.recall(ids, self.recalled, capacity - seq)
+        # What is recalled has all its room at once: which matches there are must not depend on what is there yet.
+        remembered = self.memory.tokens.shape[1]
+        recalled, recalled_lengths = self.memory.recall(
+            ids, self.recalled, max(first - seq, min(capacity - seq, remembered))
+        )
         completions = jnp.pad(
             recalled, ((0, 0), (self.siblings, 0), (0, 0)), constant_values=OUTSIDE
         )  # the siblings have said nothing yet
@@ -148,6 +155,17 @@ class NGramDraft(AbstractHistoryDraft[NGramState]):
             streams=jnp.concatenate([tails, completions], axis=-1),
             stream_lengths=jnp.pad(
                 jnp.where(recalled_lengths > 0, recalled_lengths + self.max_ngram, 0), ((0, 0), (self.siblings, 0))
+            ),
+        )
+
+    def grow(self, state: NGramState, capacity: int) -> NGramState:
+        more = capacity - state.context.shape[1]
+        return eqx.tree_at(
+            lambda s: (s.context, s.streams),
+            state,
+            (
+                jnp.pad(state.context, ((0, 0), (0, more)), constant_values=OUTSIDE),
+                jnp.pad(state.streams, ((0, 0), (0, 0), (0, more)), constant_values=OUTSIDE),
             ),
         )
 
@@ -177,6 +195,10 @@ class NGramDraft(AbstractHistoryDraft[NGramState]):
         chain = elect(matched, continuations, known, last_token.astype(jnp.int32))
         state = eqx.tree_at(lambda s: s.context, state, context)
         return Proposal(chain, None), matched.max(-1) > 0, state
+
+    def commit_active(self, target, state: NGramState, features, block, num_accepted, active) -> NGramState:
+        # What a finished row is drafted is no part of its text, and its siblings must not read it.
+        return self.commit(target, state, features, block, jnp.where(active, num_accepted, -1))
 
     @jax.named_scope("NGramDraft.commit")
     def commit(self, target, state: NGramState, features, block, num_accepted) -> NGramState:

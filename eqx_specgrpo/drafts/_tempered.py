@@ -73,11 +73,20 @@ class TemperedDraft(AbstractDraft[Any], Generic[Inner]):
     def init(self, target, features, tokens, lengths, capacity):
         return self.draft.init(target, features, tokens, lengths, capacity)
 
+    def begin(self, target, features, tokens, lengths, capacity, first):
+        return self.draft.begin(target, features, tokens, lengths, capacity, first)
+
+    def grow(self, state, capacity):
+        return self.draft.grow(state, capacity)
+
     def propose(self, target, state, last_token, sampler: AbstractSampler, length: int):
         return self.draft.propose(target, state, last_token, TemperedSampler(sampler, self.temperature), length)
 
     def commit(self, target, state, features, block, num_accepted):
         return self.draft.commit(target, state, features, block, num_accepted)
+
+    def commit_active(self, target, state, features, block, num_accepted, active):
+        return self.draft.commit_active(target, state, features, block, num_accepted, active)
 
     def train_hidden(self, target, features, tokens):
         return self.draft.train_hidden(target, features, tokens)

@@ -1,4 +1,8 @@
-from ._base import AbstractLanguageModel as AbstractLanguageModel, Features as Features
+from ._base import (
+    AbstractLanguageModel as AbstractLanguageModel,
+    Features as Features,
+    caches_can_grow as caches_can_grow,
+)
 from ._cache import (
     AbstractLayerCache as AbstractLayerCache,
     AbstractSlotCache as AbstractSlotCache,
@@ -31,6 +35,7 @@ from ._keys import CheckpointWarning as CheckpointWarning, KeyRule as KeyRule
 from ._linear import Linear as Linear, matmul as matmul
 from ._locate import could_be_downloaded as could_be_downloaded, locate as locate
 from ._norm import RMSNorm as RMSNorm, rms_normalize as rms_normalize
+from ._prompt_pass import fill_cache as fill_cache
 from ._rope import (
     RopeTable as RopeTable,
     rope_frequencies as rope_frequencies,

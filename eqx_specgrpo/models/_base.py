@@ -3,9 +3,10 @@
 from abc import abstractmethod
 
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from ._cache import Cache
+from ._cache import Cache, KVCache
 
 
 class Features(eqx.Module):
@@ -74,3 +75,12 @@ class AbstractLanguageModel(eqx.Module):
     @abstractmethod
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:
         """Token embeddings, float32; sequential drafts condition on them."""
+
+
+def caches_can_grow(model: AbstractLanguageModel) -> bool:
+    """Whether all of a model's layers keep their keys and values in a `KVCache` of as many slots as asked for.
+
+    A model with another cache gets its whole capacity at once.
+    """
+    layers = eqx.filter_eval_shape(model.init_cache, 1, 2, jnp.float32)
+    return all(type(layer) is KVCache and layer.values.shape[2] == 2 for layer in layers)

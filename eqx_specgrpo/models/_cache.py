@@ -156,6 +156,10 @@ class KVCache(AbstractLayerCache):
             write_rows(self.values, values, start, axis=1),
         )
 
+    def with_slots(self, slots: int) -> "KVCache":
+        """With so many slots: more of them, empty, or without the last ones, in which nothing may be."""
+        return KVCache(_first_slots(self.transposed_keys, slots, 3), _first_slots(self.values, slots, 2))
+
     def attend(self, queries, keys, values, positions, sliding_window, softcap=None):
         cache = self.write(keys, values, positions)
         folded = fold_queries(queries, keys.shape[1]).astype(cache.values.dtype)
@@ -188,6 +192,15 @@ def write_rows(
         return lax.dynamic_update_slice_in_dim(row, new, slot, axis)
 
     return jax.vmap(write)(cache, block.astype(cache.dtype), start)
+
+
+def _first_slots(
+    array: Float[Array, "batch kv_heads _ _"], slots: int, axis: int
+) -> Float[Array, "batch kv_heads _ _"]:
+    more = slots - array.shape[axis]
+    if more <= 0:
+        return lax.slice_in_dim(array, 0, slots, axis=axis)
+    return jnp.pad(array, [(0, more if i == axis else 0) for i in range(array.ndim)])
 
 
 Cache = tuple[AbstractLayerCache, ...]

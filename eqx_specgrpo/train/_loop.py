@@ -48,6 +48,7 @@ from ._interrupt import StopRequest, stop_requests, stopped_at_once
 from ._lessons import CHOOSE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
 from ._loss_state import current_reference, fixed_reference, with_loss_state, with_update
 from ._out_of_memory import out_of_memory_advice
+from ._prompt_lengths import PromptLengths
 from ._segments import SegmentLog
 from ._state import RunState
 from ._step import (
@@ -109,12 +110,12 @@ def run(
             if is_new and config.draft.warms_up and state.draft.train_length > 0:
                 with progress.timed("warm-up", "warming up the draft"):
                     state, saved = _warm_up(parts, state, progress), None
-            segments = SegmentLog()
+            segments, lengths = SegmentLog(), PromptLengths.of_run(folder.completions_path)
             with stop_requests(on_stop(progress)) as stop:
                 keeper = Keeper(folder, config, saved, progress, console, stop)
                 for done in range(start, config.steps):
                     with keeper.before(done, state), out_of_memory_advice():  # here too: what is done is saved then
-                        state = _one_step(parts, state, reference, done, folder, progress, segments, stop)
+                        state = _one_step(parts, state, reference, done, folder, progress, segments, lengths, stop)
                     keeper.after(done + 1, state)
             comparison = finish(parts, state, folder, progress, segments)
         progress.close()
@@ -201,6 +202,7 @@ def _one_step(
     folder: RunFolder,
     progress: RunProgress,
     segments: SegmentLog,
+    lengths: PromptLengths,
     stop: StopRequest,
 ) -> RunState:
     """Prompts, rollouts, rewards, policy update, draft update, records.
@@ -227,7 +229,8 @@ def _one_step(
         draft = compute_copy(state.draft, config.model.dtype)
         key = step_key(config.seed, done, DECODE)
         segments.after_training(parts.length, draft.max_length, state.draft_acceptance)
-        rollouts = roll_out(parts, target, draft, prompts, key, unless_urgent(stop, progress.decoding), segments)
+        decoding, expected = unless_urgent(stop, progress.decoding), lengths.expected(examples)
+        rollouts = roll_out(parts, target, draft, prompts, key, decoding, segments, expected)
         del target, draft
 
     with progress.timed("reward", f"step {step}: rewards"):
@@ -264,6 +267,7 @@ def _one_step(
     with progress.timed("records", f"step {step}: records"):
         records = completion_records(step, examples, scored, texts, parts.rewards.names, log.extra)
         folder.append_completions(records)
+        lengths.add(records)
         folder.append_metrics(metrics)
         progress.stepped(step, config.steps, metrics, metrics["compile/seconds"] - compiled)
     return state

@@ -2,7 +2,7 @@
 the draft. `_loop.py` puts them together."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -84,12 +84,14 @@ def roll_out(
     key: Key[Array, ""],
     on_progress: Callable[[DecodeProgress], None] | None = None,
     segments: SegmentLog | None = None,
+    expected_lengths: Sequence[float] | None = None,
 ) -> Rollouts:
     """Completions of the prompts, `num_generations` each.
 
     **Arguments:**
 
     - `segments`: goes on with what the length controller has learned, and collects what it sees.
+    - `expected_lengths`: see [`eqx_specgrpo.decoding.decode`][]; for `grpo.max_rows`.
     """
     grpo = parts.config.grpo
     segments = SegmentLog() if segments is None else segments
@@ -106,6 +108,7 @@ def roll_out(
         eos_ids=parts.tokenizer.eos_ids,
         samples=grpo.num_generations,
         max_rows=grpo.max_rows,
+        expected_lengths=expected_lengths,
         on_progress=on_progress,
         on_segment=segments,
     )
