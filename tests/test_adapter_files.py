@@ -65,7 +65,7 @@ def test_peft_loads_ours(family, targets, tmp_path):
 def test_we_load_pefts(tmp_path):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    plain = transformers.AutoModelForCausalLM.from_pretrained(REFERENCE / "llama", dtype=torch.float32).eval()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(REFERENCE / "llama2", dtype=torch.float32).eval()
     config = peft.LoraConfig(
         r=2, lora_alpha=6, use_rslora=True, target_modules=["k_proj", "gate_proj"], lora_dropout=0.1
     )
@@ -76,7 +76,7 @@ def test_we_load_pefts(tmp_path):
             torch.nn.init.normal_(parameter, std=0.1)
     theirs.eval().save_pretrained(tmp_path / "a")
 
-    base = load_model(REFERENCE / "llama")
+    base = load_model(REFERENCE / "llama2")
     adapters = load_adapter(tmp_path / "a", base)
     assert adapters.scale == pytest.approx(6 / np.sqrt(2))
     tokens = np.arange(24).reshape(2, 12) % base.vocab_size
