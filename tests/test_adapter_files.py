@@ -40,7 +40,7 @@ def logits_of(model, tokens):
 
 
 @pytest.mark.parametrize(
-    "family, targets", [("llama", ALL_LINEAR), ("phi3", ["qkv_proj", "model.layers.1.mlp.down_proj"])]
+    "family, targets", [("llama2", ALL_LINEAR), ("phi3", ["qkv_proj", "model.layers.1.mlp.down_proj"])]
 )
 def test_peft_loads_ours(family, targets, tmp_path):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")

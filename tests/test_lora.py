@@ -1,6 +1,7 @@
 """LoRA: the adapters, what they are merged to, and their gradients."""
 
 import dataclasses
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -16,6 +17,7 @@ from eqx_specgrpo.errors import UserError
 from eqx_specgrpo.grpo import (
     LossNormalizer,
     LossSettings,
+    adamw,
     compute_copy,
     make_update_batch,
     policy_forward,
@@ -29,6 +31,7 @@ from eqx_specgrpo.models import (
     Transformer,
     TransformerConfig,
     adapted_layers,
+    cast_weights,
     sequence_features,
 )
 
@@ -221,3 +224,38 @@ def test_targets():
             adapted_layers(config, targets)
     with pytest.raises(UserError, match="lora.rank = 33.*above 32: set lora.rank=32 or less"):
         Adapters.fresh(config, 33, 8.0, ALL_LINEAR, key=jr.key(0))
+
+
+def size_of(tree) -> float:
+    """GB of arrays, or of their shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)) / 1e9
+
+
+def test_memory_in_the_documentation():
+    """The table of docs/lora.md is what the shapes say."""
+    optimizer = adamw(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.0, max_grad_norm=1.0)
+    columns = []
+    for sizes in (
+        dict(hidden_size=2048, intermediate_size=6144, num_layers=28, num_heads=16, tie_embeddings=True),
+        dict(hidden_size=4096, intermediate_size=12288, num_layers=36, num_heads=32, tie_embeddings=False),
+    ):
+        config = TransformerConfig(
+            vocab_size=151936, num_kv_heads=8, head_dim=128, max_position_embeddings=40960, qk_norm=True, **sizes
+        )
+        full = eqx.filter_eval_shape(Transformer, config, key=jr.key(0))
+        base = eqx.filter_eval_shape(lambda m: cast_weights(m, jnp.bfloat16), full)
+        adapters = eqx.filter_eval_shape(Adapters.fresh, config, 16, 32.0, ALL_LINEAR, key=jr.key(0))
+        merged = eqx.filter_eval_shape(lambda b, a: AdaptedTransformer(b, a).merged("bfloat16"), base, adapters)
+        for trained, held, copied in ((full, 0.0, size_of(base)), (adapters, size_of(base), size_of(merged.blocks))):
+            arrays = eqx.filter(trained, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+            moments = size_of(jax.eval_shape(optimizer.init, arrays))
+            rows = [size_of(trained), size_of(trained), moments, held, copied]
+            columns.append([*rows, sum(rows)])
+    text = (Path(__file__).parents[1] / "docs" / "lora.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- memory: begin -->")[2].partition("<!-- memory: end -->")[0]
+    for row, line in enumerate(table.strip().splitlines()[2:]):
+        cells = [cell.strip().removesuffix(" GB") for cell in line.strip("|").split("|")[1:]]
+        assert [float(cell or 0) for cell in cells] == pytest.approx([column[row] for column in columns], abs=0.006), (
+            line
+        )
+    assert columns[1][-1] < 0.22 * columns[0][-1] and columns[3][-1] < 0.22 * columns[2][-1]
