@@ -145,8 +145,8 @@ def test_command_line(straight, tiny_folder, tmp_path, monkeypatch, capsys):
     out, adapter = straight[0], str(straight[0] / "policy" / "adapter")
     said = []
     for model in ((str(tiny_folder), "--adapter", adapter), (str(out / "policy"),), (str(tiny_folder),)):
-        arguments = ("--model", *model, "--prompt", "1+1=", "--max-new-tokens", "12", "--temperature", "0", "--json")
-        code, printed, _ = main_like(monkeypatch, capsys, "generate", *arguments)
+        arguments = ("--prompt", "1+1=", "--max-completion-length", "12", "--temperature", "0", "--json")
+        code, printed, _ = main_like(monkeypatch, capsys, "generate", "--model", *model, *arguments)
         assert code == 0
         said.append(json.loads(printed))
     assert said[0] == said[1]
