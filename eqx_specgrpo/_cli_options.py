@@ -31,6 +31,7 @@ Renamed = Annotated[
 Config = Annotated[
     Path | None, typer.Argument(metavar="CONFIG.toml", help="Configuration; without one, the embedded default.")
 ]
+Adapter = Annotated[str | None, typer.Option(help="Folder of an adapter in PEFT's format (model.adapter).")]
 Model = Annotated[str | None, typer.Option(help="Folder, .gguf file or org/name (model.path).")]
 Task = Annotated[str | None, typer.Option(help=f"{listed(TASKS)} (task.name).")]
 Set = Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ._cli_options import DRAFT_WORDS, LARGEST_SEED, MOST_ROWS, Config, Model, Renamed, Set, Task
+from ._cli_options import DRAFT_WORDS, LARGEST_SEED, MOST_ROWS, Adapter, Config, Model, Renamed, Set, Task
 from .choices import DRAFT_LOSSES, REWARDS, VERIFIERS, listed
 from .errors import UserError
 from .runtime import (
@@ -64,6 +64,7 @@ def run(
     config: Config = None,
     set_: Set = None,
     model: Model = None,
+    adapter: Adapter = None,
     task: Task = None,
     reward: Annotated[
         list[str] | None,
@@ -94,6 +95,7 @@ def run(
     flags = {} if draft is None else draft_flags(draft)
     flags |= {
         "model.path": model,
+        "model.adapter": adapter,
         "task.name": task,
         "reward.functions": reward or None,
         "steps": steps,
@@ -136,6 +138,7 @@ def distill(
     out: Annotated[Path, typer.Option(help="The folder to write the draft to.")] = ...,  # pyright: ignore[reportArgumentType]
     set_: Set = None,
     model: Model = None,
+    adapter: Adapter = None,
     task: Task = None,
     draft: Annotated[str | None, typer.Option(help=f"Folder of a saved draft to go on with, or {DRAFT_WORDS}.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="The most updates; 300 without --minutes.")] = None,
@@ -160,6 +163,7 @@ def distill(
     flags = {} if draft is None else draft_flags(draft)
     flags |= {
         "model.path": model,
+        "model.adapter": adapter,
         "task.name": task,
         "grpo.prompts_per_step": prompts,
         "grpo.max_completion_length": max_completion_length,
@@ -183,6 +187,7 @@ def distill(
 def generate(
     prompt: Annotated[str, typer.Option(help="The prompt's text.")],
     model: Annotated[str, typer.Option(help="Folder, .gguf file or org/name; without it, the embedded model.")] = "",
+    adapter: Adapter = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     draft: Annotated[
         str | None, typer.Option(help=f"Folder of a saved draft, {DRAFT_WORDS}; without it, plain decoding.")
@@ -211,6 +216,7 @@ def generate(
         completions: list[dict[str, Any]] = train.generate_text(
             as_typed(prompt),
             model=model,
+            adapter=adapter,
             chat=chat,
             draft=draft,
             temperature=temperature,
@@ -238,6 +244,7 @@ def generate(
 @app.command()
 def verify(
     model: Annotated[str, typer.Option(help="Folder, .gguf file or org/name; without it, the embedded model.")] = "",
+    adapter: Adapter = None,
     draft: Annotated[str, typer.Option(help=f"Folder of a saved draft, {DRAFT_WORDS}.")] = "medusa",
     rows: Annotated[int, typer.Option(min=2, max=MOST_ROWS, help="Completions to compare with plain decoding's.")] = 8,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 32,
@@ -256,6 +263,7 @@ def verify(
     with ending_on_our_terms("Stopped before everything was checked."):
         certificate = verify_pair(
             model=model,
+            adapter=adapter,
             draft=draft,
             rows=rows,
             tokens=tokens,
@@ -278,6 +286,7 @@ def verify(
 def bench(
     config: Config = None,
     model: Model = None,
+    adapter: Adapter = None,
     task: Task = None,
     draft: Annotated[
         list[str] | None,
@@ -336,7 +345,7 @@ def bench(
         rounds=rounds,
         minutes=minutes,
     )
-    flags = {"model.path": model, "task.name": task, "seed": seed, "model.dtype": dtype}
+    flags = {"model.path": model, "model.adapter": adapter, "task.name": task, "seed": seed, "model.dtype": dtype}
     check_jax()
     with ending_on_our_terms("Stopped before everything was measured; there is nothing to report."):
         result = run_bench(

@@ -559,7 +559,7 @@ def test_too_little_memory_is_told_with_what_takes_less(tiny_folder, tmp_path, m
             run(tiny_config(tiny_folder, out, *settings))
     assert latest_checkpoint(out) == out / "checkpoints" / "step-000001"
     for message, kind in (("RESOURCE_EXHAUSTED", UserError), ("INTERNAL", jax.errors.JaxRuntimeError)):
-        monkeypatch.setattr(train_loop, "load_policy", failing(message))
+        monkeypatch.setattr(train_loop, "load_trained_policy", failing(message))
         with pytest.raises(kind, match=message):
             run(tiny_config(tiny_folder, tmp_path / "other", *settings))
 

@@ -13,12 +13,14 @@ from ._load import (
     dump_config as dump_config,
     load_config as load_config,
 )
+from ._lora import LoRAConfig as LoRAConfig, lora_advice as lora_advice
 from ._parts import (
     RunParts as RunParts,
     check_prompt as check_prompt,
     draft_spec as draft_spec,
     learning_rate as learning_rate,
     load_policy as load_policy,
+    load_trained_policy as load_trained_policy,
     make_draft as make_draft,
     make_parts as make_parts,
     model_name as model_name,

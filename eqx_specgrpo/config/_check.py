@@ -16,6 +16,7 @@ from ..models import Transformer, load_model_config
 from ..records import check_unused
 from ..tasks import AbstractTask, Rewards, load_rewards, load_task
 from ._draft_options import check_options
+from ._lora import check_saved_adapter
 from ._tree import DraftConfig, RunConfig
 
 
@@ -40,10 +41,12 @@ def check_places(config: RunConfig, resume: bool) -> None:
 
     **Raises:**
 
-    `UserError` if one of them is not there or cannot be used, the draft does not fit the model, the run folder is taken
-    or cannot be written, or the disk has no room for the checkpoints.
+    `UserError` if one of them is not there or cannot be used, the draft or `[lora]` does not fit the model, the run
+    folder is taken or cannot be written, or the disk has no room for the checkpoints.
     """
     model = load_model_config(config.model.path or default_model_path())
+    if config.model.adapter is not None:
+        check_saved_adapter(config.model.adapter, config.lora)
     if config.draft.path is not None:
         check_saved_draft(config.draft)
         check_saved_sizes(user_path(config.draft.path), model.hidden_size, model.vocab_size)
@@ -51,12 +54,12 @@ def check_places(config: RunConfig, resume: bool) -> None:
     out = Path(config.out)
     if not resume:
         check_unused(out)
-    skeleton = eqx.filter_eval_shape(Transformer, model, key=jr.key(0))
+    skeleton = eqx.filter_eval_shape(Transformer if config.lora.rank == 0 else config.lora.fresh, model, key=jr.key(0))
     num_parameters = sum(array.size for array in jax.tree.leaves(skeleton))
     _check_room(out, _CHECKPOINT_BYTES * num_parameters * (1 if resume else 3))
 
 
-# Of each parameter: float32 weights and two moments of the optimizer.
+# Of each parameter that is trained: float32 weights and two moments of the optimizer.
 _CHECKPOINT_BYTES = 12
 
 

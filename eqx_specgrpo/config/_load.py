@@ -16,6 +16,7 @@ from ..drafts import DRAFT_KINDS, OWN_CLASS, describe_saved_draft, draft_options
 from ..errors import CheckpointError, ConfigError, did_you_mean
 from ..files import is_import_spec, user_path
 from ._draft_options import LOOKUP, check_options
+from ._lora import with_saved_adapter
 from ._places import with_absolute_paths
 from ._range import check_range
 from ._renamed import with_new_names
@@ -105,7 +106,7 @@ def load_config(
     if name is not None and name != base.get("task", {}).get("name", TaskConfig().name):
         base = {**base, "task": {}}
     merged = _merge(_without_options(_of_saved(base), overlay), _of_saved(overlay))
-    return _validated(merged)
+    return _validated(with_saved_adapter(merged))
 
 
 def _validated(tree: dict[str, Any]) -> RunConfig:

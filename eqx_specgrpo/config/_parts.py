@@ -35,12 +35,13 @@ from ..drafts import (
 from ..errors import UserError
 from ..files import user_path
 from ..grpo import AbstractEntropyControl, LossSettings, adamw
-from ..models import AbstractLanguageModel, Tokenizer, load_pretrained
+from ..models import AbstractLanguageModel, Tokenizer
 from ..sampling import AbstractSampling, Sampling
 from ..tasks import AbstractTask, Rewards, load_task
 from ._check import check_saved_draft, default_model_path, load_task_and_rewards
 from ._draft_options import LOOKUP, split_options
 from ._load import draft_config
+from ._lora import merged_policy, starting_policy
 from ._loss import entropy_control, loss_settings
 from ._tree import DraftConfig, RunConfig
 
@@ -67,9 +68,20 @@ class RunParts(eqx.Module):
     draft_optimizer: optax.GradientTransformation
 
 
-def load_policy(path: str) -> tuple[AbstractLanguageModel, Tokenizer]:
-    """Model and tokenizer in float32; the embedded default for an empty path."""
-    return load_pretrained(path or default_model_path())
+def load_policy(path: str, adapter: str | None = None) -> tuple[AbstractLanguageModel, Tokenizer]:
+    """Model and tokenizer in float32; the embedded default for an empty path.
+
+    **Arguments:**
+
+    - `adapter`: a folder in PEFT's format, to be merged into the weights.
+    """
+    return merged_policy(path or default_model_path(), adapter)
+
+
+def load_trained_policy(config: RunConfig) -> tuple[AbstractLanguageModel, Tokenizer]:
+    """What a run trains: the model, or, with a `lora.rank`, a base that stands still and its adapters."""
+    model, path = config.model, config.model.path or default_model_path()
+    return starting_policy(path, model.adapter, config.lora, model.base_dtype, config.seed)
 
 
 def model_name(config: RunConfig) -> str:

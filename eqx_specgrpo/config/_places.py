@@ -17,7 +17,12 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     draft = config.draft
     return config.model_copy(
         update={
-            "model": config.model.model_copy(update={"path": absolute_place(config.model.path)}),
+            "model": config.model.model_copy(
+                update={
+                    "path": absolute_place(config.model.path),
+                    "adapter": absolute_place(config.model.adapter),
+                }
+            ),
             "task": config.task.model_copy(update={"name": absolute_task(config.task.name)}),
             "reward": config.reward.model_copy(
                 update={"functions": [_absolute_function(name) for name in config.reward.functions]}

@@ -12,6 +12,7 @@ from ..errors import did_you_mean
 from ..files import is_import_spec
 from ._draft_options import check_options
 from ._grpo import GRPOConfig
+from ._lora import LoRAConfig
 from ._section import NoneWord as _NoneWord, Section as _Section
 
 # Those that any temperature may have.
@@ -24,6 +25,13 @@ class ModelConfig(_Section):
     path: str = Field(default="", description="folder, .gguf file or org/name; empty: the embedded default model")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of the weights in computation; master weights and optimizer are float32"
+    )
+    base_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the weights that stand still while adapters learn (lora.rank)"
+    )
+    adapter: Annotated[str | None, _NoneWord] = Field(
+        default=None,
+        description="folder of an adapter in PEFT's format to start from: trained on, or, with lora.rank = 0, merged",
     )
 
 
@@ -191,5 +199,20 @@ class RunConfig(_Section):
     model: ModelConfig = Field(default_factory=ModelConfig)
     task: TaskConfig = Field(default_factory=TaskConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
+    lora: LoRAConfig = Field(default_factory=LoRAConfig)
     grpo: GRPOConfig = Field(default_factory=GRPOConfig)
     draft: DraftConfig = Field(default_factory=DraftConfig)
+
+    @model_validator(mode="after")
+    def _adapters_are_consistent(self):
+        if self.lora.rank == 0 and self.model.base_dtype != "float32":
+            raise ValueError(
+                f"model.base_dtype = {self.model.base_dtype!r} is of weights that stand still, but with lora.rank = 0 "
+                "all weights are trained, in float32: set a lora.rank (16 is usual), or leave model.base_dtype out"
+            )
+        if self.lora.rank > 0 and self.grpo.sync_ref_model:
+            raise ValueError(
+                "grpo.sync_ref_model = true keeps a second set of all weights, but with lora.rank the reference is the "
+                "base, of which no copy is held: set one of the two off"
+            )
+        return self

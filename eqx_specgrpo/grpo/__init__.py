@@ -50,6 +50,8 @@ from ._step import (
     policy_forward as policy_forward,
     policy_gradients as policy_gradients,
     policy_logprobs as policy_logprobs,
+    trained_part as trained_part,
+    with_trained_part as with_trained_part,
 )
 from .losses import (
     POLICY_LOSSES as POLICY_LOSSES,

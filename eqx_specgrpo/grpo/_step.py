@@ -11,7 +11,15 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from ..errors import UserError
-from ..models import AbstractLanguageModel, Features, cast_weights
+from ..models import (
+    AbstractLanguageModel,
+    AdaptedTransformer,
+    Adapters,
+    Features,
+    Transformer,
+    cast_weights,
+    with_low_rank_gradients,
+)
 from ..sampling import as_temperature
 from ._batch import UpdateBatch
 from ._forward import training_features
@@ -146,6 +154,7 @@ def policy_gradients(
     settings: LossSettings,
     *,
     feature_width: int | None = None,
+    adapters: Adapters | None = None,
 ) -> tuple[PolicyGradients, Features]:
     """Loss and gradients of one micro-batch.
 
@@ -160,14 +169,22 @@ def policy_gradients(
     - `settings`: of the loss.
     - `feature_width`: the features are padded to as many positions, so that those of micro-batches of unequal width can
         be put together.
+    - `adapters`: those that were merged into `model`. Then the gradients are by them, and by nothing else.
 
     **Returns:**
 
     The gradients in float32, and the features of the whole sequences (before the update).
     """
 
-    (loss, (metrics, entropy_sum, features)), gradients = eqx.filter_value_and_grad(_loss, has_aux=True)(
-        model, batch, normalizer, settings
+    def loss_of(trained: PyTree) -> tuple[Float[Array, ""], tuple[PolicyLossMetrics, Float[Array, ""], Features]]:
+        policy = trained
+        if adapters is not None:
+            assert isinstance(model, Transformer)
+            policy = with_low_rank_gradients(model, trained)
+        return _loss(policy, batch, normalizer, settings)
+
+    (loss, (metrics, entropy_sum, features)), gradients = eqx.filter_value_and_grad(loss_of, has_aux=True)(
+        model if adapters is None else adapters
     )
     gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
     return PolicyGradients(gradients, loss, metrics, entropy_sum), _padded(features, feature_width)
@@ -227,7 +244,7 @@ def _padded(features: Features, width: int | None) -> Features:
 
 
 @eqx.filter_jit
-def no_gradients(model: AbstractLanguageModel) -> PyTree:
+def no_gradients(model: PyTree) -> PyTree:
     """The gradients of a step none of whose rows has one: zeros in float32, shaped as those of `policy_gradients`."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), eqx.filter(model, eqx.is_inexact_array))
 
@@ -280,7 +297,26 @@ def apply_gradients(
     return eqx.apply_updates(params, jax.tree.map(lambda u: -learning_rate * u, updates)), state
 
 
-@eqx.filter_jit
 def compute_copy(params: Module, dtype: str) -> Module:
-    """The policy (or the draft) with its matrices in the dtype to compute in. Taken once a step."""
+    """The policy (or the draft) with its matrices in the dtype to compute in. Taken once a step.
+
+    Of a policy with adapters these are the merged weights.
+    """
+    if isinstance(params, AdaptedTransformer):
+        return params.merged(jnp.dtype(dtype))  # pyright: ignore[reportReturnType]: a language model for another
+    return _cast(params, dtype)
+
+
+@eqx.filter_jit
+def _cast(params: Module, dtype: str) -> Module:
     return cast_weights(params, jnp.dtype(dtype))
+
+
+def trained_part(policy: AbstractLanguageModel) -> PyTree:
+    """What the optimizer moves, and a checkpoint keeps: the adapters if there are any, else the policy itself."""
+    return policy.adapters if isinstance(policy, AdaptedTransformer) else policy
+
+
+def with_trained_part(policy: AbstractLanguageModel, trained: PyTree) -> AbstractLanguageModel:
+    """The inverse of `trained_part`."""
+    return policy.with_adapters(trained) if isinstance(policy, AdaptedTransformer) else trained

@@ -1,3 +1,9 @@
+from ._adapted_linear import AdaptedLinear as AdaptedLinear, LowRank as LowRank
+from ._adapter_files import (
+    describe_adapter as describe_adapter,
+    load_adapter as load_adapter,
+    save_adapter as save_adapter,
+)
 from ._base import (
     AbstractLanguageModel as AbstractLanguageModel,
     Features as Features,
@@ -32,8 +38,15 @@ from ._config import (
 )
 from ._dtype import default_cache_dtype as default_cache_dtype, matrix_dtype as matrix_dtype
 from ._keys import CheckpointWarning as CheckpointWarning, KeyRule as KeyRule
-from ._linear import Linear as Linear, matmul as matmul
+from ._linear import AbstractLinear as AbstractLinear, Linear as Linear, matmul as matmul
 from ._locate import could_be_downloaded as could_be_downloaded, locate as locate
+from ._lora import (
+    ALL_LINEAR as ALL_LINEAR,
+    AdaptedTransformer as AdaptedTransformer,
+    Adapters as Adapters,
+    adapted_layers as adapted_layers,
+    with_low_rank_gradients as with_low_rank_gradients,
+)
 from ._norm import RMSNorm as RMSNorm, rms_normalize as rms_normalize
 from ._prompt_pass import fill_cache as fill_cache
 from ._rope import (

@@ -17,7 +17,7 @@ FOLDER_FILES = (
     read("the chat template; it wins over the one in `tokenizer_config.json`", "chat_template.jinja"),
     read("what ends a completion; sampling options are kept by `save_model`", "generation_config.json"),
     refused(
-        "transformers would add the adapter to the weights: merge it first, or move it elsewhere",
+        "transformers would add the adapter to the weights: merge it first, or give it its own folder, for --adapter",
         "adapter_config.json",
         "adapter_model.safetensors",
     ),

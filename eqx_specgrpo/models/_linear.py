@@ -7,6 +7,7 @@ backward, which would multiply a float32 cotangent with a bfloat16 weight.
 """
 
 import math
+from abc import abstractmethod
 
 import equinox as eqx
 import jax
@@ -25,7 +26,8 @@ _LARGEST_TO_TRANSPOSE = 400_000
 _FEW_LARGE_ROWS = 64
 
 
-def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """A product over one axis of each, with a float32 result."""
     return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 
@@ -35,21 +37,21 @@ def _matmul(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float
 
 
 def _matmul_as_written(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
-    return _dot(x, weight, (1, 1))
+    return dot(x, weight, (1, 1))
 
 
 def _matmul_on_cpu(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
     rows = x.shape[0]
     if weight.dtype == jnp.bfloat16:
         # One row takes a scalar path that is many times slower than two rows.
-        return _dot(x if rows > 1 else jnp.concatenate([x, x]), weight, (1, 1))[:rows]
+        return dot(x if rows > 1 else jnp.concatenate([x, x]), weight, (1, 1))[:rows]
     large = rows * weight.shape[0] > _LARGEST_TO_TRANSPOSE
     if rows == 1 or rows > (_FEW_LARGE_ROWS if large else _FEW_ROWS):
-        return _dot(x, weight, (1, 1))
+        return dot(x, weight, (1, 1))
     # The second operand is rearranged at every call, and the first is not. The barrier keeps XLA from making the
     # weight the second operand again.
-    turned = lax.optimization_barrier(_dot(weight, x, (1, 1)))
-    return _dot(jnp.eye(rows, dtype=turned.dtype), turned, (1, 1)) if large else turned.T
+    turned = lax.optimization_barrier(dot(weight, x, (1, 1)))
+    return dot(jnp.eye(rows, dtype=turned.dtype), turned, (1, 1)) if large else turned.T
 
 
 def _matmul_fwd(x, weight):
@@ -59,14 +61,14 @@ def _matmul_fwd(x, weight):
 def _matmul_bwd(residuals, cotangent):
     x, weight = residuals
     cotangent = cotangent.astype(weight.dtype)
-    return _dot(cotangent, weight, (1, 0)), _weight_gradient(cotangent, x).astype(weight.dtype)
+    return dot(cotangent, weight, (1, 0)), weight_gradient(cotangent, x).astype(weight.dtype)
 
 
-def _weight_gradient(cotangent: Float[Array, "rows out"], x: Float[Array, "rows in"]) -> Float[Array, "out in"]:
+def weight_gradient(cotangent: Float[Array, "rows out"], x: Float[Array, "rows in"]) -> Float[Array, "out in"]:
     """`cotangent.T @ x` in float32."""
     rows, out = cotangent.shape
     if x.dtype == jnp.float32 or out % 2:
-        return _dot(cotangent, x, (0, 0))
+        return dot(cotangent, x, (0, 0))
     # A product over the leading axis of both operands has no bfloat16 kernel on CPU: XLA converts both to float32
     # first. It undoes every transposition that stands before such a product, but not the one that it makes itself
     # where an operand has two axes that stay.
@@ -125,7 +127,15 @@ def gather(table: Float[Array, "size features"], index: Int[Array, "*batch"]) ->
     return _gather(table, index)
 
 
-class Linear(eqx.Module):
+class AbstractLinear(eqx.Module):
+    """A linear map over the last axis, with any leading axes."""
+
+    @abstractmethod
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """The map itself; float32 in and out."""
+
+
+class Linear(AbstractLinear):
     """`weight @ x + bias` over the last axis, any leading axes.
 
     **Arguments:**
@@ -143,7 +153,9 @@ class Linear(eqx.Module):
 
     @jax.named_scope("Linear")
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        y = matmul(x, self.weight)
-        if self.bias is not None:
-            y = y + jnp.broadcast_to(self.bias.astype(jnp.float32), y.shape)
-        return y
+        return plus_bias(matmul(x, self.weight), self.bias)
+
+
+def plus_bias(y: Float[Array, "*batch out"], bias: Float[Array, " out"] | None) -> Float[Array, "*batch out"]:
+    """With the bias, if there is one, added in float32."""
+    return y if bias is None else y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)

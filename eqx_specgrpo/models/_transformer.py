@@ -13,7 +13,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 from ._base import AbstractLanguageModel, Features
 from ._cache import AbstractLayerCache, Cache, KVCache, NoCache
 from ._config import TransformerConfig
-from ._linear import Linear, gather, matmul
+from ._linear import AbstractLinear, Linear, gather, matmul
 from ._norm import RMSNorm
 from ._rope import RopeTable, apply_rope, rope_tables
 
@@ -23,8 +23,8 @@ Module = TypeVar("Module")
 class Attention(eqx.Module):
     """Causal self-attention; queries, keys and values come out of one product."""
 
-    qkv: Linear
-    output: Linear
+    qkv: AbstractLinear
+    output: AbstractLinear
     query_norm: RMSNorm | None
     key_norm: RMSNorm | None
     config: TransformerConfig = eqx.field(static=True)
@@ -99,8 +99,8 @@ def _times(factor: float, x: Float[Array, "*batch size"]) -> Float[Array, "*batc
 class MLP(eqx.Module):
     """SwiGLU or GeGLU (Shazeer 2020); gate and up projections come out of one product."""
 
-    gate_up: Linear
-    down: Linear
+    gate_up: AbstractLinear
+    down: AbstractLinear
     activation: Literal["silu", "gelu_tanh"] = eqx.field(static=True)
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):

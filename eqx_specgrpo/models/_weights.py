@@ -30,6 +30,47 @@ class _Slot:
     parts: dict[str, tuple[int, ...]]
 
 
+@dataclasses.dataclass(frozen=True)
+class LinearSlot:
+    """One linear layer of the model, and the layers of a checkpoint that make it up, stacked along their outputs.
+
+    **Arguments:**
+
+    - `where`: from a `Transformer` to the layer.
+    - `parts`: `(out, in)` of each, by the name of its module in Hugging Face's model.
+    - `use_bias`: whether it has one.
+    """
+
+    where: Callable[[Transformer], Any]
+    parts: dict[str, tuple[int, int]]
+    use_bias: bool
+
+
+def linear_slots(config: TransformerConfig, *, fused: bool) -> list[LinearSlot]:
+    """All linear layers but the unembedding, in order; `fused` as in `fill_model`."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    qkv = {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
+    gate_up = {"mlp.gate_proj": inner, "mlp.up_proj": inner}
+    if fused:
+        qkv, gate_up = {"self_attn.qkv_proj": queries + 2 * keys}, {"mlp.gate_up_proj": 2 * inner}
+
+    def slot(i: int, module: Callable, use_bias: bool, in_size: int, parts: dict[str, int]) -> LinearSlot:
+        names = {f"model.layers.{i}.{name}": (size, in_size) for name, size in parts.items()}
+        return LinearSlot(lambda m: module(m.blocks[i]), names, use_bias)
+
+    return [
+        one
+        for i in range(config.num_layers)
+        for one in (
+            slot(i, lambda b: b.attention.qkv, config.qkv_bias, hidden, qkv),
+            slot(i, lambda b: b.attention.output, config.output_bias, queries, {"self_attn.o_proj": hidden}),
+            slot(i, lambda b: b.mlp.gate_up, config.mlp_bias, hidden, gate_up),
+            slot(i, lambda b: b.mlp.down, config.mlp_bias, inner, {"mlp.down_proj": hidden}),
+        )
+    ]
+
+
 # What the norms of a block are called, by where it has them: before attention, after it, before the MLP, after it.
 _NORMS = {
     "before": ("input_layernorm", None, "post_attention_layernorm", None),
@@ -44,7 +85,7 @@ _NORMS = {
 
 
 def _slots(config: TransformerConfig, fused: bool) -> list[_Slot]:
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden = config.hidden_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     slots = [
         _Slot(lambda m: m.embedding, {_EMBEDDING: (config.vocab_size, hidden)}),
@@ -53,39 +94,35 @@ def _slots(config: TransformerConfig, fused: bool) -> list[_Slot]:
     if not config.tie_embeddings:
         slots.append(_Slot(lambda m: m.unembedding, {_UNEMBEDDING: (config.vocab_size, hidden)}))
 
-    def linear(i: int, module: Callable, use_bias: bool, in_size: int, parts: dict[str, int]) -> None:
-        prefix = f"model.layers.{i}."
-        weights = {f"{prefix}{name}.weight": (size, in_size) for name, size in parts.items()}
-        slots.append(_Slot(lambda m: module(m.blocks[i]).weight, weights))
-        if use_bias:
-            biases = {f"{prefix}{name}.bias": (size,) for name, size in parts.items()}
-            slots.append(_Slot(lambda m: module(m.blocks[i]).bias, biases))
+    def linear(one: LinearSlot) -> None:
+        weights = {f"{name}.weight": shape for name, shape in one.parts.items()}
+        slots.append(_Slot(lambda m: one.where(m).weight, weights))
+        if one.use_bias:
+            biases = {f"{name}.bias": shape[:1] for name, shape in one.parts.items()}
+            slots.append(_Slot(lambda m: one.where(m).bias, biases))
 
     def norm(i: int, module: Callable, name: str, size: int) -> None:
         slots.append(_Slot(lambda m: module(m.blocks[i]).weight, {f"model.layers.{i}.{name}.weight": (size,)}))
 
-    qkv = {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
-    gate_up = {"mlp.gate_proj": inner, "mlp.up_proj": inner}
-    if fused:
-        qkv, gate_up = {"self_attn.qkv_proj": queries + 2 * keys}, {"mlp.gate_up_proj": 2 * inner}
     norms: tuple[Callable[[Any], Any], ...] = (
         lambda b: b.attention_norm,
         lambda b: b.attention_post_norm,
         lambda b: b.mlp_norm,
         lambda b: b.mlp_post_norm,
     )
+    linears = iter(linear_slots(config, fused=fused))
     for i in range(config.num_layers):
         for module, name in zip(norms, _NORMS[config.norm_placement], strict=True):
             if name is not None:
                 norm(i, module, name, hidden)
-        linear(i, lambda b: b.attention.qkv, config.qkv_bias, hidden, qkv)
-        linear(i, lambda b: b.attention.output, config.output_bias, queries, {"self_attn.o_proj": hidden})
+        linear(next(linears))
+        linear(next(linears))
         if config.qk_norm:
             sizes = (queries, keys) if config.qk_norm_across_heads else (config.head_dim, config.head_dim)
             norm(i, lambda b: b.attention.query_norm, "self_attn.q_norm", sizes[0])
             norm(i, lambda b: b.attention.key_norm, "self_attn.k_norm", sizes[1])
-        linear(i, lambda b: b.mlp.gate_up, config.mlp_bias, hidden, gate_up)
-        linear(i, lambda b: b.mlp.down, config.mlp_bias, inner, {"mlp.down_proj": hidden})
+        linear(next(linears))
+        linear(next(linears))
     return slots
 
 

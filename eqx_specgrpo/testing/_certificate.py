@@ -122,6 +122,7 @@ class Certificate(eqx.Module):
 def verify_pair(
     *,
     model: str = "",
+    adapter: str | None = None,
     draft: str = "medusa",
     rows: int = 8,
     tokens: int = 32,
@@ -136,6 +137,7 @@ def verify_pair(
     **Arguments:**
 
     - `model`: folder, `.gguf` file or `org/name`; the embedded default if empty.
+    - `adapter`: folder of an adapter in PEFT's format, to be merged into the model.
     - `draft`: folder of a saved draft, a kind, or `file.py:Class`. A fresh one gets a little noise on its weights,
         since as it comes it may be the target's own head.
     - `rows`, `tokens`: how many completions are compared with plain decoding's, and their length.
@@ -151,7 +153,7 @@ def verify_pair(
     """
     with RunProgress(Console(stderr=True) if console is None else console) as progress:
         progress.phase("loading the model and the draft")
-        target, tokenizer = load_policy(model)
+        target, tokenizer = load_policy(model, adapter)
         chosen = named_draft(draft, target, tokenizer, seed)
         if draft_config(draft).path is None:
             chosen = perturbed(chosen, _NOISE, seed)

@@ -2,13 +2,13 @@
 
 from rich.console import Console
 
-from ..config import DraftConfig, RunConfig, RunParts, default_model_path, draft_spec, model_name
+from ..config import DraftConfig, RunConfig, RunParts, draft_spec, model_name
 from ..drafts import save_draft
 from ..grpo import compute_copy
-from ..models import locate, save_model
 from ..records import Comparison, RunFolder, RunProgress, read_steps, summary_table
 from ._compare import compare_with_plain
 from ._lessons import COMPARE
+from ._policy import save_policy
 from ._segments import SegmentLog
 from ._state import RunState
 from ._step import step_key
@@ -25,8 +25,7 @@ def finish(
     is not wanted."""
     config = parts.config
     with progress.timed("saving", "saving policy/ and draft/"):
-        source = locate(config.model.path) if config.model.path else default_model_path()
-        save_model(state.policy, folder.policy_path, parts.tokenizer, source if source.is_dir() else None)  # pyright: ignore[reportArgumentType]
+        save_policy(parts, state.policy, folder.policy_path)
         if config.draft.enabled:
             save_draft(folder.draft_path, state.draft, state.policy, model_name(config), draft_spec(config.draft))
     if not config.draft.enabled:

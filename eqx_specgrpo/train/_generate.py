@@ -16,6 +16,7 @@ def generate_text(
     prompt: str,
     *,
     model: str = "",
+    adapter: str | None = None,
     chat: bool = False,
     draft: str | None = None,
     temperature: float = 1.0,
@@ -32,6 +33,7 @@ def generate_text(
     - `prompt`: text; put into the chat template as a user's message if `chat`.
     - `model`: folder, `.gguf` file or `org/name`; the embedded default if empty.
     - `draft`: folder of a saved draft, a kind, or a class as `file.py:Class`; `None` for plain decoding.
+    - `adapter`: folder of an adapter in PEFT's format, to be merged into the model.
     - `temperature`, `top_k`, `top_p`: see `Sampling`; temperature 0 is greedy.
     - `num`: completions.
 
@@ -41,7 +43,7 @@ def generate_text(
     `acceptance_length` and `target_forwards`.
     """
     sampling = make_sampling(temperature, top_k, top_p)
-    target, tokenizer = load_policy(model)
+    target, tokenizer = load_policy(model, adapter)
     chosen = NoDraft() if draft is None else named_draft(draft, target, tokenizer, seed)
     ids = tokenizer.encode_prompt([{"role": "user", "content": prompt}] if chat else prompt)
     if not ids:

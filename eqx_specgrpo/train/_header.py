@@ -5,7 +5,7 @@ import jax
 
 from ..config import RunParts, model_name
 from ..drafts import AbstractDraft
-from ..models import AbstractLanguageModel
+from ..models import AbstractLanguageModel, AdaptedTransformer, Adapters
 from ..records import machine
 from ..runtime import kept_programs
 from ._state import RunState
@@ -24,7 +24,7 @@ def header(parts: RunParts, state: RunState, start: int) -> list[str]:
     rewards = zip(parts.rewards.names, parts.rewards.weights, strict=True)
     weighted = ", ".join(name if weight == 1 else f"{weight:g} x {name}" for name, weight in rewards)
     return [
-        f"model     {model_name(config)}: {_size(state.policy)}, {config.model.dtype} on {about['device']} "
+        f"model     {model_name(config)}: {_policy(state.policy)}, {config.model.dtype} on {about['device']} "
         f"({about['processor']}, {about['cores']} cores)",
         f"task      {config.task.name}, rewards {weighted}",
         f"rollouts  {steps} of {grpo.prompts_per_step} prompts x {grpo.num_generations} completions, each of up to "
@@ -34,7 +34,14 @@ def header(parts: RunParts, state: RunState, start: int) -> list[str]:
     ]
 
 
-def _size(module: AbstractLanguageModel | AbstractDraft) -> str:
+def _policy(policy: AbstractLanguageModel) -> str:
+    if not isinstance(policy, AdaptedTransformer):
+        return _size(policy)
+    adapters = policy.adapters
+    return f"{_size(policy.base)}, beside which adapters of rank {adapters.rank} learn ({_size(adapters)})"
+
+
+def _size(module: AbstractLanguageModel | AbstractDraft | Adapters) -> str:
     arrays = jax.tree.leaves(eqx.filter(module, eqx.is_inexact_array))
     count = sum(array.size for array in arrays)
     for unit, name in ((10**9, "billion"), (10**6, "million")):

@@ -46,6 +46,9 @@ def run_inputs(config: RunConfig, task: AbstractTask) -> dict[str, dict[str, Any
     for path in files:
         if path == place or path.name in _TOKENIZER or path.suffix == _WEIGHTS:
             inputs[_MODEL + path.name] = fingerprint_file(path)
+    if config.model.adapter is not None:
+        for path in sorted(user_path(config.model.adapter).glob("adapter_*")):
+            inputs[_MODEL + path.name] = fingerprint_file(path)
     return inputs
 
 
@@ -78,7 +81,7 @@ def check_inputs(folder: RunFolder, config: RunConfig, now: Mapping[str, Mapping
         return
     errors = []
     for name in changed_inputs(then, now):
-        text, grave = _explain(name, then.get(name, {}), now.get(name, {}), steps, measures_kl=config.grpo.beta != 0)
+        text, grave = _explain(name, then.get(name, {}), now.get(name, {}), steps, config)
         if grave and not accept:
             errors.append(text)
         else:
@@ -91,7 +94,7 @@ def check_inputs(folder: RunFolder, config: RunConfig, now: Mapping[str, Mapping
 
 
 def _explain(
-    name: str, then: Mapping[str, Any], now: Mapping[str, Any], steps: int, *, measures_kl: bool
+    name: str, then: Mapping[str, Any], now: Mapping[str, Any], steps: int, config: RunConfig
 ) -> tuple[str, bool]:
     """What a change means, and whether going on is an error."""
     place = now.get("path") or then.get("path")
@@ -109,7 +112,9 @@ def _explain(
     how = "has changed" if then and now else "is new" if now else "is gone"
     if not name.endswith(_WEIGHTS):
         return f"{place}, of the starting model, {how} {since}: tokens or prompts may mean something else now", True
-    if measures_kl:
+    if config.lora.rank > 0:
+        return f"{place}, of the starting model, {how} {since}: the adapters would be put on another base", True
+    if config.grpo.beta != 0:
         return f"{place}, of the starting model, {how} {since}: the KL would be measured from another model", True
     return (
         f"{place}, of the starting model, {how} {since}; without grpo.beta only the checkpoint's weights count",

@@ -18,8 +18,9 @@ from ..config import (
     dump_config,
     learning_rate,
     load_config,
-    load_policy,
     load_task_and_rewards,
+    load_trained_policy,
+    lora_advice,
     make_draft,
     make_parts,
     model_name,
@@ -48,6 +49,7 @@ from ._interrupt import StopRequest, stop_requests, stopped_at_once
 from ._lessons import CHOOSE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
 from ._loss_state import current_reference, fixed_reference, with_loss_state, with_update
 from ._out_of_memory import out_of_memory_advice
+from ._policy import whole_model
 from ._prompt_lengths import PromptLengths
 from ._segments import SegmentLog
 from ._state import RunState
@@ -143,10 +145,11 @@ def _load(
 
     A reference that stands still is the policy as it begins, in the dtype of computation.
     """
-    policy, tokenizer = load_policy(config.model.path)
-    if not resume:  # A run goes on in the dtype that it began with.
+    policy, tokenizer = load_trained_policy(config)
+    if not resume:  # A run goes on in the dtype, and at the rate, that it began with.
         progress.advise(dtype_advice(config.model.dtype, policy.hidden_size))
-    draft = make_draft(config.draft, policy, config.seed, tokenizer)
+        progress.advise(lora_advice(config.lora, config.grpo.learning_rate))
+    draft = make_draft(config.draft, whole_model(policy), config.seed, tokenizer)
     parts = make_parts(config, tokenizer, draft)
     reference = fixed_reference(parts, policy)
     state = RunState.fresh(policy, draft, parts.policy_optimizer, parts.draft_optimizer)
@@ -168,7 +171,7 @@ def _start_or_resume(folder: RunFolder, resume: bool, state: RunState, config: R
             "a larger one"
         )
     folder.rewind(meta["step"])
-    return meta["step"], RunState.from_trees(trees)
+    return meta["step"], state.with_trees(trees)
 
 
 def _warm_up(parts: RunParts, state: RunState, progress: RunProgress) -> RunState:
@@ -231,7 +234,9 @@ def _one_step(
         segments.after_training(parts.length, draft.max_length, state.draft_acceptance)
         decoding, expected = unless_urgent(stop, progress.decoding), lengths.expected(examples)
         rollouts = roll_out(parts, target, draft, prompts, key, decoding, segments, expected)
-        del target, draft
+        del draft
+        weights = target if grpo.num_iterations == 1 else None  # with several, it would be held beside later ones
+        del target
 
     with progress.timed("reward", f"step {step}: rewards"):
         scored, texts, log = score(parts, examples, rollouts, done)
@@ -242,8 +247,9 @@ def _one_step(
         reference = current_reference(parts, state, reference)
         rate = learning_rate(config, done)
         update = update_policy(
-            parts, state.policy, state.policy_optimizer, reference, scored, rate, step, state.entropy
+            parts, state.policy, state.policy_optimizer, reference, scored, rate, step, state.entropy, weights
         )
+        del weights
         state = with_update(parts, state, update.policy, update.optimizer_state, update.entropy, step)
         metrics |= update.metrics
         jax.block_until_ready(eqx.filter(state.policy, eqx.is_array))

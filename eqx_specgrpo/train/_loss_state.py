@@ -10,13 +10,18 @@ from jaxtyping import Array, Float
 
 from ..config import RunParts
 from ..grpo import EntropyState, compute_copy
-from ..models import AbstractLanguageModel
+from ..models import AbstractLanguageModel, AdaptedTransformer
 from ._state import RunState
 
 
 def fixed_reference(parts: RunParts, policy: AbstractLanguageModel) -> AbstractLanguageModel | None:
-    """The policy as it begins, in the dtype of computation; only where the loss asks for it, and it stands still."""
+    """The policy as it begins, in the dtype of computation; only where the loss asks for it, and it stands still.
+
+    A policy with adapters is its own reference, without them: see [`current_reference`][].
+    """
     grpo = parts.config.grpo
+    if isinstance(policy, AdaptedTransformer):
+        return None
     return compute_copy(policy, parts.config.model.dtype) if grpo.beta != 0 and not grpo.sync_ref_model else None
 
 
@@ -38,7 +43,10 @@ def _copied(model: AbstractLanguageModel) -> AbstractLanguageModel:
 def current_reference(
     parts: RunParts, state: RunState, fixed: AbstractLanguageModel | None
 ) -> AbstractLanguageModel | None:
-    """The reference of a step, in the dtype of computation: the one that follows the policy, or else `fixed`."""
+    """The reference of a step, in the dtype of computation: the base of a policy with adapters, the one that follows
+    the policy, or else `fixed`."""
+    if isinstance(state.policy, AdaptedTransformer):
+        return state.policy.base_in(jnp.dtype(parts.config.model.dtype)) if parts.config.grpo.beta != 0 else None
     return fixed if state.reference is None else compute_copy(state.reference, parts.config.model.dtype)
 
 

@@ -1,5 +1,6 @@
 """All that a run carries from step to step: what a checkpoint holds."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -8,7 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from ..drafts import AbstractDraft
-from ..grpo import EntropyState, UpdateBatch
+from ..grpo import EntropyState, UpdateBatch, trained_part, with_trained_part
 from ..models import AbstractLanguageModel, Features
 
 
@@ -19,7 +20,8 @@ class RunState(eqx.Module):
 
     **Arguments:**
 
-    - `policy`, `policy_optimizer`: master weights and the optimizer's state.
+    - `policy`, `policy_optimizer`: master weights and the optimizer's state. Of a policy with adapters, the optimizer
+        and a checkpoint know these alone.
     - `draft`, `draft_optimizer`: the same for the draft; `NoDraft` has no arrays.
     - `draft_acceptance`: expected acceptance of each draft position at the draft's last update, for losses and draft
         lengths that adapt to it; zeros before the first.
@@ -46,7 +48,7 @@ class RunState(eqx.Module):
         """The state before the first step."""
         return RunState(
             policy,
-            policy_optimizer.init(eqx.filter(policy, eqx.is_inexact_array)),
+            policy_optimizer.init(eqx.filter(trained_part(policy), eqx.is_inexact_array)),
             draft,
             draft_optimizer.init(eqx.filter(draft, eqx.is_inexact_array)),
             jnp.zeros(draft.train_length),
@@ -69,7 +71,7 @@ class RunState(eqx.Module):
         """By name, as a checkpoint keeps them: what there is."""
         optional = {"reference": self.reference, "entropy": self.entropy}
         return {
-            "policy": self.policy,
+            "policy": trained_part(self.policy),
             "policy_optimizer": self.policy_optimizer,
             "draft": self.draft,
             "draft_optimizer": self.draft_optimizer,
@@ -77,10 +79,9 @@ class RunState(eqx.Module):
             **{name: tree for name, tree in optional.items() if tree is not None},
         }
 
-    @staticmethod
-    def from_trees(trees: dict[str, Any]) -> "RunState":
-        """The inverse of `trees`."""
-        return RunState(**trees)
+    def with_trees(self, trees: dict[str, Any]) -> "RunState":
+        """The inverse of `trees`; a base that does not change stays this state's."""
+        return dataclasses.replace(self, **{**trees, "policy": with_trained_part(self.policy, trees["policy"])})
 
 
 class PolicyUpdate(NamedTuple):

@@ -33,9 +33,11 @@ from ..grpo import (
     plan_micro_batches,
     policy_forward,
     policy_gradients,
+    trained_part,
     training_features,
+    with_trained_part,
 )
-from ..models import AbstractLanguageModel, Features, Tokenizer
+from ..models import AbstractLanguageModel, AdaptedTransformer, Features, Tokenizer
 from ..runtime import SMALL_HIDDEN_SIZE
 from ..tasks import AbstractTask, Example, RewardLog, TrainerState, collate
 from ._loss_inputs import loss_inputs, with_entropy_mask
@@ -153,8 +155,10 @@ def update_policy(
     learning_rate: float,
     step: int,
     entropy: EntropyState | None = None,
+    weights: AbstractLanguageModel | None = None,
 ) -> PolicyUpdate:
-    """All of a step's optimizer steps on one batch of rollouts. DONATES the policy and its optimizer's state.
+    """All of a step's optimizer steps on one batch of rollouts. DONATES the policy (of one with adapters, these alone)
+    and its optimizer's state.
 
     Nothing here depends on the draft, and the draft's update comes after it: given the same rollouts, the policy's
     trajectory is the same to the bit whether a draft learns, is frozen or is absent.
@@ -163,6 +167,8 @@ def update_policy(
 
     - `reference`: what the KL is measured from, in the dtype of computation; `None` without one.
     - `entropy`: of the entropy bonus's controller; `None`: as before the first step.
+    - `weights`: those that the rollouts were drawn with, in the dtype of computation; `None`: they are made again,
+        which gives the same bits.
     """
     grpo = parts.config.grpo
     batch = make_update_batch(
@@ -188,9 +194,11 @@ def update_policy(
     batch, given = loss_inputs(parts, policy, reference, batch, plan, scored)
     entropy = parts.entropy.init() if entropy is None else entropy
     metrics: dict[str, float] = {}
-    weights, features = policy, []
+    features = []
     for iteration in range(grpo.num_iterations):
-        weights = compute_copy(policy, parts.config.model.dtype)
+        if weights is None or iteration > 0:
+            weights = compute_copy(policy, parts.config.model.dtype)
+        adapters = policy.adapters if isinstance(policy, AdaptedTransformer) else None
         if grpo.top_entropy_quantile < 1:
             batch = with_entropy_mask(parts, weights, batch, plan)
         normalizer = LossNormalizer.from_mask(
@@ -202,19 +210,25 @@ def update_policy(
         settings = dataclasses.replace(parts.loss, entropy_coef=parts.entropy.coefficient(entropy))
         total, features = None, []
         for micro in plan:
-            evaluate = policy_gradients if micro.has_gradient else policy_forward
-            part, part_features = evaluate(
-                weights, batch.rows(micro.rows, micro.width), normalizer, settings, feature_width=width
-            )
+            rows = batch.rows(micro.rows, micro.width)
+            if micro.has_gradient:
+                part, part_features = policy_gradients(
+                    weights, rows, normalizer, settings, feature_width=width, adapters=adapters
+                )
+            else:
+                part, part_features = policy_forward(weights, rows, normalizer, settings, feature_width=width)
             total = part if total is None else total + part
             features.append(part_features)
         assert total is not None
         # With nothing to learn from the optimizer goes on all the same: it has momentum, and weights may decay.
-        gradients = no_gradients(policy) if total.gradients is None else total.gradients
+        gradients = no_gradients(trained_part(policy)) if total.gradients is None else total.gradients
         norm = global_norm(gradients)
         check_finite("policy", step, loss=total.loss, grad_norm=norm)
         rate = jnp.float32(learning_rate)
-        policy, optimizer_state = apply_gradients((parts.policy_optimizer, gradients, rate), policy, optimizer_state)
+        trained, optimizer_state = apply_gradients(
+            (parts.policy_optimizer, gradients, rate), trained_part(policy), optimizer_state
+        )
+        policy = with_trained_part(policy, trained)
         means = {name: float(value) for name, value in total.metrics.means().items()}
         if iteration == 0:
             # Before any inner step both sides have the same weights: the gap is rounding, or decoding is not lossless.
@@ -231,6 +245,7 @@ def update_policy(
     metrics |= given
     metrics["learning_rate"] = learning_rate
     back = np.argsort(np.concatenate([micro.rows for micro in plan]))
+    assert weights is not None
     return PolicyUpdate(policy, optimizer_state, weights, _in_order(features, back), batch, metrics, entropy)
 
 
