@@ -23,6 +23,7 @@ class UpdateBatch(eqx.Module):
     - `prompt_rows`: for each prompt, a row that begins with it: a prompt need not be computed for each of its rows.
     - `prompt_of_row`: which of those prompts a row begins with.
     - `reference_logprobs`: under the frozen reference, or `None` without one.
+    - `completion_lengths`: what is right of them is padding, which attention leaves out; `None` if that is not known.
     """
 
     tokens: Int[Array | np.ndarray, "rows seq"]
@@ -34,6 +35,7 @@ class UpdateBatch(eqx.Module):
     prompt_rows: Int[Array | np.ndarray, " prompts"]
     prompt_of_row: Int[Array | np.ndarray, " rows"]
     reference_logprobs: Float[Array | np.ndarray, "rows new"] | None = None
+    completion_lengths: Int[Array | np.ndarray, " rows"] | None = None
 
     def rows_with_gradient(self, *, with_kl: bool) -> Bool[np.ndarray, " rows"]:
         """Which rows move the policy: those with a token that counts and an advantage. The loss of the others is 0
@@ -66,6 +68,7 @@ class UpdateBatch(eqx.Module):
             self.advantages[rows],
             *_shared_prompts(np.asarray(self.prompt_of_row)[rows], len(self.prompt_rows)),
             None if self.reference_logprobs is None else self.reference_logprobs[rows, :width],
+            None if self.completion_lengths is None else self.completion_lengths[rows],
         )
 
 
@@ -124,6 +127,7 @@ def make_update_batch(
         advantages=np.asarray(advantages, np.float32),
         prompt_rows=prompt_rows,
         prompt_of_row=prompt_of_row,
+        completion_lengths=rollouts.lengths.astype(np.int32),
     )
 
 

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, DTypeLike, Float, Int, PyTree
 
 from ..errors import UserError
 from ..models import (
@@ -13,10 +13,10 @@ from ..models import (
     PrefixPass,
     RopeTable,
     Transformer,
+    default_cache_dtype,
     rope_frequencies,
     rope_table,
     sequence_features,
-    take_rows,
 )
 from ._batch import UpdateBatch
 from ._logprobs import next_token_positions
@@ -64,7 +64,7 @@ def training_features(
             )
         features = sequence_features(model, jnp.asarray(batch.tokens), layers=layers)
         return _predicting(features, batch), features
-    layout = _Layout(batch)
+    layout = _Layout(batch, default_cache_dtype(model))
     through = _checkpointed if gradient_checkpointing else _unrolled
     prompts, own = through(model, layout, layers)
     lengths, prompt_of_row = jnp.asarray(batch.prompt_lengths), layout.prompt_of_row
@@ -100,9 +100,11 @@ class _Layout(eqx.Module):
     prompt_lengths: Int[Array, " prompts"]
     completions: Int[Array, "rows new"]
     positions: Int[Array, "rows new"]
+    lengths: Int[Array, " rows"]
     prompt_of_row: Int[Array, " rows"]
+    dtype: DTypeLike = eqx.field(static=True)
 
-    def __init__(self, batch: UpdateBatch):
+    def __init__(self, batch: UpdateBatch, dtype: DTypeLike):
         tokens, lengths = jnp.asarray(batch.tokens), jnp.asarray(batch.prompt_lengths)
         new = batch.completion_tokens.shape[1]
         self.prompts = tokens[batch.prompt_rows, : tokens.shape[1] - new]
@@ -112,14 +114,20 @@ class _Layout(eqx.Module):
         self.prompt_lengths = lengths[batch.prompt_rows]
         self.completions = jnp.asarray(batch.completion_tokens)
         self.positions = lengths[:, None] + jnp.arange(new, dtype=lengths.dtype)[None]
+        self.lengths = jnp.full_like(lengths, new)
+        if batch.completion_lengths is not None:
+            self.lengths = jnp.asarray(batch.completion_lengths, lengths.dtype)
         self.prompt_of_row = jnp.asarray(batch.prompt_of_row)
+        self.dtype = dtype
+
+    def prefix_pass(self) -> PrefixPass:
+        return PrefixPass(self.prompt_lengths, self.prompt_of_row, self.lengths, self.dtype)
 
 
 def _unrolled(model: Transformer, layout: _Layout, layers: tuple[int, ...]) -> tuple[Features, Features]:
     """Features of the prompts, and of the completions."""
-    cache = (PrefixPass(layout.prompt_lengths),) * len(model.blocks)
+    cache = (layout.prefix_pass(),) * len(model.blocks)
     prompts, cache = model.hidden(layout.prompts, layout.prompt_positions, cache, layers=layers)
-    cache = take_rows(cache, layout.prompt_of_row)
     return prompts, model.hidden(layout.completions, layout.positions, cache, layers=layers)[0]
 
 
@@ -139,8 +147,7 @@ def _checkpointed(model: Transformer, layout: _Layout, layers: tuple[int, ...]) 
     @jax.checkpoint
     def through(x: PyTree, weights: PyTree) -> PyTree:
         (prompts, own), layer = x, eqx.combine(weights, static[0])
-        prompts, cache = layer(prompts, layout.prompt_positions, prompt_rope, PrefixPass(layout.prompt_lengths))
-        (cache,) = take_rows((cache,), layout.prompt_of_row)
+        prompts, cache = layer(prompts, layout.prompt_positions, prompt_rope, layout.prefix_pass())
         return prompts, layer(own, layout.positions, row_rope, cache)[0]
 
     def body(x: PyTree, weights: PyTree):

@@ -1,12 +1,8 @@
 from ._base import AbstractLanguageModel as AbstractLanguageModel, Features as Features
 from ._cache import (
     AbstractLayerCache as AbstractLayerCache,
-    AbstractSlotCache as AbstractSlotCache,
     Cache as Cache,
     KVCache as KVCache,
-    NoCache as NoCache,
-    PrefixCache as PrefixCache,
-    PrefixPass as PrefixPass,
     take_rows as take_rows,
 )
 from ._checkpoint import (
@@ -20,6 +16,7 @@ from ._dtype import default_cache_dtype as default_cache_dtype, matrix_dtype as 
 from ._linear import Linear as Linear, matmul as matmul
 from ._locate import could_be_downloaded as could_be_downloaded, locate as locate
 from ._norm import RMSNorm as RMSNorm, rms_normalize as rms_normalize
+from ._prefix import NoCache as NoCache, PrefixCache as PrefixCache, PrefixPass as PrefixPass
 from ._rope import rope_frequencies as rope_frequencies, rope_table as rope_table
 from ._shared_prompt import SharedPromptCache as SharedPromptCache
 from ._tokenizer import Tokenizer as Tokenizer, check_tokenizer as check_tokenizer

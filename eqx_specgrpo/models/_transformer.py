@@ -10,10 +10,11 @@ import jax.random as jr
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from ._base import AbstractLanguageModel, Features
-from ._cache import AbstractLayerCache, Cache, KVCache, NoCache
+from ._cache import AbstractLayerCache, Cache, KVCache
 from ._config import TransformerConfig
 from ._linear import Linear, gather, matmul
 from ._norm import RMSNorm
+from ._prefix import NoCache
 from ._rope import apply_rope, rope_frequencies, rope_table
 
 Module = TypeVar("Module")
