@@ -106,9 +106,12 @@ def test_bfloat16_operands_give_float32_results():
 
 def test_a_block_too_few_is_noticed(monkeypatch):
     bounds = _Tile.bounds
-    monkeypatch.setattr(
-        _Tile, "bounds", lambda *given: (lambda first, after: (first, jnp.maximum(after - 1, 1)))(*bounds(*given))
-    )
+
+    def too_few(*given):
+        first, after = bounds(*given)
+        return first, jnp.maximum(after - 1, 1)
+
+    monkeypatch.setattr(_Tile, "bounds", too_few)
     attend = partial(blockwise_attention, blocks=Blocks(1, 8, 5))  # other blocks, so that nothing is taken as compiled
     assert differences(attend, behind_prompts, None)["out"] > 0.1
 

@@ -298,7 +298,8 @@ def _forward(sliding_window, blocks, queries, keys_and_values, places):
         # Finite, so that a block of which a query sees nothing makes no infinity minus infinity.
         sums = jnp.full_like(mixed[..., :1], jnp.finfo(jnp.float32).min), mixed[..., :1], mixed
         for segment in segments:
-            sums = lax.fori_loop(*tile.bounds(segment, sliding_window), partial(add, segment), sums)
+            start, stop = tile.bounds(segment, sliding_window)
+            sums = lax.fori_loop(start, stop, partial(add, segment), sums)
         greatest, weight, mixed = sums
         weight = jnp.where(weight > 0, weight, 1.0)  # of padding, which may see nothing
         return _write(out, mixed / weight, place), _write(normalizers, greatest + jnp.log(weight), place)
@@ -331,9 +332,9 @@ def _backward(sliding_window, blocks, queries, keys_and_values, places, normaliz
 
         d_own, new = jnp.zeros_like(own, jnp.float32), []
         for segment, (d_keys, d_values) in zip(segments, d_segments, strict=True):
-            bounds, add_block = tile.bounds(segment, sliding_window), partial(add, segment)
-            d_own, d_keys, d_values = lax.fori_loop(*bounds, add_block, (d_own, d_keys, d_values))
-            new.append((d_keys, d_values))
+            start, stop = tile.bounds(segment, sliding_window)
+            d_own, *gradients = lax.fori_loop(start, stop, partial(add, segment), (d_own, d_keys, d_values))
+            new.append(tuple(gradients))
         return _write(d_queries, d_own, place), tuple(new)
 
     zeros = tuple(tuple(jnp.zeros_like(x, jnp.float32) for x in (s.keys, s.values)) for s in segments)
