@@ -138,10 +138,7 @@ def _checkpointed(model: Transformer, layout: _Layout, layers: tuple[int, ...]) 
     def rope(positions: Int[Array, "batch seq"]) -> RopeTable:
         return rope_table(positions, rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
 
-    # A loop over stacked weights: of unrolled layers XLA's CPU compiler merges the second computation with the first,
-    # barriers or not, and nothing is saved. The copy that stacking makes is small beside the arithmetic here.
     arrays, static = zip(*(eqx.partition(block, eqx.is_array) for block in model.blocks), strict=True)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays)
     prompt_rope, row_rope = rope(layout.prompt_positions), rope(layout.positions)
 
     @jax.checkpoint
@@ -150,13 +147,17 @@ def _checkpointed(model: Transformer, layout: _Layout, layers: tuple[int, ...]) 
         prompts, cache = layer(prompts, layout.prompt_positions, prompt_rope, layout.prefix_pass())
         return prompts, layer(own, layout.positions, row_rope, cache)[0]
 
-    def body(x: PyTree, weights: PyTree):
-        x = through(x, weights)
-        return x, x if layers else ((), ())
-
-    last, every = lax.scan(body, (model.embed(layout.prompts), model.embed(layout.completions)), stacked)
+    x = model.embed(layout.prompts), model.embed(layout.completions)
+    outputs, first = {}, 0
+    # One loop ends at each layer that is asked for: a loop gives out what all of its layers say, or the last.
+    for end in sorted({*(layer + 1 for layer in layers), len(arrays)}):
+        # Over stacked weights: of unrolled layers XLA's CPU compiler merges the second computation with the first,
+        # barriers or not, and nothing is saved. The copy that stacking makes is small beside the arithmetic here.
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays[first:end])
+        x, _ = lax.scan(lambda x, weights: (through(x, weights), None), x, stacked)
+        outputs[end - 1], first = x, end
     prompts, own = (
-        Features(last=model.norm(x), layers=tuple(outputs[layer] for layer in layers))
-        for x, outputs in zip(last, every, strict=True)
+        Features(last=model.norm(last), layers=tuple(outputs[layer][index] for layer in layers))
+        for index, last in enumerate(x)
     )
     return prompts, own
