@@ -4,6 +4,7 @@ from ._compile import (
     count_compilations as count_compilations,
 )
 from ._exit import ending_on_our_terms as ending_on_our_terms
+from ._memory import Memory as Memory, device_memory as device_memory, host_memory as host_memory
 from ._output import (
     GuardedOutput as GuardedOutput,
     OutputLost as OutputLost,
