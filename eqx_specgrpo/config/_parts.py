@@ -236,7 +236,7 @@ def make_parts(config: RunConfig, tokenizer: Tokenizer, draft: AbstractDraft, *,
             loss_type=grpo.loss_type,
             chunk=grpo.logprob_chunk,
             layers=draft.layers,
-            gradient_checkpointing=grpo.gradient_checkpointing,
+            gradient_checkpointing=grpo.gradient_checkpointing is True,  # "auto" is decided for each update
         ),
         draft_loss=_draft_loss(config.draft.loss),
         policy_optimizer=adamw(

@@ -4,11 +4,10 @@ from ._advantages import (
     leave_one_out_advantages as leave_one_out_advantages,
 )
 from ._batch import (
-    PlannedMicroBatch as PlannedMicroBatch,
     UpdateBatch as UpdateBatch,
     make_update_batch as make_update_batch,
+    num_prompts as num_prompts,
     padded_width as padded_width,
-    plan_micro_batches as plan_micro_batches,
 )
 from ._forward import training_features as training_features
 from ._kl import kl_k1 as kl_k1, kl_k2 as kl_k2, kl_k3 as kl_k3
@@ -19,7 +18,14 @@ from ._losses import (
     aggregate_token_losses as aggregate_token_losses,
     policy_loss as policy_loss,
 )
+from ._memory import (
+    UpdateBudget as UpdateBudget,
+    UpdateChoice as UpdateChoice,
+    choose_update as choose_update,
+    update_bytes as update_bytes,
+)
 from ._metrics import PolicyLossMetrics as PolicyLossMetrics
+from ._plan import PlannedMicroBatch as PlannedMicroBatch, plan_micro_batches as plan_micro_batches
 from ._step import (
     LossSettings as LossSettings,
     NonFiniteError as NonFiniteError,

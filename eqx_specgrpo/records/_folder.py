@@ -111,6 +111,11 @@ class RunFolder:
         are forgotten."""
         self._write_start(self.machine_path, step, machine)
 
+    def read_machine(self, step: int) -> dict[str, Any] | None:
+        """What the steps before `step` were computed on, the last of them if it changed; `None` if nothing says so."""
+        kept = _starts_before(self.machine_path, step)
+        return kept[-1] if kept else None
+
     def write_inputs(self, step: int, inputs: Mapping[str, Any]) -> None:
         """Says in `inputs.jsonl` what the steps from `step` on are computed from, in the same way."""
         self._write_start(self.inputs_path, step, {"inputs": dict(inputs)})

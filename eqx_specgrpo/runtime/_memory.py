@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
 
 class Memory(NamedTuple):
     """Of the device that computes.
@@ -24,6 +22,8 @@ class Memory(NamedTuple):
 def device_memory() -> Memory | None:
     """Of the first device of this process: by its own statistics, or, where the CPU computes, the machine's or what a
     cgroup grants of it. `None` if nothing says how much there is."""
+    import jax  # not with the package: `specgrpo --help` needs none of it
+
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return host_memory()

@@ -38,13 +38,14 @@ from ..records import (
     read_records,
     summary_table,
 )
-from ..runtime import count_compilations, progress_console
+from ..runtime import Memory, count_compilations, device_memory, progress_console
 from ._compare import compare_with_plain
 from ._ending import Keeper, on_stop, unless_urgent
 from ._inputs import check_inputs, run_inputs
 from ._interrupt import StopRequest, stop_requests, stopped_at_once
 from ._lessons import CHOOSE, COMPARE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
 from ._out_of_memory import out_of_memory_advice
+from ._planner import UpdatePlanner
 from ._segments import SegmentLog
 from ._state import RunState
 from ._step import (
@@ -103,7 +104,9 @@ def run(
             state = RunState.fresh(policy, draft, parts.policy_optimizer, parts.draft_optimizer)
             start, state = _start_or_resume(folder, resume, state, config)
             folder.write_config(dump_config(config))
-            folder.write_machine(start, machine())
+            memory = _memory_at_start(folder, start, state)
+            folder.write_machine(start, machine() | {"memory": memory and memory._asdict()})
+            planner = UpdatePlanner(memory, progress.note)
             folder.write_inputs(start, inputs)
             del policy, draft
 
@@ -116,7 +119,9 @@ def run(
                 keeper = Keeper(folder, config, saved, progress, console, stop)
                 for step in range(start, config.steps):
                     with keeper.before(step, state), out_of_memory_advice():  # here too: what is done is saved then
-                        state = _one_step(parts, state, reference, step, folder, progress, compilations, segments, stop)
+                        state = _one_step(
+                            parts, state, reference, step, folder, progress, compilations, segments, stop, planner
+                        )
                     keeper.after(step + 1, state)
             _finish(parts, state, folder, progress, console, segments)
     return folder.path
@@ -138,6 +143,16 @@ def _start_or_resume(folder: RunFolder, resume: bool, state: RunState, config: R
         )
     folder.rewind(meta["step"])
     return meta["step"], RunState.from_trees(trees)
+
+
+def _memory_at_start(folder: RunFolder, start: int, state: RunState) -> Memory | None:
+    """What the first start of the run had: what is computed depends on it, and goes on as it began."""
+    if start > 0:
+        before = folder.read_machine(start)
+        if before is not None and "memory" in before:
+            return None if before["memory"] is None else Memory(**before["memory"])
+    jax.block_until_ready(eqx.filter(state, eqx.is_array))
+    return device_memory()
 
 
 def _warm_up(parts: RunParts, state: RunState, progress: RunProgress) -> RunState:
@@ -167,6 +182,7 @@ def _one_step(
     compilations,
     segments: SegmentLog,
     stop: StopRequest,
+    planner: UpdatePlanner,
 ) -> RunState:
     """Prompts, rollouts, rewards, policy update, draft update, records."""
     config, grpo = parts.config, parts.config.grpo
@@ -197,7 +213,7 @@ def _one_step(
 
     progress.phase(f"step {step + 1}: policy update")
     policy, optimizer_state, weights, features, batch, policy_metrics = update_policy(
-        parts, state.policy, state.policy_optimizer, reference, scored, learning_rate(config, step), step
+        parts, state.policy, state.policy_optimizer, reference, scored, learning_rate(config, step), step, planner
     )
     state = RunState(policy, optimizer_state, state.draft, state.draft_optimizer, state.draft_acceptance)
     metrics |= policy_metrics

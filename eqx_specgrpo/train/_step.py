@@ -39,11 +39,10 @@ from ..grpo import (
 from ..models import AbstractLanguageModel, Features, Tokenizer
 from ..runtime import SMALL_HIDDEN_SIZE
 from ..tasks import AbstractTask, Example, Rewards, collate
+from ._planner import UpdatePlanner
 from ._segments import SegmentLog
 from ._state import RunState
 
-# A micro-batch of more tokens is no faster on a CPU, and takes more memory.
-_TOKENS_ON_CPU = 2048
 _PROMPT_WIDTH = 32  # prompts are padded to a multiple of this, so that few widths are compiled
 POSITION_DECAY = 0.8  # weight of a draft position relative to the one before it (Cai et al. 2024, section 2.2.1)
 
@@ -130,11 +129,16 @@ def update_policy(
     scored: ScoredRollouts,
     learning_rate: float,
     step: int,
+    planner: UpdatePlanner | None = None,
 ) -> tuple[AbstractLanguageModel, Any, AbstractLanguageModel, Features, UpdateBatch, dict[str, float]]:
     """All of a step's optimizer steps on one batch of rollouts. DONATES the policy and its optimizer's state.
 
     Nothing here depends on the draft, and the draft's update comes after it: given the same rollouts, the policy's
     trajectory is the same to the bit whether a draft learns, is frozen or is absent.
+
+    **Arguments:**
+
+    - `planner`: chooses by the memory that there is; by default as if there were enough.
 
     **Returns:**
 
@@ -146,11 +150,13 @@ def update_policy(
         scored.rollouts, scored.advantages, mask_truncated_completions=grpo.mask_truncated_completions
     )
     width, new = batch.tokens.shape[1], batch.completion_tokens.shape[1]
+    choice = (UpdatePlanner() if planner is None else planner).choose(parts, policy, batch)
+    loss = dataclasses.replace(parts.loss, gradient_checkpointing=choice.gradient_checkpointing)
     plan = plan_micro_batches(
         scored.rollouts.lengths,
         new,
         num_parts=grpo.gradient_accumulation_steps,
-        max_tokens=_most_tokens(grpo.max_tokens_per_micro_batch),
+        max_tokens=choice.max_tokens,
         sort=parts.loss.loss_type != "bnpo",  # whose value depends on which rows are together
         prompt_of_row=scored.rollouts.group,
         prompt_width=width - new,
@@ -162,7 +168,7 @@ def update_policy(
     if reference is not None:
         gaps = np.zeros(batch.old_logprobs.shape, np.float32)
         for micro in plan:
-            part = policy_logprobs(reference, batch.rows(micro.rows, micro.width), parts.loss)
+            part = policy_logprobs(reference, batch.rows(micro.rows, micro.width), loss)
             gaps[micro.rows, : part.shape[1]] = part
         batch = eqx.tree_at(lambda b: b.reference_logprobs, batch, gaps, is_leaf=lambda leaf: leaf is None)
     normalizer = LossNormalizer.from_mask(
@@ -176,7 +182,7 @@ def update_policy(
         for micro in plan:
             evaluate = policy_gradients if micro.has_gradient else policy_forward
             part, part_features = evaluate(
-                weights, batch.rows(micro.rows, micro.width), normalizer, parts.loss, feature_width=width
+                weights, batch.rows(micro.rows, micro.width), normalizer, loss, feature_width=width
             )
             total = part if total is None else total + part
             features.append(part_features)
@@ -199,10 +205,6 @@ def update_policy(
     metrics["learning_rate"] = learning_rate
     back = np.argsort(np.concatenate([micro.rows for micro in plan]))
     return policy, optimizer_state, weights, _in_order(features, back), batch, metrics
-
-
-def _most_tokens(wanted: int | None) -> int | None:
-    return _TOKENS_ON_CPU if wanted is None and jax.default_backend() == "cpu" else wanted
 
 
 @eqx.filter_jit
