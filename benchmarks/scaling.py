@@ -7,6 +7,9 @@ Models have random weights, and no row ends. One of the four is varied at a time
 second in its list. A round of plain decoding is measured, and one that checks `--length` guesses of a draft next to
 free: their ratio is how many tokens such a round has to yield to be worth it. The update's memory is what the compiler
 says it needs besides weights and gradients. Writes `scaling.json`, `scaling.md` and `scaling.png`.
+
+Further commands, `memory`, `time`, `parity`, `gap`, `update` and `run`, measure updates of long traces: see
+`long_updates.py`, where they are.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import long_updates
 import numpy as np
 from rich.console import Console
 
@@ -244,4 +248,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    sys.exit(main())
+    sys.exit(long_updates.main(sys.argv[1:]) if sys.argv[1:2] and sys.argv[1] in long_updates.COMMANDS else main())

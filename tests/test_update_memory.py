@@ -52,7 +52,7 @@ def compiled_bytes(model, rows: int, prompt: int, new: int, checkpointing: bool)
     )  # fmt: skip
     normalizer = LossNormalizer.from_mask(numbers == 0, new, num_micro_batches=1)
     settings = LossSettings(gradient_checkpointing=checkpointing, chunk=128)
-    compiled = policy_gradients.lower(model, batch, normalizer, settings).compile()
+    compiled = policy_gradients.lower(model, batch, normalizer, settings).compile()  # pyright: ignore
     return compiled.compiled.memory_analysis().temp_size_in_bytes
 
 
