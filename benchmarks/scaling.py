@@ -11,6 +11,8 @@ says it needs besides weights and gradients. Writes `scaling.json`, `scaling.md`
 
 With `--max-new-tokens` only what these limits cost is measured, for 16 rows that end at 300 tokens: a process for each
 limit, so that each has a peak of its own. Writes `room.json`.
+Further commands, `memory`, `time`, `parity`, `gap`, `update` and `run`, measure updates of long traces: see
+`long_updates.py`, where they are.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import long_updates
 import numpy as np
 from rich.console import Console
 
@@ -264,4 +267,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    sys.exit(main())
+    sys.exit(long_updates.main(sys.argv[1:]) if sys.argv[1:2] and sys.argv[1] in long_updates.COMMANDS else main())

@@ -9,10 +9,13 @@ The tests compare with the committed values; they also build models anew with ot
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from eqx_specgrpo.models import Transformer, rope_frequencies
 
 REFERENCE = Path(__file__).parent / "reference"
 POSITIONS = 64
@@ -145,11 +148,11 @@ CONFIGS = {
 COMMITTED = tuple(CONFIGS)[:7] + (*("gemma2", "gemma3", "phi3", "phi4", "olmo2", "granite", "smollm3", "qwen3_yarn"),)
 
 
-def random_model(name: str, seed: int) -> PreTrainedModel:
+def random_model(name: str, seed: int, **more: Any) -> PreTrainedModel:
     """A float32 model in which every parameter is random, because a default (a norm's 1, a bias's 0) would hide that it
     is not used."""
     family, changes = CONFIGS[name]
-    config = AutoConfig.for_model(family, **{**_COMMON, **changes})
+    config = AutoConfig.for_model(family, **{**_COMMON, **changes, **more})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -173,6 +176,13 @@ def reference_logprobs(model: PreTrainedModel, tokens: np.ndarray) -> np.ndarray
     with torch.no_grad():
         logits = model(torch.from_numpy(tokens.astype(np.int64)), use_cache=False).logits
     return torch.log_softmax(logits.double(), -1).float().numpy()
+
+
+def take_frequencies(model: PreTrainedModel, ours: Transformer) -> None:
+    """Gives a transformers model the rotary frequencies of ours, which are not the same to the last bit."""
+    config = ours.config
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    model.model.rotary_emb.inv_freq.copy_(torch.from_numpy(frequencies))
 
 
 TEXTS = [

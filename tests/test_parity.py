@@ -19,6 +19,7 @@ from make_reference import (
     random_model,
     random_tokens,
     reference_logprobs,
+    take_frequencies,
 )
 from transformers import AutoModelForCausalLM
 
@@ -102,6 +103,18 @@ def test_live_and_back(name, tmp_path):
     np.testing.assert_allclose(
         _transformers_logprobs(tmp_path / "small", tokens), _logprobs(rounded, jnp.asarray(tokens)), atol=1e-4, rtol=0
     )
+
+
+@pytest.mark.parametrize(("name", "more"), [("mistral", {"sliding_window": 300}), ("smollm2", {})])
+def test_long_sequences(name, more, tmp_path):
+    """Attention goes by blocks here. So far along, the last bit of a rotary frequency shows: both take ours."""
+    reference = random_model(name, seed=77, max_position_embeddings=4096, **more)
+    reference.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    tokens = np.random.default_rng(5).integers(0, VOCAB, (1, 2048), dtype=np.int32)
+    take_frequencies(reference, model)
+    expected = reference_logprobs(reference, tokens)
+    np.testing.assert_allclose(_logprobs(model, jnp.asarray(tokens)), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "olmo2"])

@@ -36,7 +36,7 @@ from eqx_specgrpo.grpo import (
     policy_logprobs,
     training_features,
 )
-from eqx_specgrpo.models import sequence_features
+from eqx_specgrpo.models import _sequence_attention, sequence_features
 from eqx_specgrpo.sampling import Sampling
 
 VOCAB, NEW, WIDE = 67, 20, 40
@@ -251,6 +251,26 @@ def test_prompts_computed_once_change_nothing(changes, checkpointing, batch):
         for value, wanted in zip(jax.tree.leaves(features), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(np.asarray(value)[valid], np.asarray(wanted)[valid], atol=2e-5)
     assert len(part.prompt_rows) == 2 and len(set(part.prompt_lengths)) == 2
+
+
+def test_attention_by_blocks_changes_nothing(batch, monkeypatch):
+    """Sequences as short as these go the dense way otherwise."""
+    model = tiny_transformer(vocab_size=VOCAB, qk_norm=True, sliding_window=9)
+    part = batch.rows(np.array([6, 1, 5, 2, 7]))
+    settings = settings_of(gradient_checkpointing=True, chunk=31)
+    own = np.asarray(policy_logprobs(model, part, settings_of(chunk=33)))
+    part = eqx.tree_at(lambda b: b.old_logprobs, part, own)
+    loss, gradients = dense_loss_and_gradients(model, part, "dapo", 0.0)
+    monkeypatch.setattr(_sequence_attention, "_FEW_SLOTS", 0)
+    asked = []
+    attend = _sequence_attention.blockwise_attention
+    monkeypatch.setattr(_sequence_attention, "blockwise_attention", lambda *given: asked.append(1) or attend(*given))
+    jax.clear_caches()
+    found, _ = policy_gradients(model, part, normalizer_of(part), settings)
+    jax.clear_caches()
+    assert asked
+    np.testing.assert_allclose(found.loss, loss, rtol=2e-5)
+    assert_close(found.gradients, gradients)
 
 
 def test_checkpointing_saves_memory():

@@ -9,7 +9,7 @@ from helpers import quick_compilation, randomise, tiny_transformer
 
 from eqx_specgrpo.decoding import Coupled, FixedLength, _decode as decode_module, decode, teacher_forced_logprobs
 from eqx_specgrpo.drafts import HydraHeads, NoDraft
-from eqx_specgrpo.models import KVCache, PrefixPass, SharedPromptCache, _partial_attention, sequence_features, take_rows
+from eqx_specgrpo.models import KVCache, PrefixPass, SharedPromptCache, _partial_attention, sequence_features
 from eqx_specgrpo.sampling import Sampling
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12, 3, 1, 2, 7, 5, 4, 3, 6, 8]]
@@ -114,6 +114,7 @@ def test_a_prefix_for_training_is_the_same():
     place = jnp.arange(9, dtype=jnp.int32)[None]
     # Two of the prompt's five places are padding.
     padded = jnp.concatenate([tokens[:, :3], tokens[:, :2]], axis=1)
-    _, cache = target.hidden(padded, place[:, :5], (PrefixPass(jnp.array([3])),) * 2)
-    features, _ = target.hidden(tokens[:, 3:], place[:, 3:], take_rows(cache, jnp.array([0])))
+    prefix_pass = PrefixPass(jnp.array([3]), jnp.array([0]), jnp.array([6]))
+    _, cache = target.hidden(padded, place[:, :5], (prefix_pass,) * 2)
+    features, _ = target.hidden(tokens[:, 3:], place[:, 3:], cache)
     np.testing.assert_allclose(features.last, sequence_features(target, tokens).last[:, 3:], atol=1e-5)

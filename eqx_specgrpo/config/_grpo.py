@@ -109,11 +109,13 @@ class _Keys(Section):
     max_tokens_per_micro_batch: Annotated[Annotated[int, Field(ge=1)] | None, NoneWord] = Field(
         default=None,
         description="divide the rows further, until no micro-batch of several rows holds more tokens, padding "
-        "included; none: 2048 on a CPU (not with bnpo), and elsewhere only where keeping short rows, or rows without a "
-        "gradient, apart saves a tenth",
+        "included; none: by an estimate of what the memory holds, at most 2048 on a CPU (not with bnpo), and further "
+        "where keeping short rows, or rows without a gradient, apart saves a tenth",
     )
-    gradient_checkpointing: bool = Field(
-        default=False, description="keep only the layers' inputs for the backward pass: less memory, more arithmetic"
+    gradient_checkpointing: Literal["auto", True, False] = Field(
+        default="auto",
+        description="keep only the layers' inputs for the backward pass: less memory, more arithmetic; auto: where, by "
+        "an estimate, keeping all takes more than there is, or on a CPU more than an eighth of the machine's memory",
     )
     logprob_chunk: int = Field(default=512, ge=1, description="tokens unembedded at a time")
 

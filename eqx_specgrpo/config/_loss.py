@@ -24,7 +24,7 @@ def loss_settings(grpo: GRPOConfig, layers: tuple[int, ...]) -> LossSettings:
         entropy_bonus=grpo.entropy_coef > 0 or grpo.use_adaptive_entropy,
         chunk=grpo.logprob_chunk,
         layers=layers,
-        gradient_checkpointing=grpo.gradient_checkpointing,
+        gradient_checkpointing=grpo.gradient_checkpointing is True,  # "auto" is decided for each update
     )
 
 

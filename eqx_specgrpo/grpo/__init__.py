@@ -11,11 +11,10 @@ from ._advantages import (
     pass_at_k_advantages as pass_at_k_advantages,
 )
 from ._batch import (
-    PlannedMicroBatch as PlannedMicroBatch,
     UpdateBatch as UpdateBatch,
     make_update_batch as make_update_batch,
+    num_prompts as num_prompts,
     padded_width as padded_width,
-    plan_micro_batches as plan_micro_batches,
 )
 from ._correction import correction_metrics as correction_metrics, importance_weights as importance_weights
 from ._entropy import (
@@ -34,7 +33,14 @@ from ._kl import (
     kl_k3 as kl_k3,
 )
 from ._logprobs import chunked_logprobs as chunked_logprobs, next_token_positions as next_token_positions
+from ._memory import (
+    UpdateBudget as UpdateBudget,
+    UpdateChoice as UpdateChoice,
+    choose_update as choose_update,
+    update_bytes as update_bytes,
+)
 from ._metrics import PolicyLossMetrics as PolicyLossMetrics
+from ._plan import PlannedMicroBatch as PlannedMicroBatch, plan_micro_batches as plan_micro_batches
 from ._policy_loss import policy_loss as policy_loss
 from ._step import (
     LossSettings as LossSettings,

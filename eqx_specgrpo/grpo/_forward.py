@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, DTypeLike, Float, Int, PyTree
 
 from ..errors import UserError
 from ..models import (
@@ -13,9 +13,9 @@ from ..models import (
     Features,
     PrefixPass,
     Transformer,
+    default_cache_dtype,
     rope_tables,
     sequence_features,
-    take_rows,
 )
 from ._batch import UpdateBatch
 from ._logprobs import next_token_positions
@@ -63,7 +63,7 @@ def training_features(
             )
         features = sequence_features(model, jnp.asarray(batch.tokens), layers=layers)
         return _predicting(features, batch), features
-    layout = _Layout(batch)
+    layout = _Layout(batch, default_cache_dtype(model))
     through = _checkpointed if gradient_checkpointing else _unrolled
     prompts, own = through(model, layout, layers)
     lengths, prompt_of_row = jnp.asarray(batch.prompt_lengths), layout.prompt_of_row
@@ -105,9 +105,11 @@ class _Layout(eqx.Module):
     prompt_lengths: Int[Array, " prompts"]
     completions: Int[Array, "rows new"]
     positions: Int[Array, "rows new"]
+    lengths: Int[Array, " rows"]
     prompt_of_row: Int[Array, " rows"]
+    dtype: DTypeLike = eqx.field(static=True)
 
-    def __init__(self, batch: UpdateBatch):
+    def __init__(self, batch: UpdateBatch, dtype: DTypeLike):
         tokens, lengths = jnp.asarray(batch.tokens), jnp.asarray(batch.prompt_lengths)
         new = batch.completion_tokens.shape[1]
         self.prompts = tokens[batch.prompt_rows, : tokens.shape[1] - new]
@@ -117,21 +119,25 @@ class _Layout(eqx.Module):
         self.prompt_lengths = lengths[batch.prompt_rows]
         self.completions = jnp.asarray(batch.completion_tokens)
         self.positions = lengths[:, None] + jnp.arange(new, dtype=lengths.dtype)[None]
+        self.lengths = jnp.full_like(lengths, new)
+        if batch.completion_lengths is not None:
+            self.lengths = jnp.asarray(batch.completion_lengths, lengths.dtype)
         self.prompt_of_row = jnp.asarray(batch.prompt_of_row)
+        self.dtype = dtype
+
+    def prefix_pass(self) -> PrefixPass:
+        return PrefixPass(self.prompt_lengths, self.prompt_of_row, self.lengths, self.dtype)
 
 
 def _unrolled(model: Transformer, layout: _Layout, layers: tuple[int, ...]) -> tuple[Features, Features]:
     """Features of the prompts, and of the completions."""
-    cache = (PrefixPass(layout.prompt_lengths),) * len(model.blocks)
+    cache = (layout.prefix_pass(),) * len(model.blocks)
     prompts, cache = model.hidden(layout.prompts, layout.prompt_positions, cache, layers=layers)
-    cache = take_rows(cache, layout.prompt_of_row)
     return prompts, model.hidden(layout.completions, layout.positions, cache, layers=layers)[0]
 
 
 def _checkpointed(model: Transformer, layout: _Layout, layers: tuple[int, ...]) -> tuple[Features, Features]:
     """As `_unrolled`, keeping nothing but each layer's input for the backward pass."""
-    # A loop over stacked weights: of unrolled layers XLA's CPU compiler merges the second computation with the first,
-    # barriers or not, and nothing is saved. The copy that stacking makes is small beside the arithmetic here.
     prompt_ropes, row_ropes = (
         rope_tables(positions, model.config) for positions in (layout.prompt_positions, layout.positions)
     )
@@ -139,36 +145,35 @@ def _checkpointed(model: Transformer, layout: _Layout, layers: tuple[int, ...]) 
     @jax.checkpoint
     def through(x: PyTree, layer: Block) -> PyTree:
         prompts, own = x
-        prompts, cache = layer(prompts, layout.prompt_positions, prompt_ropes, PrefixPass(layout.prompt_lengths))
-        (cache,) = take_rows((cache,), layout.prompt_of_row)
+        prompts, cache = layer(prompts, layout.prompt_positions, prompt_ropes, layout.prefix_pass())
         return prompts, layer(own, layout.positions, row_ropes, cache)[0]
 
-    def scan(x: PyTree, blocks: tuple[Block, ...], period: int) -> tuple[PyTree, PyTree]:
+    def scan(x: PyTree, blocks: tuple[Block, ...], period: int) -> PyTree:
         """Through layers, as many at a time as it takes until the first kind of layer comes again."""
+        # Over stacked weights: of unrolled layers XLA's CPU compiler merges the second computation with the first,
+        # barriers or not, and nothing is saved. The copy that stacking makes is small beside the arithmetic here.
         arrays, static = zip(*(eqx.partition(block, eqx.is_array) for block in blocks), strict=True)
         stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays[i::period]) for i in range(period)]
 
         def body(x: PyTree, weights: list[PyTree]):
-            outputs = []
             for kind, layer in zip(static, weights, strict=False):
                 x = through(x, eqx.combine(layer, kind))
-                outputs.append(x)
-            return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs) if layers else ((), ())
+            return x, None
 
-        x, every = lax.scan(body, x, stacked)
-        return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), every)
+        return lax.scan(body, x, stacked)[0]
 
-    period = _period(model.blocks)
-    whole = len(model.blocks) // period * period
-    last = model.embed(layout.prompts), model.embed(layout.completions)
-    parts = []
-    for blocks, size in ((model.blocks[:whole], period), (model.blocks[whole:], len(model.blocks) - whole)):
-        if blocks:
-            last, outputs = scan(last, blocks, size)
-            parts.append(outputs)
-    every = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    x = model.embed(layout.prompts), model.embed(layout.completions)
+    outputs, first = {}, 0
+    # One loop ends at each layer that is asked for: a loop gives out what all of its layers say, or the last.
+    for end in sorted({*(layer + 1 for layer in layers), len(model.blocks)}):
+        blocks = model.blocks[first:end]
+        period = _period(blocks)
+        whole = len(blocks) // period * period
+        for part, size in ((blocks[:whole], period), (blocks[whole:], len(blocks) - whole)):
+            x = scan(x, part, size) if part else x
+        outputs[end - 1], first = x, end
     prompts, own = (
-        Features(last=model.norm(x), layers=tuple(outputs[layer] for layer in layers))
-        for x, outputs in zip(last, every, strict=True)
+        Features(last=model.norm(last), layers=tuple(outputs[layer][index] for layer in layers))
+        for index, last in enumerate(x)
     )
     return prompts, own

@@ -11,12 +11,8 @@ from ._base import (
 )
 from ._cache import (
     AbstractLayerCache as AbstractLayerCache,
-    AbstractSlotCache as AbstractSlotCache,
     Cache as Cache,
     KVCache as KVCache,
-    NoCache as NoCache,
-    PrefixCache as PrefixCache,
-    PrefixPass as PrefixPass,
     take_rows as take_rows,
 )
 from ._checkpoint import (
@@ -48,6 +44,7 @@ from ._lora import (
     with_low_rank_gradients as with_low_rank_gradients,
 )
 from ._norm import RMSNorm as RMSNorm, rms_normalize as rms_normalize
+from ._prefix import NoCache as NoCache, PrefixCache as PrefixCache, PrefixPass as PrefixPass
 from ._prompt_pass import fill_cache as fill_cache
 from ._rope import (
     RopeTable as RopeTable,

@@ -28,15 +28,14 @@ def unfold_heads(mixed: Float[Array, "batch kv_heads folded head_dim"], seq: int
     return mixed.reshape(batch, seq, kv_heads * group * head_dim)
 
 
-def masked_softmax(
+def masked_scores(
     scores: Float[Array, "batch kv_heads folded slots"], mask: Bool[Array, "batch_or_1 seq slots"]
 ) -> Float[Array, "batch kv_heads folded slots"]:
-    """Attention weights, in float32."""
+    """Minus infinity where a position does not see a slot."""
     batch, kv_heads, folded, slots = scores.shape
     seq = mask.shape[1]
-    scores = scores.reshape(batch, kv_heads, folded // seq, seq, slots)
-    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
-    return jax.nn.softmax(scores, axis=-1).reshape(batch, kv_heads, folded, slots)
+    grouped = scores.reshape(batch, kv_heads, folded // seq, seq, slots)
+    return jnp.where(mask[:, None, None], grouped, -jnp.inf).reshape(scores.shape)
 
 
 def causal_mask(
@@ -66,6 +65,6 @@ def attention(
     """Grouped-query attention (Ainslie et al. 2023), softmax in float32."""
     folded = fold_queries(queries, keys.shape[1])
     scores = jnp.einsum("bkqd,bksd->bkqs", folded.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
-    weights = masked_softmax(soft_capped(scores, softcap), mask)
+    weights = jax.nn.softmax(masked_scores(soft_capped(scores, softcap), mask), axis=-1)
     mixed = jnp.einsum("bkqs,bksd->bkqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     return unfold_heads(mixed, queries.shape[1])

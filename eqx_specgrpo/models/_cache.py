@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from ._attention import attention, causal_mask, fold_queries, unfold_heads
+from ._attention import fold_queries, unfold_heads
 from ._partial_attention import PartialAttention, attend_to_filled
 
 
@@ -47,81 +47,6 @@ class AbstractLayerCache(eqx.Module):
 
         What attention mixed, all heads of a position in one vector, and the updated cache.
         """
-
-
-class AbstractSlotCache(AbstractLayerCache):
-    """Keys and values in slots, each of one position."""
-
-    @abstractmethod
-    def update(
-        self,
-        keys: Float[Array, "batch kv_heads block head_dim"],
-        values: Float[Array, "batch kv_heads block head_dim"],
-        positions: Int[Array, "batch block"],
-    ) -> tuple[
-        Float[Array, "batch kv_heads slots head_dim"],
-        Float[Array, "batch kv_heads slots head_dim"],
-        Int[Array, "batch_or_1 slots"],
-        "AbstractLayerCache",
-    ]:
-        """Takes the block in.
-
-        **Arguments:**
-
-        - `keys`, `values`: of the block.
-        - `positions`: absolute positions; consecutive within a row.
-
-        **Returns:**
-
-        The keys and values to attend to, the absolute position of each slot, and the updated cache.
-        """
-
-    def attend(self, queries, keys, values, positions, sliding_window, softcap=None):
-        keys, values, slot_positions, cache = self.update(keys, values, positions)
-        mask = causal_mask(positions, slot_positions, sliding_window)
-        return attention(queries, keys, values, mask, softcap), cache
-
-
-class NoCache(AbstractSlotCache):
-    """The null cache: a block attends to itself only. What training and a single forward use."""
-
-    def update(self, keys, values, positions):
-        return keys, values, positions, self
-
-
-class PrefixCache(AbstractSlotCache):
-    """Keys and values of what came before, which a block attends to besides itself; the block is not kept.
-
-    `positions` of slots that hold nothing are beyond any block's.
-    """
-
-    keys: Float[Array, "batch kv_heads slots head_dim"]
-    values: Float[Array, "batch kv_heads slots head_dim"]
-    positions: Int[Array, "batch slots"]
-
-    def update(self, keys, values, positions):
-        return (
-            jnp.concatenate([self.keys, keys], axis=2),
-            jnp.concatenate([self.values, values], axis=2),
-            jnp.concatenate([self.positions, positions], axis=1),
-            self,
-        )
-
-
-class PrefixPass(AbstractSlotCache):
-    """What prompts go through: each attends to itself, and its keys and values become a `PrefixCache`.
-
-    **Arguments:**
-
-    - `lengths`: of the prompts; what is right of them is padding.
-    """
-
-    lengths: Int[Array, " batch"]
-
-    def update(self, keys, values, positions):
-        beyond = jnp.iinfo(positions.dtype).max
-        slots = jnp.where(positions < self.lengths[:, None], positions, beyond)
-        return keys, values, positions, PrefixCache(keys, values, slots)
 
 
 class KVCache(AbstractLayerCache):

@@ -121,6 +121,11 @@ class RunFolder:
         again are forgotten."""
         self._write_start(self.machine_path, done, machine)
 
+    def read_machine(self, done: int) -> dict[str, Any] | None:
+        """What the first `done` steps were computed on, the last of it if it changed; `None` if nothing says so."""
+        kept = _starts_of(self.machine_path, done)
+        return kept[-1] if kept else None
+
     def write_inputs(self, done: int, inputs: Mapping[str, Any]) -> None:
         """Says in `inputs.jsonl` what the steps after `done` of them are computed from, in the same way."""
         self._write_start(self.inputs_path, done, {"inputs": dict(inputs)})

@@ -9,6 +9,7 @@ from ._environment import (
     set_aside_number_settings as set_aside_number_settings,
 )
 from ._exit import ending_on_our_terms as ending_on_our_terms, plain_messages as plain_messages
+from ._memory import Memory as Memory, device_memory as device_memory, host_memory as host_memory
 from ._output import (
     GuardedOutput as GuardedOutput,
     OutputLost as OutputLost,

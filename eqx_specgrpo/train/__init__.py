@@ -11,6 +11,7 @@ from ._lessons import (
 )
 from ._loop import run as run
 from ._out_of_memory import out_of_memory_advice as out_of_memory_advice
+from ._planner import UpdatePlanner as UpdatePlanner
 from ._segments import SegmentLog as SegmentLog
 from ._state import RunState as RunState
 from ._step import (

@@ -40,7 +40,7 @@ from ..records import (
     machine,
     step_times,
 )
-from ..runtime import progress_console
+from ..runtime import Memory, device_memory, progress_console
 from ._ending import Keeper, on_stop, unless_urgent
 from ._finish import finish, sum_up
 from ._header import header
@@ -49,6 +49,7 @@ from ._interrupt import StopRequest, stop_requests, stopped_at_once
 from ._lessons import CHOOSE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
 from ._loss_state import current_reference, fixed_reference, with_loss_state, with_update
 from ._out_of_memory import out_of_memory_advice
+from ._planner import UpdatePlanner
 from ._policy import whole_model
 from ._prompt_lengths import PromptLengths
 from ._segments import SegmentLog
@@ -102,7 +103,9 @@ def run(
             start, state = _start_or_resume(folder, resume, state, config)
             progress.advise(rate_advice(before, config, start))
             folder.write_config(dump_config(config))
-            folder.write_machine(start, machine())
+            memory = _memory_at_start(folder, start, state)
+            folder.write_machine(start, machine() | {"memory": memory and memory._asdict()})
+            planner = UpdatePlanner(memory, progress.note)
             folder.write_inputs(start, inputs)
         for line in header(parts, state, start):
             progress.say(line)
@@ -117,7 +120,9 @@ def run(
                 keeper = Keeper(folder, config, saved, progress, console, stop)
                 for done in range(start, config.steps):
                     with keeper.before(done, state), out_of_memory_advice():  # here too: what is done is saved then
-                        state = _one_step(parts, state, reference, done, folder, progress, segments, lengths, stop)
+                        state = _one_step(
+                            parts, state, reference, done, folder, progress, segments, lengths, stop, planner
+                        )
                     keeper.after(done + 1, state)
             comparison = finish(parts, state, folder, progress, segments)
         progress.close()
@@ -174,6 +179,16 @@ def _start_or_resume(folder: RunFolder, resume: bool, state: RunState, config: R
     return meta["step"], state.with_trees(trees)
 
 
+def _memory_at_start(folder: RunFolder, start: int, state: RunState) -> Memory | None:
+    """What the first start of the run had: what is computed depends on it, and goes on as it began."""
+    if start > 0:
+        before = folder.read_machine(start)
+        if before is not None and "memory" in before:
+            return None if before["memory"] is None else Memory(**before["memory"])
+    jax.block_until_ready(eqx.filter(state, eqx.is_array))
+    return device_memory()
+
+
 def _warm_up(parts: RunParts, state: RunState, progress: RunProgress) -> RunState:
     """Trains the draft on the policy's first rollouts, before the first step.
 
@@ -207,6 +222,7 @@ def _one_step(
     segments: SegmentLog,
     lengths: PromptLengths,
     stop: StopRequest,
+    planner: UpdatePlanner,
 ) -> RunState:
     """Prompts, rollouts, rewards, policy update, draft update, records.
 
@@ -247,7 +263,7 @@ def _one_step(
         reference = current_reference(parts, state, reference)
         rate = learning_rate(config, done)
         update = update_policy(
-            parts, state.policy, state.policy_optimizer, reference, scored, rate, step, state.entropy, weights
+            parts, state.policy, state.policy_optimizer, reference, scored, rate, step, state.entropy, weights, planner
         )
         del weights
         state = with_update(parts, state, update.policy, update.optimizer_state, update.entropy, step)

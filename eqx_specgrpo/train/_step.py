@@ -41,12 +41,11 @@ from ..models import AbstractLanguageModel, AdaptedTransformer, Features, Tokeni
 from ..runtime import SMALL_HIDDEN_SIZE
 from ..tasks import AbstractTask, Example, RewardLog, TrainerState, collate
 from ._loss_inputs import loss_inputs, with_entropy_mask
+from ._planner import UpdatePlanner
 from ._segments import SegmentLog
 from ._state import PolicyUpdate, RunState
 from ._step_records import check_names
 
-# A micro-batch of more tokens is no faster on a CPU, and takes more memory.
-_TOKENS_ON_CPU = 2048
 _PROMPT_WIDTH = 32  # prompts are padded to a multiple of this, so that few widths are compiled
 POSITION_DECAY = 0.8  # weight of a draft position relative to the one before it (Cai et al. 2024, section 2.2.1)
 
@@ -156,6 +155,7 @@ def update_policy(
     step: int,
     entropy: EntropyState | None = None,
     weights: AbstractLanguageModel | None = None,
+    planner: UpdatePlanner | None = None,
 ) -> PolicyUpdate:
     """All of a step's optimizer steps on one batch of rollouts. DONATES the policy (of one with adapters, these alone)
     and its optimizer's state.
@@ -169,6 +169,7 @@ def update_policy(
     - `entropy`: of the entropy bonus's controller; `None`: as before the first step.
     - `weights`: those that the rollouts were drawn with, in the dtype of computation; `None`: they are made again,
         which gives the same bits.
+    - `planner`: chooses by the memory that there is; by default as if there were enough.
     """
     grpo = parts.config.grpo
     batch = make_update_batch(
@@ -177,11 +178,13 @@ def update_policy(
     width, new = batch.tokens.shape[1], batch.completion_tokens.shape[1]
     # The update of a small model takes less time than compiling it for another shape, or its forward alone.
     is_small = policy.hidden_size <= SMALL_HIDDEN_SIZE
+    model = policy.base if isinstance(policy, AdaptedTransformer) else policy
+    choice = (UpdatePlanner() if planner is None else planner).choose(parts, model, batch)
     plan = plan_micro_batches(
         scored.rollouts.lengths,
         new,
         num_parts=grpo.gradient_accumulation_steps,
-        max_tokens=_most_tokens(grpo.max_tokens_per_micro_batch),
+        max_tokens=choice.max_tokens,
         sort=not parts.loss.loss.traits.depends_on_micro_batches,
         prompt_of_row=scored.rollouts.group,
         prompt_width=width - new,
@@ -207,7 +210,11 @@ def update_policy(
             num_micro_batches=len(plan),
             entropy_mask=batch.entropy_mask,
         )
-        settings = dataclasses.replace(parts.loss, entropy_coef=parts.entropy.coefficient(entropy))
+        settings = dataclasses.replace(
+            parts.loss,
+            entropy_coef=parts.entropy.coefficient(entropy),
+            gradient_checkpointing=choice.gradient_checkpointing,
+        )
         total, features = None, []
         for micro in plan:
             rows = batch.rows(micro.rows, micro.width)
@@ -247,10 +254,6 @@ def update_policy(
     back = np.argsort(np.concatenate([micro.rows for micro in plan]))
     assert weights is not None
     return PolicyUpdate(policy, optimizer_state, weights, _in_order(features, back), batch, metrics, entropy)
-
-
-def _most_tokens(wanted: int | None) -> int | None:
-    return _TOKENS_ON_CPU if wanted is None and jax.default_backend() == "cpu" else wanted
 
 
 @eqx.filter_jit

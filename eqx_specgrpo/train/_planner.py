@@ -1,0 +1,69 @@
+"""What a run knows of the memory that its updates may take, and what it says of how they go about it."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+
+from ..config import RunParts
+from ..grpo import UpdateBatch, UpdateBudget, UpdateChoice, choose_update, num_prompts, padded_width
+from ..models import AbstractLanguageModel
+from ..runtime import Memory
+
+# A micro-batch of more tokens is no faster on a CPU, and takes more memory.
+_TOKENS_ON_CPU = 2048
+_FEATURES = 4  # the last, and the outputs of three layers
+
+
+class UpdatePlanner:
+    """Chooses how large micro-batches are and whether layers are computed again, and says so when it changes.
+
+    The choice follows from the memory that there was at the start of a run and from the shapes of a step, from nothing
+    else: a resumed run, which is told the same memory, computes the same.
+
+    **Arguments:**
+
+    - `memory`: at the start of the run; `None` if it is not known.
+    - `say`: where a line goes.
+    """
+
+    def __init__(self, memory: Memory | None = None, say: Callable[[str], None] = lambda text: None):
+        self._memory, self._say, self._said = memory, say, ""
+
+    def choose(self, parts: RunParts, policy: AbstractLanguageModel, batch: UpdateBatch) -> UpdateChoice:
+        """For one batch of rollouts."""
+        grpo, dtype = parts.config.grpo, parts.config.model.dtype
+        rows, new = batch.completion_tokens.shape
+        prompt = batch.tokens.shape[1] - new
+        is_divided = not parts.loss.loss.traits.depends_on_micro_batches
+        alone = 1 if is_divided else rows // grpo.gradient_accumulation_steps
+        longest = new if batch.completion_lengths is None else int(batch.completion_lengths.max())
+        width = min(padded_width(longest), new) if is_divided else new
+        prompts = num_prompts(min(alone, len(batch.prompt_rows)), len(batch.prompt_rows))
+        usual = _TOKENS_ON_CPU if jax.default_backend() == "cpu" else None
+        auto = grpo.gradient_checkpointing == "auto"
+        choice = choose_update(
+            policy,
+            alone * width + prompts * prompt,
+            self._budget(policy, rows * (prompt + new)),
+            dtype=dtype,
+            chunk=parts.loss.chunk,
+            gradient_checkpointing=None if auto else parts.loss.gradient_checkpointing,
+            max_tokens=grpo.max_tokens_per_micro_batch,
+            usual_tokens=usual,
+        )
+        told = f"{choice.gradient_checkpointing} {choice.max_tokens}"
+        if told != self._said:
+            self._said = told
+            self._say(choice.reason)
+        return choice
+
+    def _budget(self, policy: AbstractLanguageModel, positions: int) -> UpdateBudget | None:
+        """Besides the policy and its optimizer there will be: the copy to compute with, gradients of two micro-batches,
+        and the features of all rows, once as they come and once in their order. As much for every draft, on which the
+        policy's update may not depend."""
+        if self._memory is None:
+            return None
+        weights = sum(x.size for x in jax.tree.leaves(eqx.filter(policy, eqx.is_inexact_array)))
+        copies = 3 * 4 * weights
+        return UpdateBudget.of(self._memory, copies + 2 * _FEATURES * 4 * policy.hidden_size * positions)
