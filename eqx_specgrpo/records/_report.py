@@ -87,7 +87,7 @@ def summary_table(
         table.add_section()
         table.add_row("Saved by speculation, if above 0", "seconds", "", "", style="bold")
         table.add_row(f"  rollouts ({balance.basis})", f"{balance.rollouts:+.1f}", "", "")
-        table.add_row("  warm-up and learning of the draft", f"{balance.draft:+.1f}", "", "")
+        table.add_row("  learning of the draft", f"{balance.draft:+.1f}", "", "")
         table.add_row("  compiling for it", f"{balance.compiling:+.1f}", "", "")
         table.add_row("  in all", f"{balance.total:+.1f}", "", "")
     return table
