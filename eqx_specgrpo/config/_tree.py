@@ -75,7 +75,7 @@ class DraftConfig(_Section):
 
     kind: str = Field(
         default="medusa",
-        description=f"{', '.join(DRAFT_KINDS)} (plain decoding), or {OWN_CLASS}",
+        description=f"{', '.join(DRAFT_KINDS)}, or {OWN_CLASS}; none: plain decoding",
     )
     options: dict[str, Any] = Field(
         default={}, description="of a fresh draft of this kind, and of ngram where draft.ngram = true; see below"
