@@ -133,7 +133,7 @@ def test_a_growth_never_shows(kind, target, monkeypatch):
     expected = generate(target, monkeypatch, 1000, **options)
     assert seen == [] and expected.lengths.max() > 100
     found = generate(target, monkeypatch, SMALLEST, **options)
-    assert len(seen) >= 2 and seen[0].new < 100, seen
+    assert len(seen) >= 2, seen
     assert_same(found, expected)
 
 
