@@ -13,7 +13,7 @@ from helpers import quick_compilation
 from eqx_specgrpo.models import _blockwise_attention as blockwise_module
 from eqx_specgrpo.models._blockwise_attention import Blocks, _Blocked, _Places, _Tile, blockwise_attention
 from eqx_specgrpo.models._segments import Extent, Segment
-from eqx_specgrpo.models._sequence_attention import dense_attention
+from eqx_specgrpo.models._sequence_attention import cudnn_attention, dense_attention
 
 ROWS, SEQ, PROMPTS, PROMPT = 4, 21, 3, 10
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
@@ -94,6 +94,13 @@ def test_values_and_gradients_are_those_of_all_scores_at_once(rows, layout, wind
 
 def test_by_itself_it_takes_blocks_that_the_platform_likes():
     assert max(differences(blockwise_attention, behind_prompts, None).values()) < 1e-5
+
+
+@pytest.mark.parametrize("window", [None, 5], ids=["whole", "sliding window"])
+def test_what_cudnn_is_asked_is_the_same(window):
+    """Its kernel runs on CUDA alone; here JAX's own computes what it is asked."""
+    attend = partial(cudnn_attention, implementation="xla")
+    assert max(differences(attend, behind_prompts, window).values()) < 1e-5
 
 
 def test_bfloat16_operands_give_float32_results():

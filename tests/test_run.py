@@ -1,5 +1,6 @@
 """A run as a whole, on a checkpoint of a few kilobytes: killed, interrupted, failed, resumed, and read by others."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 import pytest
 import torch
 from helpers import make_rounds_long
@@ -38,12 +40,13 @@ from eqx_specgrpo._types import ScoredRollouts
 from eqx_specgrpo.config import RunConfig, load_config
 from eqx_specgrpo.config._parts import make_draft, make_parts
 from eqx_specgrpo.decoding import AdaptiveLength, FixedLength, SegmentObservation, decode
-from eqx_specgrpo.drafts import MedusaHeads, load_draft
+from eqx_specgrpo.drafts import MedusaHeads, NoDraft, load_draft
 from eqx_specgrpo.errors import UserError
-from eqx_specgrpo.grpo import LossSettings, NonFiniteError, compute_copy, make_policy_loss
+from eqx_specgrpo.grpo import LossSettings, NonFiniteError, compute_copy, make_policy_loss, make_update_batch
 from eqx_specgrpo.models import load_pretrained, sequence_features
 from eqx_specgrpo.records import RunFolder, latest_checkpoint, read_records
-from eqx_specgrpo.train import _loop as train_loop
+from eqx_specgrpo.runtime import Memory
+from eqx_specgrpo.train import UpdatePlanner, _loop as train_loop
 from eqx_specgrpo.train._segments import SegmentLog
 from eqx_specgrpo.train._state import RunState
 from eqx_specgrpo.train._step import draft_rows
@@ -486,6 +489,42 @@ def test_inner_iterations_reference_and_accumulation_together(scored, tiny_folde
         assert not np.array_equal(weights.embedding, policy.embedding)
         weights_after.append(np.asarray(policy.embedding))
     assert all(not np.array_equal(weights_after[0], other) for other in weights_after[1:])
+
+
+def test_an_update_is_planned_by_the_memory_that_there_was(scored, tiny_folder, tmp_path):
+    """And a line says so, again only when it changes; whether there is a draft does not matter."""
+    batch = make_update_batch(scored.rollouts, scored.advantages)
+    little, much = Memory(1 << 10, 1 << 10, is_shared=False), Memory(1 << 40, 1 << 40, is_shared=True)
+    auto = tiny_config(tiny_folder, tmp_path)
+    for config, memory, expected in (
+        (auto, little, True),
+        (auto, much, False),
+        (auto, None, False),
+        (tiny_config(tiny_folder, tmp_path, "grpo.gradient_checkpointing=false"), little, False),
+        (tiny_config(tiny_folder, tmp_path, "grpo.gradient_checkpointing=true"), much, True),
+    ):
+        parts = make_parts(config, tiny_tokenizer(), MedusaHeads.fresh(32, 3))
+        said = []
+        planner = UpdatePlanner(memory, said.append)
+        choices = [planner.choose(parts, tiny_model(), batch) for _ in range(2)]
+        assert choices[0] == choices[1] and choices[0].gradient_checkpointing == expected
+        assert said == [choices[0].reason]
+        without = eqx.tree_at(lambda p: p.loss, parts, replace_fn=lambda loss: dataclasses.replace(loss, layers=(0, 1)))
+        assert planner.choose(without, tiny_model(), batch) == choices[0]
+
+
+def test_a_resumed_run_plans_by_the_memory_that_it_began_with(tiny_folder, tmp_path, monkeypatch):
+    then, now = Memory(100, 50, is_shared=True), Memory(100, 20, is_shared=True)
+    monkeypatch.setattr(train_loop, "device_memory", lambda: now)
+    state = RunState.fresh(tiny_model(), NoDraft(), optax.sgd(1.0), optax.sgd(1.0))
+    with RunFolder(tmp_path / "run", False) as folder:
+        assert train_loop._memory_at_start(folder, 0, state) == now
+        folder.write_machine(0, {"memory": then._asdict()})
+        assert train_loop._memory_at_start(folder, 3, state) == then
+        folder.write_machine(0, {"memory": None})
+        assert train_loop._memory_at_start(folder, 3, state) is None
+        folder.write_machine(0, {"cores": 2})  # as an earlier version wrote
+        assert train_loop._memory_at_start(folder, 3, state) == now
 
 
 def optax_count(state):

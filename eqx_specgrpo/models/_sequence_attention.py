@@ -1,6 +1,7 @@
 """Attention of whole sequences, as training and scoring need it: which way to compute it, by size, dtype and device."""
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -72,11 +73,16 @@ def cudnn_attention(
     extent: Extent,
     segments: tuple[Segment, ...],
     sliding_window: int | None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "batch seq heads*head_dim"]:
     """`attend_to_segments` through cuDNN's fused kernel, forward and backward.
 
     It knows causality by index alone. So the segments become one sequence without a gap, and the queries stand behind
     as many that nobody asks for as there are positions before them.
+
+    **Arguments:**
+
+    - `implementation`: `"xla"` computes the same anywhere, with all scores at once.
     """
     first = segments[0].extent.start
     width = sum(segment.keys.shape[2] for segment in segments)
@@ -107,7 +113,7 @@ def cudnn_attention(
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,
         local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
-        implementation="cudnn",
+        implementation=implementation,
     )
     back = jnp.minimum(before + jnp.arange(seq, dtype=first.dtype)[None], width - 1)
     mixed = jnp.take_along_axis(mixed, back[:, :, None, None], axis=1).astype(jnp.float32)
