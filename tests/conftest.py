@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,13 @@ import jax.random as jr
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A job in the background begins with Ctrl-C ignored, and under `nohup` with SIGHUP ignored as well. Runs leave that so.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if os.name == "posix":
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 # Tracing makes millions of small objects that live as long as their program. By its own counts the collector of cycles
 # looks through all of them again and again: a tenth of the suite's time.

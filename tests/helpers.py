@@ -47,6 +47,11 @@ from eqx_specgrpo.runtime._compile import _COMPILED as COMPILED
 AS_USERS_COMPILE = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ.get("XLA_FLAGS", "") else {}
 
 
+def normalized(logits: Any) -> np.ndarray:
+    """Log-probabilities: logits say the same whatever is added to all of them."""
+    return np.asarray(jax.nn.log_softmax(jnp.asarray(logits), axis=-1))
+
+
 @contextmanager
 def quick_compilation() -> Iterator[None]:
     """Compiles without LLVM's optimizations: programs as small as ours take longer to optimize than to run."""

@@ -288,6 +288,7 @@ def test_how_rows_are_divided_changes_nothing(loss_type, unequal, tiny_folder, t
     monkeypatch.setattr(_step, "plan_micro_batches", undivided)
     weights, features, batch, metrics = updated(tiny_folder, tmp_path, unequal, *loss)
     start = flat(eqx.filter(tiny_model(), eqx.is_inexact_array))
+    monkeypatch.setattr(_step, "SMALL_HIDDEN_SIZE", 0)
     monkeypatch.setattr(_step, "plan_micro_batches", record)
     ends = batch.prompt_lengths + unequal.rollouts.lengths
     valid = np.arange(batch.tokens.shape[1])[None] < ends[:, None]

@@ -569,7 +569,7 @@ def test_a_run_that_diverges_says_so(tiny_folder, tmp_path, monkeypatch, capsys)
     out = tmp_path / "run"
     settings = ["grpo.learning_rate=1e38", "draft.mode=off", "save_steps=1"]
     code, _, err = main_like(monkeypatch, capsys, "run", *as_flags(tiny_settings(tiny_folder, out, *settings)))
-    assert code == 2 and err.startswith("error: step 2: the policy's ") and "Traceback" not in err
+    assert code == 2 and "not finite" in err and "Traceback" not in err
     # What was done before is there, as it was.
     (start,) = read_records(out / "machine.jsonl")
     assert start["from_step"] == 1 and start["versions"]["jax"] == jax.__version__

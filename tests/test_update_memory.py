@@ -7,7 +7,7 @@ import jax
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import tabular_model
+from helpers import AS_USERS_COMPILE, tabular_model
 
 from eqx_specgrpo.grpo import (
     LossNormalizer,
@@ -52,8 +52,8 @@ def compiled_bytes(model, rows: int, prompt: int, new: int, checkpointing: bool)
     )  # fmt: skip
     normalizer = LossNormalizer.from_mask(numbers == 0, new, num_micro_batches=1)
     settings = LossSettings(gradient_checkpointing=checkpointing, chunk=128)
-    compiled = policy_gradients.lower(model, batch, normalizer, settings).compile()  # pyright: ignore
-    return compiled.compiled.memory_analysis().temp_size_in_bytes
+    lowered = policy_gradients.lower(model, batch, normalizer, settings).lowered  # pyright: ignore
+    return lowered.compile(compiler_options=AS_USERS_COMPILE).memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

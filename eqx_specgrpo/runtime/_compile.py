@@ -40,7 +40,7 @@ class CompileCounter:
     def __init__(self, tell: Callable[[str], None] | None = None, watch: Callable[[str | None], None] | None = None):
         self._tell, self._watch = tell, watch
         self.count = self.programs = self.loaded = 0
-        self.seconds = 0.0
+        self.seconds = self._untold = 0.0
         self._under_way = 0  # stages; a little program may be compiled while a larger one is traced
 
     def attach(self) -> None:
@@ -72,7 +72,10 @@ class CompileCounter:
             return
         self._under_way = max(0, self._under_way - 1)
         if self._under_way == 0:
-            self.seconds += duration_secs
+            # Tracing counts once something is compiled: to ask for shapes alone also traces, and compiles nothing.
+            self._untold += duration_secs
+            if event == _COMPILED:
+                self.seconds, self._untold = self.seconds + self._untold, 0.0
             if self._watch is not None:
                 self._watch(None)
         if event != _COMPILED:
