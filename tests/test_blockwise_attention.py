@@ -61,6 +61,10 @@ def arrays_in(dtype):
     return {name: x if name == "queries" else x.astype(dtype) for name, x in arrays.items()}
 
 
+def by_blocks(blocks: Blocks | None = None):
+    return lambda *given: blockwise_attention(*given, blocks=blocks)[0]
+
+
 def differences(attend, layout, window, dtype=jnp.float32) -> dict[str, float]:
     """Of the output and of each gradient, relative to the greatest entry. What is computed at padding is not used."""
     counts = (jnp.arange(SEQ)[None] < LENGTHS[:, None])[..., None]
@@ -88,12 +92,24 @@ def differences(attend, layout, window, dtype=jnp.float32) -> dict[str, float]:
 @pytest.mark.parametrize("layout", [alone, behind_prompts])
 @pytest.mark.parametrize("rows", [1, ROWS])
 def test_values_and_gradients_are_those_of_all_scores_at_once(rows, layout, window):
-    attend = partial(blockwise_attention, blocks=Blocks(rows, 8, 6))
+    attend = by_blocks(Blocks(rows, 8, 6))
     assert max(differences(attend, layout, window).values()) < 1e-5
 
 
 def test_by_itself_it_takes_blocks_that_the_platform_likes():
-    assert max(differences(blockwise_attention, behind_prompts, None).values()) < 1e-5
+    assert max(differences(by_blocks(), behind_prompts, None).values()) < 1e-5
+
+
+def test_normalizers_can_be_differentiated():
+    """With them attention to two segments can be joined from attention to each."""
+
+    def joined(queries, extent, segments, window):
+        parts = [blockwise_attention(queries, extent, (segment,), window, BLOCKS) for segment in segments]
+        weights = jax.nn.softmax(jnp.stack([normalizers for _, normalizers in parts]), axis=0)[..., None]
+        mixed = jnp.stack([mixed.reshape(queries.shape) for mixed, _ in parts])
+        return jnp.sum(weights * mixed, axis=0).reshape(ROWS, SEQ, -1)
+
+    assert max(differences(joined, behind_prompts, None).values()) < 1e-5
 
 
 @pytest.mark.parametrize("window", [None, 5], ids=["whole", "sliding window"])
@@ -104,7 +120,7 @@ def test_what_cudnn_is_asked_is_the_same(window):
 
 
 def test_bfloat16_operands_give_float32_results():
-    attend = partial(blockwise_attention, blocks=BLOCKS)
+    attend = by_blocks(BLOCKS)
     found = differences(attend, behind_prompts, None, jnp.bfloat16)
     assert 1e-5 < max(found.values()) < 2e-2
     extent, segments = behind_prompts(arrays_in(jnp.bfloat16))
@@ -119,7 +135,7 @@ def test_a_block_too_few_is_noticed(monkeypatch):
         return first, jnp.maximum(after - 1, 1)
 
     monkeypatch.setattr(_Tile, "bounds", too_few)
-    attend = partial(blockwise_attention, blocks=Blocks(1, 8, 5))  # other blocks, so that nothing is taken as compiled
+    attend = by_blocks(Blocks(1, 8, 5))  # other blocks, so that nothing is taken as compiled
     assert differences(attend, behind_prompts, None)["out"] > 0.1
 
 
@@ -131,7 +147,7 @@ def test_wrong_normalizers_are_noticed(monkeypatch):
         return out, 0.9 * normalizers
 
     monkeypatch.setattr(blockwise_module, "_forward", without_the_sum)
-    found = differences(partial(blockwise_attention, blocks=Blocks(1, 7, 6)), behind_prompts, None)
+    found = differences(by_blocks(Blocks(1, 7, 6)), behind_prompts, None)
     assert found["out"] < 1e-5
     assert all(found[name] > 1e-2 for name in ("queries", "keys", "values", "prompt_keys", "prompt_values"))
 

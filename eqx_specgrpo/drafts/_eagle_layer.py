@@ -16,6 +16,7 @@ from ..models import (
     Linear,
     RopeTable,
     TransformerConfig,
+    attend_with_normalizers,
     rms_normalize,
     rope_tables,
 )
@@ -126,20 +127,17 @@ def unrolled_attention(
     """Causal attention to `true`, and, for the query at index `i`, to index `i` alone of each of `own`.
 
     The mask of EAGLE-3's training-time test (Li et al. 2025, section 3.2): beyond the triangle it is diagonal, so that
-    the scores there are plain dot products, one a query.
+    the scores there are plain dot products, one a query. Memory is linear in the positions.
     """
     rows, seq, heads, head_dim = queries.shape
-    keys, values = true
-    kv_heads = keys.shape[1]
-    folded = queries.reshape(rows, seq, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
-    flat = (rows, kv_heads, -1, head_dim)
-    folded = folded / math.sqrt(head_dim)
-    scores = jnp.einsum("bkqd,bksd->bkqs", folded.reshape(flat), keys).reshape(*folded.shape[:4], seq)
-    scores = jnp.where(jnp.tri(seq, dtype=bool), scores, -jnp.inf)
-    own_scores = [jnp.sum(folded * own_keys[:, :, None], axis=-1, keepdims=True) for own_keys, _ in own]
-    weights = jax.nn.softmax(jnp.concatenate([scores, *own_scores], axis=-1), axis=-1)
-    to_true = weights[..., :seq].reshape(rows, kv_heads, -1, seq)
-    mixed = jnp.einsum("bkqs,bksd->bkqd", to_true, values).reshape(folded.shape)
-    for index, (_, own_values) in enumerate(own):
-        mixed = mixed + weights[..., seq + index, None] * own_values[:, :, None]
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, seq, heads * head_dim)
+    kv_heads = true[0].shape[1]
+    grouped = queries.reshape(rows, seq, kv_heads, heads // kv_heads, head_dim)
+    mixed, normalizers = attend_with_normalizers(queries, *true)
+    of_own = [tuple(x.transpose(0, 2, 1, 3)[:, :, :, None] for x in pair) for pair in own]
+    own_scores = [jnp.sum(grouped * keys, axis=-1) / math.sqrt(head_dim) for keys, _ in of_own]
+    scores = jnp.stack([normalizers.reshape(grouped.shape[:4]), *own_scores], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)
+    mixed = weights[..., :1] * mixed.reshape(grouped.shape)
+    for index, (_, values) in enumerate(of_own):
+        mixed = mixed + weights[..., index + 1, None] * values
+    return mixed.reshape(rows, seq, heads * head_dim)

@@ -52,6 +52,7 @@ from ._rope import (
     rope_table as rope_table,
     rope_tables as rope_tables,
 )
+from ._sequence_attention import attend_with_normalizers as attend_with_normalizers
 from ._shared_prompt import SharedPromptCache as SharedPromptCache
 from ._tokenizer import Tokenizer as Tokenizer, check_tokenizer as check_tokenizer
 from ._transformer import (

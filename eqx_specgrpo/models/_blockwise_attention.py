@@ -62,7 +62,7 @@ def blockwise_attention(
     segments: tuple[Segment, ...],
     sliding_window: int | None,
     blocks: Blocks | None = None,
-) -> Float[Array, "batch seq heads*head_dim"]:
+) -> tuple[Float[Array, "batch seq heads*head_dim"], Float[Array, "batch seq heads"]]:
     """Grouped-query attention, softmax in float32, to several segments of keys as if they were one.
 
     Operands have the dtype of the keys; products, and what is returned, are float32.
@@ -74,6 +74,11 @@ def blockwise_attention(
     - `segments`: what they attend to, causally, by position.
     - `sliding_window`: how many positions a query sees, its own included; `None` for all.
     - `blocks`: how much is computed at a time; by default what is fast on the platform that it is compiled for.
+
+    **Returns:**
+
+    What attention mixed, and for each query and head the logarithm of the sum of the exponentials of its scores, with
+    which it can be joined to attention to other keys. Both can be differentiated.
     """
     scaled = (queries / math.sqrt(queries.shape[-1])).astype(segments[0].keys.dtype)
     keys_and_values = tuple((segment.keys, segment.values) for segment in segments)
@@ -98,19 +103,23 @@ class _Places(eqx.Module):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(settings: _Settings, queries: Array, keys_and_values: tuple[KeysAndValues, ...], places: _Places) -> Array:
+def _attend(
+    settings: _Settings, queries: Array, keys_and_values: tuple[KeysAndValues, ...], places: _Places
+) -> tuple[Array, Array]:
     return _attend_fwd(settings, queries, keys_and_values, places)[0]
 
 
 def _attend_fwd(settings, queries, keys_and_values, places):
     out, normalizers = _on_platform(_forward, settings, queries, keys_and_values, places)
-    return out, (queries, keys_and_values, places, out, normalizers)
+    return (out, normalizers), (queries, keys_and_values, places, out, normalizers)
 
 
-def _attend_bwd(settings, residuals, cotangent):
+def _attend_bwd(settings, residuals, cotangents):
     queries, keys_and_values, places, out, normalizers = residuals
+    cotangent, of_normalizers = cotangents
     batch, seq, heads, _ = queries.shape
-    inner = jnp.sum((cotangent * out).reshape(batch, seq, heads, -1), axis=-1)
+    # A score's gradient is its weight times what its value adds, less the mean of that, plus the normalizer's.
+    inner = jnp.sum((cotangent * out).reshape(batch, seq, heads, -1), axis=-1) - of_normalizers
     d_queries, d_keys_and_values = _on_platform(
         _backward, settings, queries, keys_and_values, places, normalizers, inner, cotangent.astype(queries.dtype)
     )

@@ -42,13 +42,29 @@ def attend_to_segments(
     if jax.default_backend() == "gpu" and _cudnn_takes(segments[0].keys):
 
         def blockwise(queries, extent, segments):
-            return blockwise_attention(queries, extent, segments, sliding_window)
+            return blockwise_attention(queries, extent, segments, sliding_window)[0]
 
         def cudnn(queries, extent, segments):
             return cudnn_attention(queries, extent, segments, sliding_window)
 
         return lax.platform_dependent(queries, extent, segments, cuda=cudnn, default=blockwise)
-    return blockwise_attention(queries, extent, segments, sliding_window)
+    return blockwise_attention(queries, extent, segments, sliding_window)[0]
+
+
+def attend_with_normalizers(
+    queries: Float[Array, "batch seq heads head_dim"],
+    keys: Float[Array, "batch kv_heads seq head_dim"],
+    values: Float[Array, "batch kv_heads seq head_dim"],
+) -> tuple[Float[Array, "batch seq heads*head_dim"], Float[Array, "batch seq heads"]]:
+    """Causal attention of whole sequences, to be joined to attention to other keys.
+
+    **Returns:**
+
+    What it mixed, and for each query and head the logarithm of the sum of the exponentials of its scores.
+    """
+    batch, seq, _, _ = queries.shape
+    extent = Extent(jnp.zeros(batch, jnp.int32), jnp.full(batch, seq, jnp.int32))
+    return blockwise_attention(queries, extent, (Segment(keys, values, None, extent),), None)
 
 
 def dense_attention(
