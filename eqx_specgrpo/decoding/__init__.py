@@ -17,6 +17,7 @@ from ._adaptive_state import AdaptiveState as AdaptiveState
 from ._block import Block as Block
 from ._coupled import Coupled as Coupled
 from ._decode import DecodeProgress as DecodeProgress, decode as decode
+from ._finite import NonFiniteLogits as NonFiniteLogits
 from ._greedy_match import GreedyMatch as GreedyMatch
 from ._length import (
     AbstractLengthController as AbstractLengthController,

@@ -106,7 +106,8 @@ def decode(
 
     **Raises:**
 
-    `UserError` if the model's or the draft's logits are not finite numbers, or a prompt does not fit the model.
+    [`eqx_specgrpo.decoding.NonFiniteLogits`][] if the model's or the draft's logits are not finite numbers, and
+    `UserError` if a prompt does not fit the model.
     """
     check_jax()
     draft = NoDraft() if draft is None else draft

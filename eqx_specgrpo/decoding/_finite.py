@@ -7,8 +7,26 @@ from ..errors import UserError
 from ._state import DecodeState
 
 
+class NonFiniteLogits(UserError):
+    """Logits that are not finite numbers, from which no token can be drawn.
+
+    **Attributes:**
+
+    - `of_draft`: whether they are the draft's, else the model's.
+    - `what`: which of them.
+    """
+
+    of_draft: bool
+    what: str
+
+    def __init__(self, what: str, advice: str, *, of_draft: bool):
+        super().__init__(f"the {'draft' if of_draft else 'model'}'s {what}. {advice}")
+        self.of_draft = of_draft
+        self.what = what
+
+
 def require_finite(state: DecodeState, row_ids: Int[np.ndarray, " rows"], samples: int) -> None:
-    """Raises `UserError` if a row was drawn from logits that were no finite numbers, the model's or the draft's.
+    """Raises `NonFiniteLogits` if a row was drawn from logits that were no finite numbers, the model's or the draft's.
 
     **Arguments:**
 
@@ -24,12 +42,14 @@ def require_finite(state: DecodeState, row_ids: Int[np.ndarray, " rows"], sample
     broken = ~np.isfinite(np.asarray(state.logprobs)[place, : int(state.num_new[place])])
     if broken.any():
         token = int(np.argmax(broken))
-        raise UserError(
-            f"the model's logits for token {token} of {where} are not finite numbers, so no token can be drawn. "
+        raise NonFiniteLogits(
+            f"logits for token {token} of {where} are not finite numbers, so no token can be drawn",
             "Weights that are NaN or infinite do that (is the checkpoint damaged? get it anew), and so do numbers too "
-            "large for the dtype computed in (use float32). In training, a learning rate that is too high does"
+            "large for the dtype computed in (use float32)",
+            of_draft=False,
         )
-    raise UserError(
-        f"the draft's logits in {where} are not finite numbers, so its guesses can't be checked. Is the saved draft "
-        "damaged? Train it anew, or decode without it"
+    raise NonFiniteLogits(
+        f"logits in {where} are not finite numbers, so its guesses can't be checked",
+        "Is the saved draft damaged? Train it anew, or decode without it",
+        of_draft=True,
     )

@@ -41,6 +41,7 @@ from ..records import (
     step_times,
 )
 from ..runtime import Memory, device_memory, progress_console
+from ._diverged import naming_the_step
 from ._ending import Keeper, on_stop, unless_urgent
 from ._finish import finish, sum_up
 from ._header import header
@@ -249,7 +250,8 @@ def _one_step(
         key = step_key(config.seed, done, DECODE)
         segments.after_training(parts.length, draft.max_length, state.draft_acceptance)
         decoding, expected = unless_urgent(stop, progress.decoding), lengths.expected(examples)
-        rollouts = roll_out(parts, target, draft, prompts, key, decoding, segments, expected)
+        with naming_the_step(step):
+            rollouts = roll_out(parts, target, draft, prompts, key, decoding, segments, expected)
         del draft
         weights = target if grpo.num_iterations == 1 else None  # with several, it would be held beside later ones
         del target
