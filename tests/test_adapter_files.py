@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import peft
 import pytest
+import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 from tiny_run import tiny_model
 
@@ -43,8 +46,6 @@ def logits_of(model, tokens):
     "family, targets", [("llama2", ALL_LINEAR), ("phi3", ["qkv_proj", "model.layers.1.mlp.down_proj"])]
 )
 def test_peft_loads_ours(family, targets, tmp_path):
-    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
     base = load_model(REFERENCE / family)
     policy = AdaptedTransformer(base, moved(Adapters.fresh(base.config, 3, 8.0, targets, key=jr.key(0))))
     save_adapter(policy.adapters, tmp_path / "a", base, "the base")
@@ -63,8 +64,6 @@ def test_peft_loads_ours(family, targets, tmp_path):
 
 
 def test_we_load_pefts(tmp_path):
-    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
     plain = transformers.AutoModelForCausalLM.from_pretrained(REFERENCE / "llama2", dtype=torch.float32).eval()
     config = peft.LoraConfig(
         r=2, lora_alpha=6, use_rslora=True, target_modules=["k_proj", "gate_proj"], lora_dropout=0.1

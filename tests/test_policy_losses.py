@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+import torch
 from loss_cases import ADVANTAGES, ALL, CASES, CURRENT, OLD, kl, one_row, table, value, weights
 
 from eqx_specgrpo.config import check_resume, dump_config, load_config
@@ -238,7 +239,6 @@ def test_vespo_takes_the_correction_into_its_own_weight():
 
 
 def test_tokens_of_high_entropy():
-    torch = pytest.importorskip("torch")
     entropies = np.array([[0.1, 0.9, 0.5, 99.0], [0.3, 2.0, 0.7, 1.1]], np.float32)
     mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1]], bool)
     for share in (0.0, 0.2, 0.37, 0.5, 1.0):

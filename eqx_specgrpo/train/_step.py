@@ -188,7 +188,6 @@ def update_policy(
         sort=not parts.loss.loss.traits.depends_on_micro_batches,
         prompt_of_row=scored.rollouts.group,
         prompt_width=width - new,
-        # A small model's backward takes less time than compiling its forward alone.
         rows_with_gradient=None
         if is_small
         else batch.rows_with_gradient(with_kl=reference is not None or parts.loss.entropy_bonus),
