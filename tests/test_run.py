@@ -45,7 +45,7 @@ from eqx_specgrpo.errors import UserError
 from eqx_specgrpo.grpo import LossSettings, NonFiniteError, compute_copy, make_policy_loss, make_update_batch
 from eqx_specgrpo.models import load_pretrained, sequence_features
 from eqx_specgrpo.records import RunFolder, latest_checkpoint, read_records
-from eqx_specgrpo.runtime import Memory
+from eqx_specgrpo.runtime import Memory, _compile as compile_module
 from eqx_specgrpo.train import UpdatePlanner, _loop as train_loop
 from eqx_specgrpo.train._segments import SegmentLog
 from eqx_specgrpo.train._state import RunState
@@ -82,7 +82,9 @@ def straight(tiny_folder, tmp_path_factory):
     """Six steps in one go: the folder, and what was printed."""
     jax.clear_caches()  # so that compilations are among it, whichever tests came before
     out = tmp_path_factory.mktemp("straight") / "run"
-    return out, run(tiny_config(tiny_folder, out))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compile_module, "_WORTH_TELLING", 0.05)  # a quick machine compiles these in under half a second
+        return out, run(tiny_config(tiny_folder, out))
 
 
 def results(folder: Path) -> dict[str, object]:
