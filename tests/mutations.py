@@ -66,7 +66,7 @@ MUTATIONS = (
         "decoding/_coupled.py",
         "(key, position + jnp.arange(length + 1))",
         "(key, position + 1 + jnp.arange(length + 1))",
-        "test_coupled.py::test_acceptance_is_within_the_bounds_of_a_coupling",
+        "test_coupled.py::test_it_keeps_what_agrees_and_no_less",
     ),
     Mutation(
         "acceptance and the token after it share their random number",
@@ -102,13 +102,13 @@ MUTATIONS = (
         "decoding/_state.py",
         "count = jnp.where(active, count, 0)",
         "count = count",
-        "test_decode.py::test_a_row_does_not_depend_on_shrinking",
+        "test_decode.py",
     ),
     Mutation(
         "a draft commits all that it guessed",
         "decoding/_round.py",
-        "num_kept = jnp.where(state.active, verdict.num_accepted, 0)",
-        "num_kept = jnp.full_like(verdict.num_accepted, length)",
+        "features, block, verdict.num_accepted, state.active)",
+        "features, block, jnp.full_like(verdict.num_accepted, length), state.active)",
         "test_decode.py::test_acceptance_length_is_what_the_draft_deserves",
     ),
     Mutation(
@@ -136,8 +136,8 @@ MUTATIONS = (
     Mutation(
         "the gate of the MLP is added",
         "models/_transformer.py",
-        "return self.down(gate * up)",
-        "return self.down(gate + up)",
+        "return jax.nn.silu(gate) * up",
+        "return jax.nn.silu(gate) + up",
         "test_parity.py",
     ),
     # Drafts and their lessons.
@@ -224,8 +224,8 @@ MUTATIONS = (
     Mutation(
         "a resumed run begins with a fresh optimizer",
         "train/_state.py",
-        "return RunState(**trees)",
-        "return RunState(**trees | {'policy_optimizer': jax.tree.map(jnp.zeros_like, trees['policy_optimizer'])})",
+        '"policy": with_trained_part(self.policy, trees["policy"])',
+        '"policy": with_trained_part(self.policy, trees["policy"]), "policy_optimizer": self.policy_optimizer',
         "test_run.py::test_killed_and_resumed_is_bitwise_a_straight_run",
     ),
 )

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import equinox as eqx
 import pytest
+from mutations import MUTATIONS
 
 import eqx_specgrpo
 
+TESTS = Path(__file__).parent
 PACKAGE = Path(inspect.getfile(eqx_specgrpo)).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 INITS = [path for path in FILES if path.name == "__init__.py" and path.parent != PACKAGE]
@@ -198,3 +200,11 @@ def test_importing_the_package_imports_nothing_heavy():
     code = f"import sys, eqx_specgrpo, eqx_specgrpo.cli; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_fault_of_the_mutations_has_a_place_and_a_test():
+    """`mutations.py` takes minutes and is run now and then: what it names has to stand all the same."""
+    for mutation in MUTATIONS:
+        assert (PACKAGE / mutation.file).read_text(encoding="utf-8").count(mutation.old) == 1, mutation.name
+        file, _, test = mutation.test.partition("::")
+        assert f"def {test.partition('[')[0]}" in (TESTS / file).read_text(encoding="utf-8"), mutation.name

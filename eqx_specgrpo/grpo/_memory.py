@@ -1,17 +1,19 @@
 """What an update needs of memory, estimated from sizes alone, and what it does where there is little."""
 
 import bisect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..models import AbstractLanguageModel, Transformer, matrix_dtype
 from ..runtime import Memory
 
-# How many arrays of one chunk's logits there are at a time: themselves, their softmax, their gradient.
-_LOGITS = 3.5
+# How many arrays of one chunk's logits there are at a time (themselves, their softmax, their gradient), and how many of
+# gradients of the table of embeddings.
+_LOGITS, _EMBEDDINGS = 2.8, 1.8
 # What one layer's backward needs besides what is kept, in arrays as wide as the MLP. Where the forward is computed
 # again, its own values are among it.
 _OF_ONE_LAYER, _OF_ONE_LAYER_AGAIN = 5.5, 10.5
@@ -39,10 +41,9 @@ def update_bytes(
     if not isinstance(model, Transformer):
         return None
     config, size = model.config, jnp.dtype(matrix_dtype(model) if dtype is None else dtype).itemsize
-    blocks = jax.tree.leaves(eqx.filter(model.blocks, lambda x: eqx.is_inexact_array(x) or _is_shape(x)))
-    weights = sum(x.size for x in blocks)
+    weights = sum(x.size for x in jax.tree.leaves(eqx.filter(model.blocks, _is_weight)))
     wide = 4 * positions * config.intermediate_size
-    logits = _LOGITS * 4 * min(chunk, positions) * config.vocab_size
+    logits = 4 * config.vocab_size * (_LOGITS * min(chunk, positions) + _EMBEDDINGS * config.hidden_size)
     if gradient_checkpointing:
         kept = 4 * positions * config.num_layers * config.hidden_size
         # Weights are stacked, and so are their gradients, which are cast to float32 so.
@@ -56,8 +57,8 @@ def update_bytes(
     return round(kept + max(logits, held + _OF_ONE_LAYER * wide) + in_low_precision)
 
 
-def _is_shape(x) -> bool:
-    return isinstance(x, jax.ShapeDtypeStruct) and jnp.issubdtype(x.dtype, jnp.inexact)
+def _is_weight(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct) and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 # Of what is free when a run starts, an update may take so much: estimates err, and allocators waste.
