@@ -26,6 +26,7 @@ from ._length import (
     SegmentObservation as SegmentObservation,
     SegmentPlan as SegmentPlan,
 )
+from ._programs import decode_programs as decode_programs
 from ._rejection import Rejection as Rejection
 from ._round import decode_round as decode_round
 from ._score import (

@@ -1,0 +1,223 @@
+"""What our programs need and do on a GPU, on a machine without one: they are compiled for it, and nothing is run.
+
+    pip install --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2    # as your jax; half a gigabyte unpacked
+    python benchmarks/gpu_plan.py --out results/gpu_plan
+    python benchmarks/gpu_plan.py --out results/gpu_plan --models qwen3-8b --lora-rank 16 --devices 4
+    python benchmarks/gpu_plan.py --out results/gpu_plan --check      # two layers each: the promises below, or exit code 1
+
+For each program: bytes a device; kernels that are launched once and a round (a turn of the outermost loop), and how many
+of the latter a command buffer holds (a CUDA graph, replayed as one launch); collectives; calls of the host; large arrays
+that are copied whole. Weights, prompts and rollouts are shapes: nothing of their size exists here. Rows are divided over
+`--devices`, weights are whole on each.
+
+What cannot be seen so: time, and which kernels of matrix products are best, which XLA tries on a device.
+
+`--check` holds the programs to what they promise: no cache is copied, no host is asked in a loop, all kernels of a round
+are in command buffers, no collective on one device, and a decode segment overwrites its state instead of keeping two.
+Writes `gpu_plan.json`.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+# The plugin looks for a driver as soon as it may be the default.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import equinox as eqx  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import jax.random as jr  # noqa: E402
+from gpu_target import COLLECTIVES, TARGETS, Plan, compile_with_thunks, memory_of, mesh_of, placed, read_plan  # noqa: E402
+
+from eqx_specgrpo.bench import whole_numbers  # noqa: E402
+from eqx_specgrpo.decoding import Block, FixedRounds, Sampling, decode_programs  # noqa: E402
+from eqx_specgrpo.distill import DraftBatch, ForwardKL, draft_gradients  # noqa: E402
+from eqx_specgrpo.drafts import MedusaHeads  # noqa: E402
+from eqx_specgrpo.grpo import LossNormalizer, LossSettings, UpdateBatch, compute_copy, policy_gradients  # noqa: E402
+from eqx_specgrpo.models import Adapters, Features, Transformer, TransformerConfig  # noqa: E402
+from eqx_specgrpo.records import machine  # noqa: E402
+from eqx_specgrpo.runtime import Program  # noqa: E402
+
+
+def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) -> TransformerConfig:
+    return TransformerConfig(
+        151936, hidden, intermediate, layers, heads, 8, 128, 40960, 1e6, qk_norm=True, tie_embeddings=tied
+    )
+
+
+# Sizes as the models' own `config.json` has them.
+MODELS = {
+    "smollm2-135m": TransformerConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e5, norm_eps=1e-5, tie_embeddings=True),
+    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, True),
+    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, True),
+    "qwen3-8b": _qwen3(4096, 12288, 36, 32, False),
+}
+DRAFT_LENGTH = 3
+
+
+def shapes_of_model(name: str, layers: int | None) -> tuple[Transformer, MedusaHeads]:
+    """A model and heads in bfloat16, of shapes alone."""
+    config = MODELS[name] if layers is None else dataclasses.replace(MODELS[name], num_layers=layers)
+
+    def make() -> tuple[Transformer, MedusaHeads]:
+        draft = MedusaHeads.fresh(config.hidden_size, DRAFT_LENGTH)
+        return compute_copy(Transformer(config, key=jr.key(0)), "bfloat16"), compute_copy(draft, "bfloat16")
+
+    return eqx.filter_eval_shape(make)
+
+
+def of_update(target: Transformer, asked: argparse.Namespace) -> Program:
+    """The gradients of one micro-batch, whose rows share a prompt on each device."""
+    rows, new = asked.rows, asked.new
+    ints, floats = _array((rows,), jnp.int32), _array((rows, new))
+    batch = UpdateBatch(
+        tokens=_array((rows, asked.prompt + new), jnp.int32),
+        prompt_lengths=ints,
+        completion_tokens=_array((rows, new), jnp.int32),
+        completion_mask=_array((rows, new), jnp.bool_),
+        old_logprobs=floats,
+        advantages=_array((rows,)),
+        prompt_rows=_array((asked.devices,), jnp.int32),
+        prompt_of_row=ints,
+        completion_lengths=ints,
+    )
+    settings = LossSettings(gradient_checkpointing=not asked.keep_all)
+    normalizer, settings = eqx.filter_eval_shape(lambda: (LossNormalizer(1, 1, 1), settings))
+    options = {}
+    if asked.lora_rank > 0:
+        made = eqx.filter_eval_shape(
+            lambda: Adapters.fresh(target.config, asked.lora_rank, 2.0 * asked.lora_rank, "all-linear", key=jr.key(0))
+        )
+        options["adapters"] = made
+    return Program("update", policy_gradients, (target, batch, normalizer, settings), options)
+
+
+def of_lesson(target: Transformer, draft: MedusaHeads, asked: argparse.Namespace) -> Program:
+    """The draft's gradients on as many rows as the update has."""
+    rows, width = asked.rows, asked.prompt + asked.new
+    features = Features(_array((rows, width, target.hidden_size), jnp.float32), {})
+    ints = _array((rows,), jnp.int32)
+    batch = DraftBatch(features, _array((rows, width), jnp.int32), ints, ints)
+    options = dict(
+        temperature=_array(()), alpha=_array((draft.train_length,)), position_decay=_array(()), new=asked.new
+    )
+    return Program("draft lesson", draft_gradients, (draft, target, batch, ForwardKL()), options)
+
+
+def _array(shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def programs(name: str, asked: argparse.Namespace) -> Iterator[Program]:
+    target, draft = shapes_of_model(name, asked.layers)
+    yield from decode_programs(
+        target,
+        draft,
+        Block(),
+        Sampling(),
+        prompts=asked.devices,
+        samples=asked.rows // asked.devices,
+        prompt_length=asked.prompt,
+        new_tokens=asked.new,
+        lengths=asked.lengths,
+        loop=FixedRounds(),
+        cache_dtype="bfloat16",
+    )
+    yield of_update(target, asked)
+    yield of_lesson(target, draft, asked)
+
+
+def broken_promises(program: str, plan: Plan, asked: argparse.Namespace) -> list[str]:
+    """What a program should not do, and does."""
+    found = []
+    if plan.host_calls:
+        found.append(f"asks the host: {', '.join(plan.host_calls)}")
+    collectives = {**plan.collectives, **plan.collectives_in_loop}
+    if asked.devices == 1 and collectives:
+        found.append(f"has collectives on one device: {collectives}")
+    if program.startswith("segment"):
+        rows_of_cache = [shape for shape in plan.copies if _is_cache(shape, asked)]
+        if rows_of_cache:
+            found.append(f"copies a cache: {', '.join(rows_of_cache)}")
+        if plan.kernels_in_loop_buffered < plan.kernels_in_loop - 2:  # the loop's own counter and its condition
+            found.append(
+                f"has {plan.kernels_in_loop - plan.kernels_in_loop_buffered} kernels a round outside of buffers"
+            )
+        if plan.alias_bytes < 0.99 * plan.output_bytes:
+            found.append(f"keeps {plan.output_bytes - plan.alias_bytes} bytes of its state twice")
+    if plan.bytes > memory_of(asked.target):
+        found.append(f"needs {plan.bytes / 2**30:.1f} GiB of {memory_of(asked.target) / 2**30:.1f}")
+    return found
+
+
+def _is_cache(shape: str, asked: argparse.Namespace) -> bool:
+    sizes = [int(size) for size in shape.partition("[")[2].rstrip("]").split(",") if size]
+    return len(sizes) == 4 and max(sizes) >= asked.new
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of gpu_plan.json")
+    parser.add_argument("--target", choices=TARGETS, default="h200")
+    parser.add_argument("--models", default="smollm2-135m,qwen3-1.7b", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=2048, help="tokens of a completion")
+    parser.add_argument("--lengths", default=f"0,{DRAFT_LENGTH}", help="tokens drafted a round")
+    parser.add_argument("--lora-rank", type=int, default=0)
+    parser.add_argument("--keep-all", action="store_true", help="an update without gradient checkpointing")
+    parser.add_argument("--layers", type=int, help="of each model; a few show what a layer compiles to")
+    parser.add_argument("--only", help="programs whose name contains this")
+    parser.add_argument("--check", action="store_true", help="two layers; exit code 1 if a promise is broken")
+    asked = parser.parse_args()
+    asked.lengths = whole_numbers("--lengths", asked.lengths)
+    unknown = [name for name in asked.models.split(",") if name not in MODELS]
+    if unknown or asked.rows % asked.devices:
+        parser.error(
+            f"--models takes {', '.join(MODELS)}, not {', '.join(unknown)}"
+            if unknown
+            else "--rows has to be a multiple of --devices"
+        )
+    if asked.check and asked.layers is None:
+        asked.layers = 2
+    mesh, broken, found = mesh_of(asked.target, asked.devices), [], []
+    place = placed(mesh, asked.rows)
+    for name in asked.models.split(","):
+        for program in programs(name, asked):
+            if asked.only is not None and asked.only not in program.name:
+                continue
+            print(f"{name}, {program.name}: compiling ...", flush=True)
+            began = time.perf_counter()
+            compiled, thunks = compile_with_thunks(lambda program=program: program.lower(place))
+            plan = read_plan(compiled, thunks, time.perf_counter() - began)
+            found.append({"model": name, "program": program.name, "bytes": plan.bytes, **plan._asdict()})
+            collectives = ", ".join(
+                f"{n} {kind}" for kind, n in {**plan.collectives, **plan.collectives_in_loop}.items()
+            )
+            print(
+                f"  {plan.bytes / 2**30:.2f} GiB, {plan.temporary_bytes / 2**30:.2f} of them temporary; {plan.kernels} "
+                f"kernels and {plan.kernels_in_loop} a round, {plan.kernels_in_loop_buffered} of these in command "
+                f"buffers; collectives: {collectives or 'none'}; large copies: {sum(plan.copies.values())}; "
+                f"{plan.seconds:.0f} s",
+                flush=True,
+            )
+            for what in broken_promises(program.name, plan, asked):
+                broken.append(f"{name}, {program.name} {what}")
+                print(f"  BROKEN: {what}", flush=True)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    said = {key: str(value) if isinstance(value, Path) else value for key, value in vars(asked).items()}
+    result = {"about": machine(), "asked": said, "collectives": COLLECTIVES, "programs": found, "broken": broken}
+    (asked.out / "gpu_plan.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 1 if broken and asked.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""The programs of a decoding as functions and shapes, to be compiled for any device."""
+
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import DTypeLike
+
+from ..drafts import AbstractDraft
+from ..models import AbstractLanguageModel, caches_can_grow
+from ..runtime import Program
+from ..sampling import AbstractSampling
+from ._decode import _prefill, _take_rows
+from ._prompts import can_share
+from ._room import room_ladder
+from ._segment import AbstractSegmentLoop, run_segment
+from ._verify import AbstractVerifier
+
+
+def decode_programs(
+    target: AbstractLanguageModel,
+    draft: AbstractDraft,
+    verifier: AbstractVerifier,
+    sampling: AbstractSampling,
+    *,
+    prompts: int,
+    samples: int,
+    prompt_length: int,
+    new_tokens: int,
+    lengths: Sequence[int],
+    loop: AbstractSegmentLoop,
+    cache_dtype: DTypeLike,
+) -> list[Program]:
+    """What `decode` compiles for one batch in one room: the prompts' pass, a segment of each draft length, and the step
+    to half as many rows.
+
+    **Arguments:**
+
+    - `target`, `draft`: their arrays may be shapes, as `eqx.filter_eval_shape` gives them.
+    - `verifier`, `sampling`, `loop`, `cache_dtype`: see `decode`.
+    - `prompts`, `samples`: of the batch; it has as many rows as their product.
+    - `prompt_length`: of the padded prompts.
+    - `new_tokens`: that rows have room for: the step of the ladder that holds so many.
+    - `lengths`: tokens drafted a round; one segment each.
+    """
+    rows = prompts * samples
+    target, draft = eqx.filter_eval_shape(lambda: (target, draft))
+    modules = (target, draft, verifier, sampling, _ints(1))
+    ladder = room_ladder(prompt_length, target.max_length, can_grow=caches_can_grow(target))
+    room = next((room for room in ladder if room.new >= new_tokens + draft.max_length + 1), ladder[-1])
+    key = eqx.filter_eval_shape(jr.key, 0)
+    share = can_share(target, samples, waiting=0)
+    begin = Program(
+        "prefill",
+        _prefill,
+        (modules, _ints(prompts, prompt_length), _ints(prompts), _ints(prompts), key, _ints(rows), _ints(rows)),
+        dict(
+            room=room,
+            capacity=ladder[-1].whole,
+            cache_dtype=jnp.dtype(cache_dtype).name,
+            share=share,
+            keep_prompts=False,
+        ),
+    )
+    state, store, _ = eqx.filter_eval_shape(begin.function, *begin.arguments, **begin.options)
+    context = (modules, store, loop)
+    segments = [
+        Program(
+            f"segment of length {length}", run_segment, (context, state, _ints(), _ints(), length), donated=(1, 2, 3)
+        )
+        for length in lengths
+    ]
+    if rows < 2:
+        return [begin, *segments]
+    return [begin, *segments, Program("shrink", _take_rows, (state, store, _ints(rows // 2), room.whole))]
+
+
+def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
