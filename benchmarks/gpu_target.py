@@ -79,7 +79,8 @@ def mesh_of(name: str, devices: int) -> Mesh:
     except (RuntimeError, NotImplementedError, ValueError) as error:
         raise SystemExit(
             f"JAX cannot compile for {name} here ({error}). Its CUDA plugin is all that is needed, no driver and no "
-            f"nvidia wheel: pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
+            f"nvidia wheel: pip install --no-deps jax-cuda12-plugin=={jax.__version__} "
+            f"jax-cuda12-pjrt=={jax.__version__}"
         ) from None
     return Mesh(described.devices, ("data",))
 
@@ -210,10 +211,25 @@ def large_copies(text: str, least: int = 1 << 20) -> dict[str, int]:
     return dict(found)
 
 
-def compile_with_thunks(lowered: Callable[[], jax.stages.Lowered]) -> tuple[jax.stages.Compiled, str]:
-    """The compiled program, and its list of thunks, which XLA says only in a file."""
+class AsksTheHost(Exception):
+    """A program calls Python. JAX lowers no such call for a device that is not there."""
+
+
+def compile_with_thunks(lower: Callable[[], jax.stages.Lowered]) -> tuple[jax.stages.Compiled, str]:
+    """The compiled program, and its list of thunks, which XLA says only in a file.
+
+    **Raises:**
+
+    `AsksTheHost`.
+    """
+    try:
+        lowered = lower()
+    except RuntimeError as error:
+        if "Unknown backend" not in str(error):
+            raise
+        raise AsksTheHost(f"asks the host: {error}") from None
     with tempfile.TemporaryDirectory() as folder:
-        compiled = lowered().compile(compiler_options={"xla_dump_to": folder})
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
         # The second is there if the passes changed something.
         for name in ("thunk_sequence_after_thunk_passes", "thunk_sequence"):
             for path in sorted(Path(folder).glob(f"*.{name}.txt")):

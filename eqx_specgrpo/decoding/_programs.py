@@ -9,8 +9,7 @@ import jax.random as jr
 from jaxtyping import DTypeLike
 
 from ..drafts import AbstractDraft
-from ..models import AbstractLanguageModel, caches_can_grow
-from ..runtime import Program
+from ..models import AbstractLanguageModel, Program, caches_can_grow
 from ..sampling import AbstractSampling
 from ._decode import _prefill, _take_rows
 from ._prompts import can_share

@@ -45,6 +45,7 @@ from ._lora import (
 )
 from ._norm import RMSNorm as RMSNorm, rms_normalize as rms_normalize
 from ._prefix import NoCache as NoCache, PrefixCache as PrefixCache, PrefixPass as PrefixPass
+from ._program import Program as Program
 from ._prompt_pass import fill_cache as fill_cache
 from ._rope import (
     RopeTable as RopeTable,

@@ -23,5 +23,4 @@ from ._process import (
     keep_freed_memory as keep_freed_memory,
     kept_programs as kept_programs,
 )
-from ._program import Program as Program
 from ._version import package_version as package_version, source_commit as source_commit
