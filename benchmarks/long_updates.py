@@ -292,7 +292,7 @@ def update(arguments: argparse.Namespace) -> dict[str, Any]:
     said: list[str] = []
     planner = UpdatePlanner(device_memory(), lambda text: (said.append(text), print(text, flush=True))[0])
     began, worked = time.perf_counter(), time.process_time()
-    _, _, _, _, _, metrics = update_policy(parts, state.policy, state.policy_optimizer, None, scored, 1e-6, 0, planner)
+    done = update_policy(parts, state.policy, state.policy_optimizer, None, scored, 1e-6, 0, planner=planner)
     return {
         "rows": rows,
         "new": new,
@@ -300,7 +300,7 @@ def update(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds_with_compilation": time.perf_counter() - began,
         "processor_seconds_with_compilation": time.process_time() - worked,
         "peak_gib_of_the_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "metrics": metrics,
+        "metrics": done.metrics,
     }
 
 

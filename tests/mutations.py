@@ -187,9 +187,9 @@ MUTATIONS = (
     ),
     Mutation(
         "padding counts",
-        "grpo/losses/_average.py",
-        "return jnp.where(completion_mask, token_losses.astype(jnp.float32), 0.0)",
-        "return token_losses.astype(jnp.float32)",
+        "grpo/_policy_loss.py",
+        "return jnp.where(completion_mask, x.astype(jnp.float32), 0.0)",
+        "return x.astype(jnp.float32)",
         "test_grpo_math.py::test_losses_accumulate_and_ignore_padding",
     ),
     Mutation(
