@@ -24,21 +24,38 @@ def sums_right(completions, sums, **kwargs):
     return rewards
 
 
+def number_of_sums(rng: random.Random, asked: str) -> int:
+    """`"8"`, or `"2-60"`: spread geometrically, so that completions differ in length by more than a decade."""
+    low, _, high = asked.partition("-")
+    if not high:
+        return int(low)
+    return round(int(low) * (int(high) / int(low)) ** rng.random())
+
+
+def problem(rng: random.Random, sums: str, high: int) -> tuple[str, list[str]]:
+    """What is asked, and the sums in it."""
+    texts = [f"{rng.randint(1, high)} + {rng.randint(1, high)}" for _ in range(number_of_sums(rng, sums))]
+    listed = "\n".join(f"{number}. {text} = ?" for number, text in enumerate(texts, 1))
+    return f"Write the answers.\n{listed}", texts
+
+
+def write_task(path: Path, problems: int, sums: str, high: int) -> None:
+    rng = random.Random(0)
+    lines = []
+    for _ in range(problems):
+        asked, texts = problem(rng, sums, high)
+        lines.append(json.dumps({"prompt": [{"role": "user", "content": asked}], "sums": texts}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes the task as a .jsonl file.")
     parser.add_argument("path", type=Path)
     parser.add_argument("--problems", type=int, default=400)
-    parser.add_argument("--sums", type=int, default=8, help="in a problem")
+    parser.add_argument("--sums", default="8", help="in a problem; LOW-HIGH spreads their number geometrically")
     parser.add_argument("--high", type=int, default=12, help="the greatest operand")
     arguments = parser.parse_args()
-    rng = random.Random(0)
-    lines = []
-    for _ in range(arguments.problems):
-        sums = [f"{rng.randint(1, arguments.high)} + {rng.randint(1, arguments.high)}" for _ in range(arguments.sums)]
-        problem = "\n".join(f"{number}. {text} = ?" for number, text in enumerate(sums, 1))
-        prompt = [{"role": "user", "content": f"Write the answers.\n{problem}"}]
-        lines.append(json.dumps({"prompt": prompt, "sums": sums}) + "\n")
-    arguments.path.write_text("".join(lines), encoding="utf-8")
+    write_task(arguments.path, arguments.problems, arguments.sums, arguments.high)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,11 @@ def test_enumeration_catches_broken_rules(rule):
         check_verifier(_one(rule), lengths=(2,))
 
 
+def test_a_report_without_chains_of_one_token_has_acceptances_too():
+    report = check_verifier(_one(Rejection()), lengths=(2,))
+    assert 0 < report.acceptance <= report.optimal_acceptance + 0.02
+
+
 def test_enumeration_catches_an_all_zero_residual():
     """Where target and draft are equal to the last bit a rejection has no probability; after rounding it may."""
     with pytest.raises(ConformanceError, match="no next token can be drawn .* fall back to the target"):

@@ -114,7 +114,7 @@ def check_verifier(
             f"{name}, {cases.names[int(drawn.p_values.argmin())]}, {length} drafted a round: the tokens do not have "
             f"the target's law (p = {p_values[-1]:.1e})",
         )
-        if not isinstance(verifier, AbstractAcceptanceRule):
+        if not isinstance(verifier, AbstractAcceptanceRule) or 1 not in lengths:
             acceptances.extend(zip(drawn.acceptance, drawn.optimal, strict=True))
     accepted, optimal = np.mean(acceptances, axis=0)
     return VerifierReport(name, law_error, num_laws, min(p_values), difference is None, float(accepted), float(optimal))
