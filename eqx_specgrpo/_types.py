@@ -89,6 +89,20 @@ class DecodeStatistics(eqx.Module):
         return [float(a / max(d, 1)) for a, d in zip(self.accepted.sum(0), drafted, strict=True)]
 
 
+class Support(eqx.Module):
+    """The tokens that truncated sampling kept, position by position: what was drawn from, and what the log-probability
+    of the token drawn is normalised over.
+
+    **Arguments:**
+
+    - `ids`: likeliest first; what lies at or beyond a position's count is not meant.
+    - `counts`: how many were kept; 0 where there is no token.
+    """
+
+    ids: Int[Array | np.ndarray, "*batch kept"]
+    counts: Int[Array | np.ndarray, "*batch"]
+
+
 class Rollouts(eqx.Module):
     """Completions of prompts, with what is needed to learn from them.
 
@@ -99,9 +113,11 @@ class Rollouts(eqx.Module):
     - `tokens`: completion tokens, an end-of-sequence token included if one was emitted; right-padded.
     - `lengths`: completion lengths.
     - `logprobs`: the **target's** log-probability of each token under the distribution it was sampled from (after
-        temperature, top-k and top-p; at temperature 0, the untempered distribution).
+        temperature and truncation; at temperature 0, the untempered distribution).
     - `stop_reasons`: `StopReason` values.
     - `statistics`: of the decoder.
+    - `support`: what truncated sampling kept at each token; `None`: the whole vocabulary, or it was not recorded
+        (see [`eqx_specgrpo.sampling.TruncatedSampling`][]).
     """
 
     prompts: Prompts
@@ -111,6 +127,7 @@ class Rollouts(eqx.Module):
     logprobs: Float[np.ndarray, "rows new"]
     stop_reasons: Int[np.ndarray, " rows"]
     statistics: DecodeStatistics
+    support: Support | None = None
 
     def completion(self, row: int) -> list[int]:
         """The token ids of one completion, without padding."""

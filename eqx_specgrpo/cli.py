@@ -198,6 +198,10 @@ def generate(
         float | None,
         typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens that make up this probability."),
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Sample among tokens of at least this share of the likeliest one's."),
+    ] = None,
     max_completion_length: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 128,
     renamed: Renamed = None,
     num: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="Completions of the prompt.")] = 1,
@@ -222,6 +226,7 @@ def generate(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
             max_new_tokens=max_completion_length,
             num=num,
             seed=seed,
@@ -311,6 +316,10 @@ def bench(
         float | None,
         typer.Option(help="Sample among the likeliest tokens that make up this probability."),
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Sample among tokens of at least this share of the likeliest one's."),
+    ] = None,
     rounds: Annotated[int, typer.Option(help="How often everything is measured; medians are reported.")] = 5,
     minutes: Annotated[
         float,
@@ -342,6 +351,7 @@ def bench(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
         rounds=rounds,
         minutes=minutes,
     )

@@ -218,7 +218,7 @@ def tabular_model(*, seed: int, vocab: int, scale: float) -> TabularModel:
 def sequence_law(model: TabularModel, sampling: AbstractSampling, prompt: list[int], length: int) -> np.ndarray:
     """The exact joint law of the first `length` tokens after a prompt, one axis a token, in float64."""
     vocab = model.vocab_size
-    log_table = np.asarray(sampling.distribution(model.table).logits, np.float64)
+    log_table = np.asarray(sampling.distribution(model.table).dense(vocab).logits, np.float64)
     table = np.exp(log_table - log_table.max(-1, keepdims=True))
     table /= table.sum(-1, keepdims=True)
     before = prompt[-2] if len(prompt) > 1 else vocab

@@ -206,6 +206,20 @@ MUTATIONS = (
         "return jnp.expm1(difference) - difference",
         "test_grpo_math.py::test_kl_estimators",
     ),
+    Mutation(
+        "truncated sampling is forgotten by the loss, which normalises over the whole vocabulary",
+        "grpo/_step.py",
+        "        support=support,\n",
+        "",
+        "test_truncated.py::test_the_first_inner_steps_ratios_are_1",
+    ),
+    Mutation(
+        "what is recorded as kept belongs to the token before",
+        "decoding/_round.py",
+        "support, num_valid = support_of(distribution)",
+        "support, num_valid = jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), support_of(distribution))",
+        "test_truncated.py::test_each_token_has_the_set_that_it_was_drawn_from",
+    ),
     # What a run leaves.
     Mutation(
         "a checkpoint is put in place before it is whole",

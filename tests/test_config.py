@@ -117,8 +117,6 @@ def test_unknown_key_suggests(key, suggestion, tmp_path):
 @pytest.mark.parametrize(
     ("key", "advice"),
     [
-        ("grpo.top_p", "draws from the whole distribution"),
-        ("top_k", "draws from the whole distribution"),
         ("grpo.steps_per_generation", "grpo.num_iterations updates"),
         ("grpo.per_device_train_batch_size", "grpo.prompts_per_step times grpo.num_generations"),
         ("grpo.max_steps", "set steps"),
@@ -157,6 +155,12 @@ def test_unknown_key_without_a_near_one_lists():
         ("out=", 'out = "": it must be text that is not empty'),
         ("grpo.temperature=0", "grpo.temperature = 0: it must be a number greater than 0"),
         ("grpo.temperature=nan", "grpo.temperature = nan: it must be a number greater than 0"),
+        ("grpo.top_p=0", "grpo.top_p = 0: it must be a number greater than 0 and at most 1"),
+        ("grpo.top_p=1.5", "grpo.top_p = 1.5: it must be a number greater than 0 and at most 1"),
+        ("grpo.top_k=-1", "grpo.top_k = -1: it must be a whole number of at least 0"),
+        ("grpo.top_k=200", "grpo.top_k = 200 is more than grpo.max_support = 128, the most tokens that are kept: set"),
+        ("grpo.min_p=0", 'grpo.min_p = 0: it must be a number greater than 0 and at most 1 or "none"'),
+        ("grpo.max_support=64", "grpo.max_support = 64 has no effect without grpo.top_p, top_k or min_p: set that"),
         ("grpo.learning_rate=-1e-5", "grpo.learning_rate = -1e-05: it must be a number of at least 0"),
         ("grpo.epsilon_high=0", 'grpo.epsilon_high = 0: it must be a number greater than 0 or "none"'),
         ("grpo.loss_type=ppo", 'grpo.loss_type = "ppo": it must be one of "dapo", "grpo", "bnpo", "dr_grpo"'),

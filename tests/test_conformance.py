@@ -469,16 +469,17 @@ UNEQUAL = [[1, 2, 3], [4], [5, 6, 0, 1, 2, 3, 4], [6, 6]]
 _commit = round_module.commit
 
 
-def _newest_is_the_last_drafted(state, emitted, logprobs, num_valid, eos_ids, cache, draft):
+def _newest_is_the_last_drafted(state, emitted, logprobs, support, num_valid, eos_ids, cache, draft):
     """After full acceptance the bonus token is forgotten."""
-    new = _commit(state, emitted, logprobs, num_valid, eos_ids, cache, draft)
+    new = _commit(state, emitted, logprobs, support, num_valid, eos_ids, cache, draft)
     is_full = (num_valid == emitted.shape[1]) & (emitted.shape[1] > 1)
     return eqx.tree_at(lambda s: s.last_token, new, jnp.where(is_full, emitted[:, -2], new.last_token))
 
 
-def _all_rows_advance_alike(state, emitted, logprobs, num_valid, eos_ids, cache, draft):
+def _all_rows_advance_alike(state, emitted, logprobs, support, num_valid, eos_ids, cache, draft):
     """As far as the row that advances most."""
-    return _commit(state, emitted, logprobs, jnp.full_like(num_valid, num_valid.max()), eos_ids, cache, draft)
+    most = jnp.full_like(num_valid, num_valid.max())
+    return _commit(state, emitted, logprobs, support, most, eos_ids, cache, draft)
 
 
 @pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "coupled"])

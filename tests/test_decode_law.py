@@ -19,7 +19,16 @@ from helpers import (
 )
 
 from eqx_specgrpo._types import Rollouts
-from eqx_specgrpo.decoding import FixedLength, Rejection, Sampling, decode, teacher_forced_logprobs
+from eqx_specgrpo.decoding import (
+    Block,
+    Coupled,
+    FixedLength,
+    Rejection,
+    Sampling,
+    TruncatedSampling,
+    decode,
+    teacher_forced_logprobs,
+)
 from eqx_specgrpo.testing import OneOf, verifier_name
 from eqx_specgrpo.testing._statistics import law_p_value
 
@@ -73,9 +82,19 @@ _REJECTION = OneOf((Rejection(), *BROKEN), 0)
         (DRAFT, Rejection(), Sampling(1.0, top_k=3, top_p=1.0)),
         (DRAFT, Rejection(), Sampling(1.2, top_k=3, top_p=0.7)),
         (TabularDraft(TABLE, LENGTH, Sampling(0.5)), Rejection(), Sampling(1.0, top_k=2)),
+        (DRAFT, Block(), TruncatedSampling(1.2, max_support=3, top_p=0.8, min_p=0.1)),
+        (DRAFT, Coupled(), TruncatedSampling(1.2, max_support=3, top_p=0.8, min_p=0.1)),
         (PointMassDraft(jnp.argmax(TABLE, axis=-1).astype(jnp.int32), LENGTH), Rejection(), _PLAIN),
     ],
-    ids=["temperature", "top-k", "top-k and top-p", "draft by other settings", "point mass"],
+    ids=[
+        "temperature",
+        "top-k",
+        "top-k and top-p",
+        "draft by other settings",
+        "recorded, block",
+        "recorded, coupled",
+        "point mass",
+    ],
 )
 def test_the_law_of_rollouts_is_the_targets(draft, verifier, sampling):
     rollouts = _decode(draft, verifier, sampling)

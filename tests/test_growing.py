@@ -21,6 +21,7 @@ from eqx_specgrpo.decoding import (
     Rejection,
     Sampling,
     SegmentPlan,
+    TruncatedSampling,
     UntilRowsFinish,
     _decode as decode_module,
     _room as room_module,
@@ -87,6 +88,8 @@ def assert_same(found: Rollouts, expected: Rollouts) -> None:
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_array_equal(found.lengths, expected.lengths)
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
+    for ours, others in zip(jax.tree.leaves(found.support), jax.tree.leaves(expected.support), strict=True):
+        np.testing.assert_array_equal(ours, others)
     for name in ("target_forwards", "drafted", "accepted", "emitted"):
         np.testing.assert_array_equal(getattr(found.statistics, name), getattr(expected.statistics, name))
 
@@ -144,6 +147,17 @@ def test_rows_that_start_in_a_grown_cache_are_the_same_rows(loop, target, monkey
     options = dict(draft=DRAFTS["heads"](target), verifier=Coupled())
     expected = generate(target, monkeypatch, 1000, **options)
     found = generate(target, monkeypatch, SMALLEST, max_rows=2, loop=loop, **options)
+    assert len(seen) >= 2
+    assert_same(found, expected)
+
+
+def test_what_truncated_sampling_keeps_grows_along(target, monkeypatch):
+    """In the middle of completions, and in rows that start in a grown cache."""
+    seen = rooms_seen(monkeypatch)
+    options = dict(draft=DRAFTS["heads"](target), sampling=TruncatedSampling(1.0, max_support=7, top_p=0.9))
+    expected = generate(target, monkeypatch, 1000, **options)
+    assert seen == [] and expected.support is not None and expected.support.counts.max() == 7
+    found = generate(target, monkeypatch, SMALLEST, max_rows=2, **options)
     assert len(seen) >= 2
     assert_same(found, expected)
 

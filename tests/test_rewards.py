@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -21,13 +22,16 @@ from eqx_specgrpo.tasks import (
     Arithmetic,
     Example,
     JsonlTask,
+    OutOfTime,
     RewardError,
     RewardLog,
     Rewards,
     TrainerState,
+    _math_reward as math_module,
     arithmetic_reward,
     find_numbers,
     last_number,
+    limited,
     load_rewards,
     running_totals_reward,
     soft_overlong,
@@ -189,9 +193,9 @@ def test_soft_overlong():
     assert rewards == pytest.approx([0.0, 0.0, -0.05, -0.5, -1.0, -1.0, -1.0])
 
 
-def score(functions, weights=None, rows=3, chat=False, columns=None, step=None, **context):
+def score(functions, weights=None, rows=3, chat=False, columns=None, step=None, timeout=math.inf, **context):
     names = tuple(f"f{i}" for i in range(len(functions)))
-    rewards = Rewards(names, tuple(functions), tuple(weights or [1.0] * len(functions)))
+    rewards = Rewards(names, tuple(functions), tuple(weights or [1.0] * len(functions)), timeout)
     prompts = [[{"role": "user", "content": f"prompt {i}"}] if chat else f"prompt {i}" for i in range(rows)]
     completions = [f"completion {i}" for i in range(rows)]
     ids = [list(range(i)) for i in range(rows)]
@@ -340,6 +344,144 @@ def test_async_function_inside_a_running_loop():
         return score([slow_reward])[1].tolist()
 
     assert asyncio.run(notebook_cell()) == [0.0, 1.0, 2.0]
+
+
+def test_async_functions_run_at_the_same_time():
+    """Each waits for the other: one after the other they would wait for ever."""
+    here, there = asyncio.Event(), asyncio.Event()
+
+    async def first(completions):
+        here.set()
+        await there.wait()
+        return [1.0] * 3
+
+    async def second(completions):
+        there.set()
+        await here.wait()
+        return [2.0] * 3
+
+    assert score([first, lambda completions: [4.0] * 3, second], timeout=5.0)[1].tolist() == [7.0] * 3
+
+
+def test_an_async_function_that_fails_is_told_with_its_item():
+    async def fails(completions):
+        await asyncio.sleep(0)
+        return [1 / (text[-1] != "2") for text in completions]
+
+    with pytest.raises(RewardError, match="'f1' raised ZeroDivisionError.* on item 2 of 3, the prompt 'prompt 2'"):
+        score([slow_reward, fails, slow_reward])
+
+    async def exits(completions):
+        sys.exit(3)
+
+    with pytest.raises(RewardError, match="'f0' raised SystemExit: 3"):
+        score([exits])
+
+
+def test_what_is_not_awaited_is_closed(recwarn):
+    with pytest.raises(RewardError, match="'f1'"):
+        score([slow_reward, lambda completions: [][0]])
+    assert not [warning for warning in recwarn if "never awaited" in str(warning.message)]
+
+
+def hangs_on_the_second(completions):
+    for text in completions:
+        try:
+            while text[-1] == "1":
+                time.sleep(0.01)
+        except Exception:  # as broad as users write it
+            pass
+    return [0.0] * len(completions)
+
+
+async def waits_on_the_second(completions):
+    await asyncio.sleep(60.0 * any(text[-1] == "1" for text in completions))
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize("function", [hangs_on_the_second, waits_on_the_second])
+def test_a_function_that_takes_too_long(function):
+    began = time.monotonic()
+    message = (
+        r"'f0' took more than the 0.2 s that it has \(reward.timeout\); alone .* on item 1 of 3, the prompt 'prompt 1'"
+    )
+    with pytest.raises(RewardError, match=message):
+        score([function], timeout=0.2)
+    assert time.monotonic() - began < 10
+
+
+def test_no_item_alone_takes_too_long():
+    def slow(completions):
+        time.sleep(0.1 * len(completions))
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match="took more than the 0.25 s .* on a batch of 3, though not on one item alone"):
+        score([slow], timeout=0.25)
+    assert score([slow], timeout=20.0)[1].tolist() == [0.0] * 3
+
+
+def test_limits_may_be_nested():
+    """The inner one ends its block; the outer one still rings, at its own time."""
+    began = time.monotonic()
+    with pytest.raises(OutOfTime), limited(0.3):
+        with pytest.raises(OutOfTime), limited(0.05):
+            time.sleep(10)
+        assert time.monotonic() - began < 0.25
+        time.sleep(10)
+    assert 0.25 < time.monotonic() - began < 5
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    with limited(0.01):
+        pass
+    time.sleep(0.05)  # nothing rings any more
+
+
+MATH = [
+    ("So it is $\\boxed{\\frac{1}{2}}$.", "0.5", 1.0),
+    ("The answer is 1/2", "\\frac{1}{2}", 1.0),
+    ("$x = 3$", "3", 1.0),
+    ("First 4, and then $\\boxed{3}$, of 12.", 3, 1.0),
+    ("\\boxed{3}, or \\boxed{4}", 3, 0.0),
+    ("\\boxed{4}", "3", 0.0),
+    ("no answer", "3", 0.0),
+    ("", "3", 0.0),
+    ("$\\boxed{(x+1)^2}$", "x^2 + 2x + 1", 1.0),
+    ("$\\boxed{\\{1, 2\\}}$", "\\{2, 1\\}", 1.0),
+    ("\\boxed{3}", None, None),
+    ([{"role": "assistant", "content": "\\boxed{3}"}], "3", 1.0),
+]
+
+
+def test_math_reward():
+    pytest.importorskip("math_verify")
+    completions, answers, expected = zip(*MATH, strict=True)
+    rewards = load_rewards(["math"], None, Arithmetic())
+    (function,) = rewards.functions
+    assert function(completions=list(completions), answer=list(answers)) == list(expected)
+
+
+def test_an_expression_that_takes_for_ever_is_wrong(monkeypatch):
+    """Whoever compares: here a package that hangs on the second completion."""
+
+    def verify(gold, answer, timeout_seconds):
+        assert timeout_seconds is None
+        while answer == ["hard"]:
+            pass
+        return gold == answer
+
+    library = ModuleType("math_verify")
+    monkeypatch.setattr(
+        library, "parse", lambda text, parsing_timeout: [text.strip("$")] if text else [], raising=False
+    )
+    monkeypatch.setattr(library, "verify", verify, raising=False)
+    monkeypatch.setitem(sys.modules, "math_verify", library)
+    monkeypatch.setattr(math_module, "_SECONDS", 0.1)
+    assert math_module.math_reward(completions=["a", "hard", "a"], answer=["a", "a", "b"]) == [1.0, 0.0, 0.0]
+
+
+def test_math_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(UserError, match=r"the reward math needs a package .* pip install 'eqx_specgrpo\[math\]'"):
+        load_rewards(["math"], None, Arithmetic())
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ CHECKS = [
     "log-probabilities, greedy",
     "coupled tokens are plain decoding's",
     "log-probabilities, coupled",
+    "the tokens kept by truncated sampling",
 ]
 
 BROKEN = '''

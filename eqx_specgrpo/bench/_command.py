@@ -234,8 +234,9 @@ def measure_drafts(
     lessons = {c.draft.layers: Lesson(plain, batch, features_of(target, batch, c.draft.layers)) for c in contenders}
     about_drafts = []
     for contender in contenders:
-        # The law under top-k or top-p, or at temperature 0, is not the one that drafts are trained and examined for.
-        whole = settings.temperature > 0 and settings.top_k is None and settings.top_p is None
+        # A truncated law, or that of temperature 0, is not the one that drafts are trained and examined for.
+        truncations = (settings.top_k, settings.top_p, settings.min_p)
+        whole = settings.temperature > 0 and all(value is None for value in truncations)
         about_drafts.append(
             {
                 "name": contender.name,
@@ -313,7 +314,7 @@ def _workloads(parts: RunParts, target: AbstractLanguageModel, settings: BenchSe
         most * (settings.rounds + 1),
         settings.max_completion_length,
     )
-    sampling = make_sampling(settings.temperature, settings.top_k, settings.top_p)
+    sampling = make_sampling(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
     workloads = []
     for rows in sorted(settings.rows):
         count = rows // settings.samples

@@ -26,7 +26,7 @@ class BenchSettings(eqx.Module):
         decoding then has as many tokens to make, so that a ratio of two says nothing of when completions happened to
         end. Drafts are distilled on completions that end all the same.
     - `samples`: completions a prompt; divides each of `rows`.
-    - `temperature`, `top_k`, `top_p`: of sampling; temperature 0 is greedy.
+    - `temperature`, `top_k`, `top_p`, `min_p`: of sampling; temperature 0 is greedy.
     - `rounds`: how often everything is measured.
     - `minutes`: for preparing a draft that has to be distilled, its generations included.
 
@@ -45,6 +45,7 @@ class BenchSettings(eqx.Module):
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     rounds: int = 5
     minutes: float = 1.0
 
@@ -75,10 +76,11 @@ class BenchSettings(eqx.Module):
             raise UserError("--lengths names no length above 0, and plain decoding is measured anyway: give 1 to 8")
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"--temperature is {self.temperature}, but must be at least 0, which is greedy, and finite")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(
-                f"--top-p is {self.top_p}, but must be above 0 and at most 1; leave it out to keep everything"
-            )
+        for option, value in (("--top-p", self.top_p), ("--min-p", self.min_p)):
+            if value is not None and not 0 < value <= 1:
+                raise UserError(
+                    f"{option} is {value}, but must be above 0 and at most 1; leave it out to keep everything"
+                )
         if not 0 < self.minutes < math.inf:
             raise UserError(
                 f"--minutes is {self.minutes}, but a draft needs some time to learn: give a finite number above 0"

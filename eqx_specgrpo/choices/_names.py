@@ -46,6 +46,7 @@ REWARDS: Mapping[str, str] = MappingProxyType(
     {
         "arithmetic": "_arithmetic_reward",
         "running_totals": "_running_totals",
+        "math": "_math_reward",
         "think_format": "_think_format",
         "soft_overlong(L, C)": "_soft_overlong",
     }

@@ -1,5 +1,6 @@
 """What a configuration names, found before anything expensive starts."""
 
+import math
 import os
 import shutil
 from importlib import resources
@@ -30,7 +31,8 @@ def load_task_and_rewards(config: RunConfig) -> tuple[AbstractTask, Rewards]:
     """
     task = load_task(config.task.name, config.seed, config.task.options)
     columns = task.at(0).columns
-    rewards = load_rewards(config.reward.functions, config.reward.weights, task)
+    reward = config.reward
+    rewards = load_rewards(reward.functions, reward.weights, task, reward.timeout or math.inf)
     rewards.check_columns(columns)
     return task, rewards
 

@@ -31,6 +31,20 @@ class _Keys(Section):
         description="completions decoded at a time; when some finish, waiting ones take their places; none: all",
     )
     temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the log-probabilities in the loss")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="draw from the likeliest tokens that have this probability together"
+    )
+    top_k: int = Field(default=0, ge=0, description="draw from so many of the likeliest tokens; 0: all")
+    min_p: Annotated[Annotated[float, Field(gt=0, le=1)] | None, NoneWord] = Field(
+        default=None,
+        description="draw from tokens that have this share of the likeliest one's probability; none: all",
+    )
+    max_support: int = Field(
+        default=128,
+        ge=1,
+        description="with top_p, top_k or min_p: the most tokens kept at a position, the likeliest of them; the kept "
+        "ones are recorded, 4 bytes each, and the loss is of the probabilities among them",
+    )
     learning_rate: float = Field(default=1e-6, ge=0, description="AdamW's, at its height")
     lr_scheduler_type: Literal["constant", "linear"] = Field(
         default="linear", description="linear: down to 0 at the last step"
@@ -161,6 +175,11 @@ class GRPOConfig(_WithLosses):  # pyright: ignore[reportGeneralTypeIssues]
         return POLICY_LOSSES[self.loss_type]
 
     @property
+    def truncates(self) -> bool:
+        """Whether rollouts are drawn from a part of the vocabulary."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p is not None
+
+    @property
     def loss_options(self) -> dict[str, float | None]:
         """The options of that loss, by name; `None` for its own default."""
         values = dict(self)
@@ -184,6 +203,11 @@ class GRPOConfig(_WithLosses):  # pyright: ignore[reportGeneralTypeIssues]
             raise ValueError(
                 f"grpo.importance_sampling_clip_min = {low} is not below grpo.importance_sampling_clip_max = {high}: "
                 "every weight would be beyond the bounds"
+            )
+        if self.top_k > self.max_support:
+            raise ValueError(
+                f"grpo.top_k = {self.top_k} is more than grpo.max_support = {self.max_support}, the most tokens that "
+                f"are kept: set grpo.max_support={self.top_k}, or a smaller grpo.top_k"
             )
         self._check_loss()
         self._check_advantages()
@@ -240,6 +264,7 @@ class GRPOConfig(_WithLosses):  # pyright: ignore[reportGeneralTypeIssues]
         """What has no effect as things are was meant otherwise."""
         values, fields = dict(self), type(self).model_fields
         for needs, is_on, names in (
+            ("grpo.top_p, top_k or min_p", self.truncates, ("max_support",)),
             ("grpo.beta above 0", self.beta > 0, ("kl_estimator", "use_kl_in_reward", "sync_ref_model")),
             ("grpo.sync_ref_model = true", self.sync_ref_model, ("ref_model_mixup_alpha", "ref_model_sync_steps")),
             (

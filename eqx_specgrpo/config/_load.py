@@ -25,12 +25,8 @@ from ._tree import DraftConfig, RunConfig, TaskConfig
 
 _NOTES = {"grpo.num_generations": "a group of one has nothing to be compared with"}
 _MAY_CHANGE = frozenset({"steps", "out", "save_steps", "compare"})
-_WHOLE_LAW = "a run draws from the whole distribution, which is the one in the loss"
 # Names of TRL's GRPOConfig that are not near what they are here; docs/run.md, "Coming from TRL", has them all.
 _OF_TRL = {
-    "top_p": _WHOLE_LAW,
-    "top_k": _WHOLE_LAW,
-    "min_p": _WHOLE_LAW,
     "steps_per_generation": "each batch of rollouts is one step, of grpo.num_iterations updates",
     "per_device_train_batch_size": "a step has grpo.prompts_per_step times grpo.num_generations completions",
     "num_train_epochs": "set steps, the number of batches of rollouts",

@@ -1,7 +1,6 @@
 """From a configuration to the objects of a run. The only place that turns names into classes."""
 
 import equinox as eqx
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
@@ -36,13 +35,14 @@ from ..errors import UserError
 from ..files import user_path
 from ..grpo import AbstractEntropyControl, LossSettings, adamw
 from ..models import AbstractLanguageModel, Tokenizer
-from ..sampling import AbstractSampling, Sampling
+from ..sampling import AbstractSampling, TruncatedSampling
 from ..tasks import AbstractTask, Rewards, load_task
 from ._check import check_saved_draft, default_model_path, load_task_and_rewards
 from ._draft_options import LOOKUP, split_options
 from ._load import draft_config
 from ._lora import merged_policy, starting_policy
 from ._loss import entropy_control, loss_settings
+from ._sampling import rollout_sampling
 from ._tree import DraftConfig, RunConfig
 
 # Of a fresh draft for a model with more than twice as many tokens: drafting from 49,152 took eight times as long as
@@ -66,6 +66,11 @@ class RunParts(eqx.Module):
     draft_loss: AbstractDraftLoss
     policy_optimizer: optax.GradientTransformation
     draft_optimizer: optax.GradientTransformation
+
+    @property
+    def truncation(self) -> TruncatedSampling | None:
+        """How tokens are drawn, where that is from a part of the vocabulary."""
+        return self.sampling if isinstance(self.sampling, TruncatedSampling) else None
 
 
 def load_policy(path: str, adapter: str | None = None) -> tuple[AbstractLanguageModel, Tokenizer]:
@@ -182,7 +187,7 @@ def make_parts(config: RunConfig, tokenizer: Tokenizer, draft: AbstractDraft, *,
         tokenizer=tokenizer,
         task=task,
         rewards=rewards,
-        sampling=Sampling(jnp.float32(grpo.temperature)),
+        sampling=rollout_sampling(grpo),
         verifier=make_verifier(config.draft.verifier),
         length=_length(config.draft),
         loss=loss_settings(grpo, draft.layers),

@@ -60,6 +60,9 @@ class RewardConfig(_Section):
     functions: list[str] = Field(default=[], description="built-in names, package.module:function or file.py:function; "
                                  "empty: the task's own")  # fmt: skip
     weights: Annotated[list[float] | None, _NoneWord] = Field(default=None, description="one a function, none: all 1")
+    timeout: Annotated[Annotated[float, Field(gt=0)] | None, _NoneWord] = Field(
+        default=300.0, description="seconds that each function has for the completions of a step; none: no limit"
+    )
 
     @model_validator(mode="after")
     def _one_weight_a_function(self):

@@ -4,12 +4,14 @@ from .._types import (
     Rollouts as Rollouts,
     ScoredRollouts as ScoredRollouts,
     StopReason as StopReason,
+    Support as Support,
 )
 from ..sampling import (
     AbstractSampling as AbstractSampling,
     Categorical as Categorical,
     GreedySampling as GreedySampling,
     Sampling as Sampling,
+    TruncatedSampling as TruncatedSampling,
     make_sampling as make_sampling,
 )
 from ._adaptive import AdaptiveLength as AdaptiveLength

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Int, Key
 
-from .._types import DecodeStatistics, Prompts, Rollouts, StopReason
+from .._types import Prompts, Rollouts
 from ..drafts import AbstractDraft, NoDraft
 from ..errors import UserError
 from ..models import AbstractLanguageModel, KVCache, caches_can_grow, default_cache_dtype, take_rows
@@ -22,6 +22,7 @@ from ._finite import require_finite
 from ._greedy_match import GreedyMatch
 from ._length import AbstractLengthController, FixedLength, SegmentObservation
 from ._order import StartOrder
+from ._output import Output
 from ._prompts import AbstractPromptStore, PromptsInRows, PromptsOnce, can_share
 from ._room import Room, RoomKeeper, grown, room_ladder, with_room
 from ._segment import AbstractSegmentLoop, SegmentQueue, default_loop
@@ -148,7 +149,7 @@ def decode(
     keeper = RoomKeeper(rooms, block, loop)
     at_once = num_rows if max_rows is None else min(max_rows, num_rows)
     waiting = StartOrder(expected_lengths, len(prompts.lengths), samples)
-    output = _Output(num_rows, max_new_tokens, draft.max_length)
+    output = Output(num_rows, max_new_tokens, draft.max_length)
     row_ids = waiting.take(at_once, output.lengths, output.ended)
     share = can_share(target, samples, len(waiting))
     if share:
@@ -335,43 +336,3 @@ def _take_rows(state: DecodeState, store: AbstractPromptStore, rows: Int[Array, 
     cache = store.take(state.cache, rows, slots)
     others = jax.tree.map(lambda x: x[rows], dataclasses.replace(state, cache=()))
     return dataclasses.replace(others, cache=cache)
-
-
-class _Output:
-    """Host buffers that collect the rows as they leave the device."""
-
-    def __init__(self, rows: int, new: int, max_draft: int):
-        self.new = new
-        self.tokens = np.zeros((rows, new), np.int32)
-        self.logprobs = np.zeros((rows, new), np.float32)
-        self.lengths = np.zeros(rows, np.int32)
-        self.stop = np.zeros(rows, np.int32)
-        self.target_forwards = np.zeros(rows, np.int32)
-        self.emitted = np.zeros(rows, np.int32)
-        self.drafted = np.zeros((rows, max_draft), np.int32)
-        self.accepted = np.zeros((rows, max_draft), np.int32)
-
-    def take(self, row_ids: Int[np.ndarray, " rows"], state: DecodeState) -> None:
-        lengths = np.asarray(state.num_new)
-        there = min(self.new, state.tokens.shape[1])
-        counts = np.arange(there)[None] < lengths[:, None]
-        self.tokens[row_ids, :there] = np.where(counts, np.asarray(state.tokens)[:, :there], 0)
-        self.logprobs[row_ids, :there] = np.where(counts, np.asarray(state.logprobs)[:, :there], 0.0)
-        self.lengths[row_ids] = lengths
-        self.stop[row_ids] = np.asarray(state.stop)
-        self.target_forwards[row_ids] = np.asarray(state.target_forwards)
-        self.emitted[row_ids] = np.asarray(state.emitted)
-        self.drafted[row_ids] = np.asarray(state.drafted)
-        self.accepted[row_ids] = np.asarray(state.accepted)
-
-    @property
-    def ended(self) -> Bool[np.ndarray, " rows"]:
-        return self.stop != StopReason.RUNNING
-
-    def tokens_of_others(self, row_ids: Int[np.ndarray, " rows"]) -> int:
-        return int(np.delete(self.lengths, row_ids).sum())
-
-    def rollouts(self, prompts: Prompts, samples: int) -> Rollouts:
-        group = np.repeat(np.arange(len(prompts.lengths), dtype=np.int32), samples)
-        statistics = DecodeStatistics(self.target_forwards, self.drafted, self.accepted, self.emitted)
-        return Rollouts(prompts, group, self.tokens, self.lengths, self.logprobs, self.stop, statistics)

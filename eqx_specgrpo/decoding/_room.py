@@ -132,15 +132,16 @@ def _layer_with_slots(layer: KVCache, slots: int) -> KVCache:
 
 
 def _others_with_room(draft: AbstractDraft, state: DecodeState, room: Room) -> DecodeState:
-    more = ((0, 0), (0, room.new - state.tokens.shape[1]))
+    more = room.new - state.tokens.shape[1]
 
     def buffer(values: Array) -> Array:
-        return jnp.pad(values, more)
+        return jnp.pad(values, [(0, 0), (0, more), *[(0, 0)] * (values.ndim - 2)])
 
     return dataclasses.replace(
         state,
         tokens=buffer(state.tokens),
         logprobs=buffer(state.logprobs),
+        support=jax.tree.map(buffer, state.support),
         draft=draft.grow(state.draft, room.whole),
     )
 

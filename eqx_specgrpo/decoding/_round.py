@@ -11,6 +11,7 @@ from ..models import AbstractLanguageModel
 from ..sampling import AbstractSampling
 from ._prompts import AbstractPromptStore
 from ._state import DecodeState, commit
+from ._support import support_of
 from ._verify import AbstractVerifier
 
 
@@ -45,7 +46,8 @@ def decode_round(
 
     # Verify: how many guesses stand, and the token that follows them.
     with jax.named_scope("verify"):
-        verdict = jax.vmap(verifier.verify)(distribution, proposal, state.keys, next_position)
+        target_law = distribution.dense(logits.shape[-1])
+        verdict = jax.vmap(verifier.verify)(target_law, proposal, state.keys, next_position)
         guesses = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
         is_guess = jnp.arange(length + 1)[None] < verdict.num_accepted[:, None]
         emitted = jnp.where(is_guess, guesses, verdict.next_token[:, None])
@@ -55,4 +57,5 @@ def decode_round(
     with jax.named_scope("commit"):
         draft_state = draft.commit_active(target, draft_state, features, block, verdict.num_accepted, state.active)
         state = dataclasses.replace(state, finite=state.finite & (proposal.finite() | ~state.active))
-        return commit(state, emitted, logprobs, verdict.num_accepted + 1, eos_ids, prompts.detach(cache), draft_state)
+        support, num_valid = support_of(distribution), verdict.num_accepted + 1
+        return commit(state, emitted, logprobs, support, num_valid, eos_ids, prompts.detach(cache), draft_state)

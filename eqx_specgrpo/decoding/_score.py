@@ -1,13 +1,14 @@
 """Log-probabilities of given completions, from one forward without a cache."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._types import Rollouts
+from .._types import Rollouts, Support
 from ..models import AbstractLanguageModel, sequence_features
-from ..sampling import AbstractSampling
+from ..sampling import AbstractSampling, Categorical, TruncatedSampling, restricted, temper
 
 
 def teacher_forced_logprobs(
@@ -15,10 +16,12 @@ def teacher_forced_logprobs(
 ) -> Float[np.ndarray, "rows new"]:
     """The target's log-probabilities of the completions, from one plain forward without a cache.
 
-    What the decoder reported must agree with this to rounding: the smoke alarm of losslessness.
+    What the decoder reported must agree with this to rounding: the smoke alarm of losslessness. Where the rollouts have
+    a `support` it is the one normalised over: found again, it might differ by a token at its edge.
     """
     sequences, before = whole_sequences(rollouts)
-    return np.asarray(_score(target, sampling, sequences, before, jnp.asarray(rollouts.tokens)))
+    tokens, support = jnp.asarray(rollouts.tokens), jax.tree.map(jnp.asarray, rollouts.support)
+    return np.asarray(_score(target, sampling, sequences, before, tokens, support))
 
 
 @eqx.filter_jit
@@ -28,8 +31,13 @@ def _score(
     sequences: Int[Array, "rows seq"],
     before: Int[Array, "rows new"],
     tokens: Int[Array, "rows new"],
+    support: Support | None,
 ) -> Float[Array, "rows new"]:
     logits = completion_logits(target, sequences, before)
+    if support is not None:
+        assert isinstance(sampling, TruncatedSampling)
+        kept = temper(restricted(logits, support.ids, support.counts), sampling.temperature)
+        return Categorical(kept, jax.nn.logsumexp(kept, axis=-1), support.ids).logprob(tokens)
     return sampling.logprobs(logits, sampling.distribution(logits), tokens)
 
 

@@ -13,6 +13,7 @@ from ..drafts import AbstractDraft, Proposal
 from ..models import AbstractLanguageModel, Cache, fill_cache
 from ..sampling import AbstractSampling
 from ._state import DecodeState, commit
+from ._support import empty_buffer, support_of
 from ._verify import AbstractVerifier
 
 Modules = tuple[AbstractLanguageModel, AbstractDraft, AbstractVerifier, AbstractSampling, Int[Array, " eos"]]
@@ -93,14 +94,16 @@ def start_rows(
     logits = prompts.logits[prompt_of_row][:, None]
     distribution = sampling.distribution(logits)
     nothing = Proposal(jnp.zeros((rows, 0), jnp.int32), None)
-    verdict = jax.vmap(verifier.verify)(distribution, nothing, keys, lengths)
+    verdict = jax.vmap(verifier.verify)(distribution.dense(logits.shape[-1]), nothing, keys, lengths)
     first = verdict.next_token[:, None].astype(jnp.int32)
     zeros = jnp.zeros(rows, jnp.int32)
     counts = jnp.zeros((rows, draft.max_length), jnp.int32)
     tokens = prompts.tokens[prompt_of_row]
+    support = support_of(distribution)
     state = DecodeState(
         tokens=tokens,
         logprobs=jnp.zeros(tokens.shape),
+        support=empty_buffer(support, tokens.shape[1]),
         num_new=zeros,
         last_token=zeros,
         prompt_lengths=lengths,
@@ -116,6 +119,6 @@ def start_rows(
         emitted=zeros,
     )
     logprobs = sampling.logprobs(logits, distribution, first)
-    state = commit(state, first, logprobs, zeros + 1, eos_ids, state.cache, state.draft)
+    state = commit(state, first, logprobs, support, zeros + 1, eos_ids, state.cache, state.draft)
     # The prompt's pass is no round: it would have to be made for plain decoding as well.
     return eqx.tree_at(lambda s: (s.target_forwards, s.emitted), state, (zeros, zeros))

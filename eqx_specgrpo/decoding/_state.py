@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from .._types import StopReason
+from .._types import StopReason, Support
 from ..models import Cache
+from ._support import written
 
 
 class DecodeState(eqx.Module):
@@ -19,6 +20,7 @@ class DecodeState(eqx.Module):
 
     - `tokens`: emitted tokens; what lies at or beyond `num_new` is not committed.
     - `logprobs`: the target's log-probabilities of them.
+    - `support`: what truncated sampling kept at each of them; `None` where that is not recorded.
     - `num_new`: how many tokens each row has emitted.
     - `last_token`: the newest of them, not yet fed to the target.
     - `prompt_lengths`, `limits`: the prompt's length and the most tokens the row may emit.
@@ -32,6 +34,7 @@ class DecodeState(eqx.Module):
 
     tokens: Int[Array, "rows new"]
     logprobs: Float[Array, "rows new"]
+    support: Support | None
     num_new: Int[Array, " rows"]
     last_token: Int[Array, " rows"]
     prompt_lengths: Int[Array, " rows"]
@@ -84,6 +87,7 @@ def commit(
     state: DecodeState,
     emitted: Int[Array, "rows block"],
     logprobs: Float[Array, "rows block"],
+    support: Support | None,
     num_valid: Int[Array, " rows"],
     eos_ids: Int[Array, " eos"],
     cache: Cache,
@@ -95,6 +99,7 @@ def commit(
 
     - `emitted`: the accepted drafted tokens, then the next token, then anything.
     - `logprobs`: the target's log-probabilities of them.
+    - `support`: what each of them was drawn from, if the state keeps that.
     - `num_valid`: accepted tokens plus one.
     - `eos_ids`: see `fits`.
     - `cache`, `draft`: as the round left them.
@@ -116,6 +121,7 @@ def commit(
     return DecodeState(
         tokens=jax.vmap(write)(state.tokens, emitted, state.num_new),
         logprobs=jax.vmap(write)(state.logprobs, logprobs, state.num_new),
+        support=written(state.support, support, state.num_new),
         num_new=state.num_new + count,
         last_token=jnp.where(active, last, state.last_token),
         prompt_lengths=state.prompt_lengths,

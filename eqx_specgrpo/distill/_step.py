@@ -8,8 +8,10 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ..drafts import AbstractDraft, draft_vocabulary
 from ..models import AbstractLanguageModel, Features
+from ..sampling import TruncatedSampling
 from ._base import AbstractDraftLoss
 from ._support import draft_over_support, target_over_support
+from ._truncated import truncated_acceptance
 
 
 class DraftBatch(eqx.Module):
@@ -67,6 +69,7 @@ def draft_gradients(
     position_decay: Float[Array, ""],
     new: int,
     chunk: int | None = None,
+    truncation: TruncatedSampling | None = None,
 ) -> DraftGradients:
     """Loss and gradients of the draft, in chunks of positions: no array of all positions times the vocabulary exists.
 
@@ -86,6 +89,8 @@ def draft_gradients(
     - `new`: the completion positions to look at; static.
     - `chunk`: positions a chunk; static. `None`: as many as keep an array of draft logits below 32 MiB, which is about
         what CPU caches and allocators like. Chunks in which no position counts are passed over.
+    - `truncation`: how tokens are drawn, where that is from a part of the vocabulary: the acceptance is then that of
+        what is drawn. What is learned is the whole distribution, which both sides truncate alike.
     """
     features, target = lax.stop_gradient((batch.features, target))
     params, static = eqx.partition(draft, eqx.is_inexact_array)
@@ -120,14 +125,17 @@ def draft_gradients(
 
     def learn(carry, inputs):
         start, hidden, mask = inputs
-        ahead = lax.dynamic_slice_in_dim(target_hidden, start, chunk + num_draft)
-        ahead_logits = target_over_support(target.unembed(ahead) / temperature, vocabulary.support)
+        ahead = target.unembed(lax.dynamic_slice_in_dim(target_hidden, start, chunk + num_draft))
+        ahead_logits = target_over_support(ahead / temperature, vocabulary.support)
         target_logits = jnp.stack([ahead_logits[1 + k : 1 + k + chunk] for k in range(num_draft)], axis=1)
 
         def chunk_loss(params, hidden):
-            draft_logits = eqx.combine(params, static).train_logits(target, hidden) / temperature
-            draft_logits = draft_over_support(draft_logits, vocabulary.support)
+            untempered = eqx.combine(params, static).train_logits(target, hidden)
+            draft_logits = draft_over_support(untempered / temperature, vocabulary.support)
             losses, acceptances = loss(target_logits, draft_logits, mask, alpha)
+            if truncation is not None:
+                drawn = truncated_acceptance(ahead, lax.stop_gradient(untempered), truncation, vocabulary.support)
+                acceptances = jnp.where(mask, drawn, 0.0).sum(0)
             return jnp.sum(weights * losses), acceptances
 
         (value, acceptances), (d_params, d_hidden) = jax.value_and_grad(chunk_loss, argnums=(0, 1), has_aux=True)(

@@ -10,9 +10,11 @@ from jaxtyping import Array, Float
 
 from ..drafts import MOST_STEPS, AbstractDraft, draft_vocabulary, steps_to_temperature, tempered_part, with_temperature
 from ..models import AbstractLanguageModel
+from ..sampling import TruncatedSampling
 from ._losses import expected_acceptance
 from ._step import DraftBatch
 from ._support import draft_over_support, target_over_support
+from ._truncated import sampled_logits
 
 Draft = TypeVar("Draft", bound=AbstractDraft)
 
@@ -42,6 +44,7 @@ def fit_temperature(
     new: int,
     positions: int = 128,
     chunk: int = 64,
+    truncation: TruncatedSampling | None = None,
 ) -> tuple[Draft, TemperatureFit]:
     """One step of each draft position's temperature towards the largest expected acceptance, `sum min(target, draft)`.
 
@@ -52,7 +55,7 @@ def fit_temperature(
     **Arguments:**
 
     - `draft`: a [`eqx_specgrpo.drafts.TemperedDraft`][], or one that has it inside; in the dtype to compute in.
-    - `target`, `batch`, `temperature`, `new`, `chunk`: as for `draft_gradients`.
+    - `target`, `batch`, `temperature`, `new`, `chunk`, `truncation`: as for `draft_gradients`.
     - `positions`: completion positions to look at, spread over the batch; static.
 
     **Returns:**
@@ -67,18 +70,23 @@ def fit_temperature(
         )
     num_draft, support = draft.train_length, draft_vocabulary(draft).support
     steps = jnp.clip(tempered.steps[:num_draft, None] + jnp.asarray([_MOVES]), -MOST_STEPS, MOST_STEPS)
-    temperatures = temperature * steps_to_temperature(steps)
+    of_draft = steps_to_temperature(steps)
 
     hidden, ahead, mask = _spread(draft, target, batch, new, positions, chunk)
 
     def one_chunk(sums, inputs):
         hidden, ahead, mask = inputs
-        target_logits = target_over_support(target.unembed(ahead) / temperature, support)
-        draft_logits = draft_over_support(draft.train_logits(target, hidden), support)
-        acceptances = [
-            expected_acceptance(target_logits, draft_logits / temperatures[None, :, move, None])
-            for move in range(len(_MOVES))
-        ]
+        target_logits = target_over_support(sampled_logits(target.unembed(ahead), temperature, truncation), support)
+        draft_logits = draft.train_logits(target, hidden)
+
+        def drawn(move: int) -> Float[Array, "positions draft entries"]:
+            if truncation is None:
+                logits = draft_logits / (temperature * of_draft)[None, :, move, None]
+            else:
+                logits = sampled_logits(draft_logits / of_draft[None, :, move, None], temperature, truncation)
+            return draft_over_support(logits, support)
+
+        acceptances = [expected_acceptance(target_logits, drawn(move)) for move in range(len(_MOVES))]
         return sums + jnp.where(mask[..., None], jnp.stack(acceptances, axis=-1), 0.0).sum(0), None
 
     sums, _ = lax.scan(one_chunk, jnp.zeros((num_draft, len(_MOVES))), (hidden, ahead, mask))

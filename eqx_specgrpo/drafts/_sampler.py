@@ -83,5 +83,7 @@ def with_support(distribution: Categorical, support: Int[Array, " size"] | None)
     """The distribution over some token ids; they are repeated for every row, so that rows can be taken apart."""
     if support is None:
         return distribution
+    if distribution.support is not None:  # what truncation kept, as places among the ids
+        return Categorical(distribution.logits, distribution.log_normalizer, support[distribution.support])
     support = jnp.broadcast_to(support, distribution.logits.shape)
     return Categorical(distribution.logits, distribution.log_normalizer, support)

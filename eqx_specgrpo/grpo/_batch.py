@@ -1,10 +1,11 @@
 """From rollouts to the arrays of one policy update."""
 
 import equinox as eqx
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._types import Rollouts, StopReason
+from .._types import Rollouts, StopReason, Support
 
 
 class UpdateBatch(eqx.Module):
@@ -25,6 +26,8 @@ class UpdateBatch(eqx.Module):
     - `importance_weights`: of the old policy over the sampler, or `None` where the two are taken for equal.
     - `entropy_mask`: the tokens that teach the policy, of those that count; `None`: all of them.
     - `completion_lengths`: what is right of them is padding, which attention leaves out; `None` if that is not known.
+    - `support`: what truncated sampling kept at each completion token: log-probabilities, of whatever weights, are
+        normalised over it. `None`: over the whole vocabulary.
     """
 
     tokens: Int[Array | np.ndarray, "rows seq"]
@@ -40,6 +43,7 @@ class UpdateBatch(eqx.Module):
     importance_weights: Float[Array | np.ndarray, "rows new"] | None = None
     entropy_mask: Bool[Array | np.ndarray, "rows new"] | None = None
     completion_lengths: Int[Array | np.ndarray, " rows"] | None = None
+    support: Support | None = None
 
     def rows_with_gradient(self, *, with_kl: bool) -> Bool[np.ndarray, " rows"]:
         """Which rows move the policy: those with a token that counts and an advantage. The loss of the others is 0
@@ -81,6 +85,7 @@ class UpdateBatch(eqx.Module):
             part(self.importance_weights),
             part(self.entropy_mask),
             None if self.completion_lengths is None else self.completion_lengths[rows],
+            jax.tree.map(lambda x: x[rows, :width], self.support),
         )
 
 
@@ -140,6 +145,7 @@ def make_update_batch(
         prompt_rows=prompt_rows,
         prompt_of_row=prompt_of_row,
         completion_lengths=rollouts.lengths.astype(np.int32),
+        support=jax.tree.map(lambda x: x[:, :new], rollouts.support),
     )
 
 

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
-from ..sampling import temper
+from .._types import Support
+from ..sampling import restricted, temper
 
 
 def next_token_positions(prompt_lengths: Int[Array, " rows"], new: int) -> Int[Array, "rows new"]:
@@ -39,6 +40,7 @@ def chunked_logprobs(
     *,
     differentiable_entropy: bool = False,
     count: Int[ArrayLike, ""] | None = None,
+    support: Support | None = None,
 ) -> tuple[Float[Array, " positions"], Float[Array, " positions"]]:
     """Log-probability of a token, and the entropy, at each position, `chunk` positions at a time.
 
@@ -57,10 +59,14 @@ def chunked_logprobs(
         so by default the entropy is only a metric.
     - `count`: how many positions, from the first on, are wanted; may be traced. Chunks without one cost nothing, and
         what is returned for them is 0. `None`: all.
+    - `support`: the tokens to normalise over, at each position: those that truncated sampling kept. All others have no
+        probability, whatever their logits are. `None`: the whole vocabulary. Where its count is 0 what is returned
+        means nothing.
 
     **Returns:**
 
-    Log-probabilities and entropies (nats) of `softmax(logits / temperature)`, float32.
+    Log-probabilities and entropies (nats) of `softmax(logits / temperature)`, float32; minus infinity for a token
+    outside of its `support`.
 
     **Raises:**
 
@@ -77,11 +83,16 @@ def chunked_logprobs(
     temperature = jnp.asarray(temperature, jnp.float32)
 
     def one_chunk(
-        hidden: Float[Array, "chunk hidden"], tokens: Int[Array, " chunk"]
+        hidden: Float[Array, "chunk hidden"], tokens: Int[Array, " chunk"], kept: Support | None
     ) -> tuple[Float[Array, " chunk"], Float[Array, " chunk"]]:
-        logits = temper(unembed(hidden).astype(jnp.float32), temperature)
+        logits = unembed(hidden).astype(jnp.float32)
+        # The largest of the kept is what the others are compared with: after an update it need not be the largest.
+        logits = temper(logits if kept is None else restricted(logits, kept.ids, kept.counts), temperature)
         normalizers = jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
-        logprobs = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - normalizers
+        if kept is None:
+            logprobs = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - normalizers
+        else:
+            logprobs = _logits_of(tokens, logits, kept) - normalizers
         if not differentiable_entropy:
             logits, normalizers = lax.stop_gradient((logits, normalizers))
         log_distribution = logits - normalizers[:, None]
@@ -91,10 +102,13 @@ def chunked_logprobs(
 
     hidden_chunks = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(num_chunks, chunk, size)
     token_chunks = jnp.pad(tokens, (0, padding)).reshape(num_chunks, chunk)
+    support_chunks = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, padding), *[(0, 0)] * (x.ndim - 1)]).reshape(num_chunks, chunk, *x.shape[1:]), support
+    )
 
     # The branch is inside of what is computed again: outside, the weights would be kept once for every chunk.
     @jax.checkpoint
-    def wanted_chunk(start: Int[Array, ""], *chunk_of: Array) -> tuple[Float[Array, " chunk"], Float[Array, " chunk"]]:
+    def wanted_chunk(start: Int[Array, ""], *chunk_of: PyTree) -> tuple[Float[Array, " chunk"], Float[Array, " chunk"]]:
         if count is None:
             return one_chunk(*chunk_of)
         zeros = jnp.zeros(chunk, jnp.float32)
@@ -102,6 +116,15 @@ def chunked_logprobs(
 
     starts = jnp.arange(num_chunks) * chunk
     _, (logprobs, entropies) = lax.scan(
-        lambda _, x: (None, wanted_chunk(*x)), None, (starts, hidden_chunks, token_chunks)
+        lambda _, x: (None, wanted_chunk(*x)), None, (starts, hidden_chunks, token_chunks, support_chunks)
     )
     return logprobs.reshape(-1)[:positions], entropies.reshape(-1)[:positions]
+
+
+def _logits_of(
+    tokens: Int[Array, " chunk"], logits: Float[Array, "chunk kept"], kept: Support
+) -> Float[Array, " chunk"]:
+    """The tokens' own among the kept ones' logits; minus infinity for a token that is not kept."""
+    is_token = (kept.ids == tokens[:, None]) & (jnp.arange(kept.ids.shape[-1])[None] < kept.counts[:, None])
+    found = jnp.sum(jnp.where(is_token, logits, 0.0), axis=-1)
+    return jnp.where(is_token.any(-1) | (kept.counts == 0), found, -jnp.inf)

@@ -111,6 +111,7 @@ def _completion_logprobs(
     # Positions that count go first, so that only their logits are computed.
     mask = jnp.asarray(batch.completion_mask).reshape(-1)
     order = jnp.argsort(~mask, stable=True)
+    support = jax.tree.map(lambda x: jnp.asarray(x).reshape(rows * new, *x.shape[2:])[order], batch.support)
     logprobs, entropies = chunked_logprobs(
         hidden.reshape(rows * new, -1)[order],
         jnp.asarray(batch.completion_tokens).reshape(-1)[order],
@@ -119,6 +120,7 @@ def _completion_logprobs(
         settings.chunk,
         differentiable_entropy=settings.entropy_bonus,
         count=mask.sum(),
+        support=support,
     )
     back = jnp.argsort(order)
     return logprobs[back].reshape(rows, new), entropies[back].reshape(rows, new), features

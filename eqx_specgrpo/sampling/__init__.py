@@ -9,3 +9,4 @@ from ._sampling import (
     sample_weights as sample_weights,
 )
 from ._temperature import as_temperature as as_temperature, temper as temper
+from ._truncated import TruncatedSampling as TruncatedSampling, restricted as restricted

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, Scalar
 
-from ..errors import UserError
 from ._noise import exponential_noise
 from ._temperature import as_temperature, temper
+from ._truncation import check_truncation
 
 _BLOCK = 128
 
@@ -60,6 +60,19 @@ class Categorical(eqx.Module):
         return jnp.put_along_axis(
             jnp.zeros((*probs.shape[:-1], vocab)), self.support, probs, axis=-1, inplace=False, mode="drop"
         )
+
+    def dense(self, vocab: int) -> "Categorical":
+        """The same distributions with a logit for every token of the vocabulary: without a `support`.
+
+        **Arguments:**
+
+        - `vocab`: how many tokens it has.
+        """
+        if self.support is None:
+            return self
+        nothing = jnp.full((*self.logits.shape[:-1], vocab), -jnp.inf, self.logits.dtype)
+        logits = jnp.put_along_axis(nothing, self.support, self.logits, axis=-1, inplace=False, mode="drop")
+        return Categorical(logits, self.log_normalizer)
 
     def sample(self, uniform: Float[Array, "*batch"]) -> Int[Array, "*batch"]:
         """One token a position, by inversion of the cumulative distribution.
@@ -169,7 +182,7 @@ class AbstractSampling(eqx.Module):
 
 
 class Sampling(AbstractSampling):
-    """Temperature, then top-k, then top-p (the order of transformers and vLLM).
+    """Temperature, then top-k, then top-p, then min-p (the order of transformers).
 
     Reported log-probabilities are those of the distribution sampled from.
 
@@ -180,25 +193,27 @@ class Sampling(AbstractSampling):
     - `top_k`: keep the `k` largest logits (and what ties with the last of them), or `None` for all.
     - `top_p`: keep the smallest set of largest probabilities that sums to at least this, or `None` for all
         (Holtzman et al. 2020, nucleus sampling).
+    - `min_p`: keep tokens that have at least this share of the likeliest one's probability, or `None` for all
+        (Nguyen et al. 2024).
     """
 
     temperature: Float[Array, ""]
     top_k: int | None = eqx.field(static=True)
     top_p: Float[Array, ""] | None
+    min_p: Float[Array, ""] | None
 
     def __init__(
         self,
         temperature: float | int | Scalar = 1.0,
         top_k: int | None = None,
         top_p: float | int | Scalar | None = None,
+        min_p: float | int | Scalar | None = None,
     ):
-        if top_k is not None and top_k < 1:
-            raise UserError(f"top_k is {top_k}, but must be at least 1, or None to keep the whole vocabulary")
-        if isinstance(top_p, int | float) and not 0 < top_p <= 1:
-            raise UserError(f"top_p is {top_p}, but must be above 0 and at most 1; leave it out to keep everything")
+        check_truncation(top_k, top_p, min_p)
         self.temperature = as_temperature(temperature)
         self.top_k = top_k
         self.top_p = None if top_p is None else jnp.asarray(top_p, jnp.float32)
+        self.min_p = None if min_p is None else jnp.asarray(min_p, jnp.float32)
 
     def distribution(self, logits: Float[Array, "*batch vocab"]) -> Categorical:
         logits = temper(logits, self.temperature)
@@ -211,6 +226,8 @@ class Sampling(AbstractSampling):
             kept = jnp.cumsum(probs, axis=-1) - probs < self.top_p
             smallest_kept = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
             logits = jnp.where(logits >= smallest_kept, logits, -jnp.inf)
+        if self.min_p is not None:
+            logits = jnp.where(logits >= jnp.log(self.min_p), logits, -jnp.inf)
         # The largest is 0 and stays: it need not be looked for again.
         return Categorical(logits, jnp.log(jnp.sum(jnp.exp(logits), axis=-1)))
 
@@ -235,8 +252,10 @@ class GreedySampling(AbstractSampling):
         return Categorical.from_logits(logits).logprob(tokens)
 
 
-def make_sampling(temperature: float, top_k: int | None = None, top_p: float | None = None) -> AbstractSampling:
+def make_sampling(
+    temperature: float, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
+) -> AbstractSampling:
     """`GreedySampling` at temperature 0, `Sampling` above."""
     if temperature == 0:
         return GreedySampling()
-    return Sampling(temperature, top_k, top_p)
+    return Sampling(temperature, top_k, top_p, min_p)

@@ -16,15 +16,13 @@ from ._load import (
     load_task as load_task,
     task_options as task_options,
 )
+from ._math_reward import math_reward as math_reward
 from ._numbers import find_numbers as find_numbers, last_number as last_number
 from ._reasoning_gym import ReasoningGymTask as ReasoningGymTask
+from ._reward_call import RewardError as RewardError, RewardFunction as RewardFunction
 from ._reward_context import RewardLog as RewardLog, TrainerState as TrainerState
-from ._rewards import (
-    RewardError as RewardError,
-    RewardFunction as RewardFunction,
-    Rewards as Rewards,
-    completion_text as completion_text,
-)
+from ._rewards import Rewards as Rewards, completion_text as completion_text
 from ._running_totals import running_totals as running_totals, running_totals_reward as running_totals_reward
 from ._soft_overlong import soft_overlong as soft_overlong
 from ._think_format import think_format_reward as think_format_reward
+from ._time_limit import OutOfTime as OutOfTime, limited as limited

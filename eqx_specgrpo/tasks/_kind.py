@@ -45,8 +45,10 @@ class RewardKind:
     - `function`: the reward itself; or, where there are `numbers`, what makes it of them.
     - `summary`: what it rewards, in a line.
     - `numbers`: the whole numbers that stand in parentheses after its name, each in a word or two.
+    - `check`: called when it is named, raises `UserError` if what it needs isn't there; `None`: it needs nothing.
     """
 
     function: Callable[..., Any]
     summary: str
     numbers: tuple[str, ...] = ()
+    check: Callable[[], Any] | None = None

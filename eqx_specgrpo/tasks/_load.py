@@ -1,5 +1,6 @@
 """From what a user writes in a configuration to tasks and rewards."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,8 @@ from ..errors import UserError, did_you_mean
 from ..files import import_callable
 from ._base import AbstractTask
 from ._kind import RewardKind, TaskKind
-from ._rewards import RewardFunction, Rewards
+from ._reward_call import RewardFunction
+from ._rewards import Rewards
 
 # By what a configuration calls them; each is described at the end of its file.
 TASK_KINDS: Mapping[str, TaskKind] = described(__package__ or "", TASKS, "TASK", TaskKind)
@@ -61,16 +63,19 @@ def _kind(name: str) -> TaskKind:
     raise UserError(f"there is no task {name!r}.{suggestion}")
 
 
-def load_rewards(specs: Sequence[str], weights: Sequence[float] | None, task: AbstractTask) -> Rewards:
+def load_rewards(
+    specs: Sequence[str], weights: Sequence[float] | None, task: AbstractTask, timeout: float = math.inf
+) -> Rewards:
     """Finds reward functions.
 
     **Arguments:**
 
     - `specs`: for each function one of: a name that the task knows; `"arithmetic"`, `"running_totals"`,
-        `"think_format"` or `"soft_overlong(L, C)"`; `"package.module:function"`; `"file.py:function"`. If there are
-        none, the task's own are taken.
+        `"math"`, `"think_format"` or `"soft_overlong(L, C)"`; `"package.module:function"`; `"file.py:function"`. If
+        there are none, the task's own are taken.
     - `weights`: one a function; all 1 if `None`.
     - `task`: whose rewards they are.
+    - `timeout`: seconds that each has for a call.
 
     **Returns:**
 
@@ -99,7 +104,8 @@ def load_rewards(specs: Sequence[str], weights: Sequence[float] | None, task: Ab
         raise UserError(
             f"{len(specs)} rewards ({', '.join(specs)}) but {len(weights)} weights: give one weight a reward"
         )
-    return Rewards(tuple(names), tuple(function for _, function in found), tuple(float(weight) for weight in weights))
+    functions = tuple(function for _, function in found)
+    return Rewards(tuple(names), functions, tuple(float(weight) for weight in weights), timeout)
 
 
 def _find(spec: str, own: Mapping[str, RewardFunction]) -> tuple[str, RewardFunction]:
@@ -110,6 +116,8 @@ def _find(spec: str, own: Mapping[str, RewardFunction]) -> tuple[str, RewardFunc
         if kind.numbers and word == form.partition("(")[0]:
             return word, kind.function(*_numbers(spec, f"{word}({', '.join(kind.numbers)})", len(kind.numbers)))
         if spec == form:
+            if kind.check is not None:
+                kind.check()
             return spec, kind.function
     source, colon, function = spec.rpartition(":")
     if not colon:

@@ -1,30 +1,21 @@
 """Calling reward functions as TRL does, and checking what they return."""
 
-import asyncio
-import concurrent.futures
-import inspect
 import math
 import reprlib
-import traceback
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set as AbstractSet
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence, Set as AbstractSet
+from typing import Any
 
 import equinox as eqx
 import numpy as np
 from jaxtyping import Float
 
 from .._types import Message
-from ..errors import Stopped, UserError
+from ..errors import UserError
+from ._reward_call import RewardCall, RewardContext, RewardError, RewardFunction, accepted, described, run_all
 from ._reward_context import RewardLog, TrainerState
 
 # What a function is given besides what a task has; a column of such a name would take its place.
 RESERVED_COLUMNS = ("prompts", "completions", "completion_ids")
-# (prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns) -> list[float | None]
-RewardFunction = Callable[..., Any]
-
-
-class RewardError(UserError):
-    """A reward function raised, or returned something that isn't one reward a row."""
 
 
 class Rewards(eqx.Module):
@@ -32,21 +23,25 @@ class Rewards(eqx.Module):
 
     A function is called as `function(prompts=..., completions=..., completion_ids=..., trainer_state=...,
     log_extra=..., log_metric=..., **columns)` and returns one `float | None` a row; `None` means that it doesn't apply.
-    It may be `async`. Without `**kwargs` it is given only the arguments it names, and `step` (counted from 1) in no
-    case unless it names that. Where a prompt is a list of messages, the completion is one too: `[{"role": "assistant",
-    "content": ...}]`. `log_extra(column, values)` adds a column to the completions' records, `log_metric(name, value)`
-    a metric to the step's. A column of the task goes before an argument of the same name.
+    It may be `async`; several that are run at the same time. Without `**kwargs` it is given only the arguments it
+    names, and `step` (counted from 1) in no case unless it names that. Where a prompt is a list of messages, the
+    completion is one too: `[{"role": "assistant", "content": ...}]`. `log_extra(column, values)` adds a column to the
+    completions' records, `log_metric(name, value)` a metric to the step's. A column of the task goes before an argument
+    of the same name.
 
     **Arguments:**
 
     - `names`: of the functions, all different.
     - `functions`: as above.
     - `weights`: one a function.
+    - `timeout`: seconds that each function has for a call. An `async` one is stopped where it waits; others only in the
+        main thread, and not on Windows.
     """
 
     names: tuple[str, ...]
     functions: tuple[RewardFunction, ...]
     weights: tuple[float, ...]
+    timeout: float = math.inf
 
     def __check_init__(self):
         if not self.names:
@@ -58,12 +53,14 @@ class Rewards(eqx.Module):
         for name, weight in zip(self.names, self.weights, strict=True):
             if not math.isfinite(weight):
                 raise UserError(f"the weight of the reward {name!r} is {weight}: give a finite number")
+        if not self.timeout > 0:
+            raise UserError(f"the time limit of rewards is {self.timeout} s, but must be above 0")
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Raises [`eqx_specgrpo.tasks.RewardError`][] if a function needs a column that the task has not."""
         batch = ["prompts", "completions", "completion_ids", *columns]
         for name, function in zip(self.names, self.functions, strict=True):
-            _accepted(name, function, batch, ("trainer_state", "log_extra", "log_metric", "step"))
+            accepted(name, function, batch, ("trainer_state", "log_extra", "log_metric", "step"))
 
     def __call__(
         self,
@@ -94,8 +91,8 @@ class Rewards(eqx.Module):
 
         **Raises:**
 
-        [`eqx_specgrpo.tasks.RewardError`][] if a function raises, returns the wrong number of rewards, or one that
-        isn't a finite number or `None`.
+        [`eqx_specgrpo.tasks.RewardError`][] if a function raises, takes longer than it may, returns the wrong number of
+        rewards, or one that isn't a finite number or `None`.
         """
         wrapped = [
             completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
@@ -111,127 +108,16 @@ class Rewards(eqx.Module):
             if len(values) != len(completions):
                 raise UserError(f"{len(completions)} completions but {len(values)} values of {name!r}")
         log = RewardLog(len(completions)) if log is None else log
-        columns_of_rewards = [
-            _score(name, function, batch, _Context(step, trainer_state, log))
+        context = RewardContext(step, trainer_state, log)
+        calls = [
+            RewardCall(name, function, batch, context)
             for name, function in zip(self.names, self.functions, strict=True)
         ]
-        per_function = np.stack(columns_of_rewards, axis=1)
+        results = run_all(calls, self.timeout)
+        checked = [_checked(name, result, len(prompts)) for name, result in zip(self.names, results, strict=True)]
+        per_function = np.stack(checked, axis=1)
         total = np.nansum(per_function * np.array(self.weights, np.float64), axis=1)
         return per_function, np.where(np.isnan(per_function).all(axis=1), np.nan, total)
-
-
-class _Context(NamedTuple):
-    """What functions may ask for besides the batch."""
-
-    step: int | None
-    trainer_state: TrainerState | None
-    log: RewardLog
-
-    def arguments(self) -> dict[str, Any]:
-        """By name; `step`, which TRL has not, only for functions that name it."""
-        given = {"trainer_state": self.trainer_state, "log_extra": self.log.log_extra}
-        given |= {"log_metric": self.log.log_metric, "step": self.step}
-        return {name: value for name, value in given.items() if value is not None}
-
-
-def _score(
-    name: str, function: RewardFunction, batch: Mapping[str, Sequence[Any]], context: _Context
-) -> Float[np.ndarray, " rows"]:
-    prompts = batch["prompts"]
-    names = _accepted(name, function, batch, context.arguments())
-    batch = {key: batch[key] for key in names if key in batch}
-
-    def call(row: int | None) -> Any:
-        # Fresh lists, so that a function that changes its arguments changes no other function's.
-        selected = slice(None) if row is None else slice(row, row + 1)
-        log = context.log if row is None else RewardLog(None)  # of a call that looks for the row: dropped
-        extra = context._replace(log=log).arguments()
-        extra = {key: extra[key] for key in names if key not in batch}
-        result = function(**{key: list(values)[selected] for key, values in batch.items()}, **extra)
-        return _wait_for(result) if inspect.isawaitable(result) else result
-
-    try:
-        result = call(None)
-    except Stopped:
-        raise
-    except KeyboardInterrupt as error:
-        error.add_note(f"in the reward {name!r}")  # in a notebook it is the user's, and ends what is being done
-        raise
-    except BaseException as error:  # sys.exit() among them: how a program ends is not for a reward to say
-        raise RewardError(_explain(name, error, call, prompts)) from error
-    return _checked(name, result, len(prompts))
-
-
-def _accepted(name: str, function: RewardFunction, batch: Iterable[str], further: Iterable[str]) -> list[str]:
-    """The names of the arguments to call the function with.
-
-    **Arguments:**
-
-    - `batch`: names of the columns that there are.
-    - `further`: what there is besides.
-    """
-    batch, further = list(batch), list(further)
-    try:
-        parameters = inspect.signature(function).parameters
-    except ValueError:  # some compiled functions don't say
-        return batch
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    names = batch if open_ended else [key for key in batch if key in parameters]
-    names = names + [
-        key for key in further if key not in batch and (key in parameters or (open_ended and key != "step"))
-    ]
-    for parameter in parameters.values():
-        required = parameter.default is parameter.empty and parameter.kind not in (
-            parameter.VAR_KEYWORD,
-            parameter.VAR_POSITIONAL,
-        )
-        if parameter.kind is parameter.POSITIONAL_ONLY and required:
-            raise RewardError(f"the reward {name!r} takes {parameter.name!r} by position only: drop the '/'")
-        if required and parameter.name not in names:
-            given = ", ".join(repr(key) for key in batch)
-            raise RewardError(
-                f"the reward {name!r} needs {parameter.name!r}, which the task has no column for; there are {given}. "
-                "Add the column, or choose another reward."
-            )
-    return names
-
-
-def _wait_for(awaitable: Awaitable[Any]) -> Any:
-    async def wait() -> Any:
-        return await awaitable
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(wait())
-    with concurrent.futures.ThreadPoolExecutor(1) as executor:  # a notebook runs a loop of its own
-        return executor.submit(asyncio.run, wait()).result()
-
-
-def _explain(name: str, error: BaseException, call: Callable[[int], Any], prompts: Sequence[Any]) -> str:
-    rows = len(prompts)
-    for row, prompt in enumerate(prompts):
-        try:
-            call(row)
-        except (Stopped, KeyboardInterrupt):
-            raise
-        except BaseException as alone:
-            if type(alone) is not type(error):
-                continue  # not what happened to the batch
-            where = f"item {row} of {rows}, the prompt {_shortened(prompt)}"
-            return f"the reward {name!r} raised {_described(alone)} on {where}"
-    return f"the reward {name!r} raised {_described(error)} on a batch of {rows}, though on no item alone"
-
-
-def _described(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}" if str(error) else f"{type(error).__name__}{place}"
-
-
-def _shortened(prompt: Any, width: int = 80) -> str:
-    text = repr(prompt if isinstance(prompt, str) else prompt[-1]["content"])
-    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def _checked(name: str, result: Any, rows: int) -> Float[np.ndarray, " rows"]:
@@ -243,7 +129,7 @@ def _checked(name: str, result: Any, rows: int) -> Float[np.ndarray, " rows"]:
         except TypeError:
             values = None
         except Exception as error:  # of a generator, which runs only now
-            raise RewardError(f"the reward {name!r} raised {_described(error)} while its rewards were read") from error
+            raise RewardError(f"the reward {name!r} raised {described(error)} while its rewards were read") from error
     if values is None:
         raise RewardError(f"the reward {name!r} returned {type(result).__name__}, expected a list of {rows} numbers")
     if len(values) != rows:

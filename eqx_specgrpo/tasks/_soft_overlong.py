@@ -7,7 +7,7 @@ import numpy as np
 
 from ..errors import UserError
 from ._kind import RewardKind
-from ._rewards import RewardFunction
+from ._reward_call import RewardFunction
 
 
 def soft_overlong(max_completion_length: int, soft_punish_cache: int) -> RewardFunction:

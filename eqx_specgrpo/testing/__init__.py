@@ -11,4 +11,5 @@ from ._rewind import check_rewind as check_rewind
 from ._saving import check_saving as check_saving
 from ._tokens import Difference as Difference, TokenComparison as TokenComparison, compare_tokens as compare_tokens
 from ._training import check_training as check_training
+from ._truncated import TruncationReport as TruncationReport, check_truncation as check_truncation
 from ._verifier import VerifierReport as VerifierReport, check_verifier as check_verifier

@@ -27,6 +27,7 @@ from ._rewind import check_rewind
 from ._saving import check_saving
 from ._tokens import TokenComparison, compare_tokens
 from ._training import check_training
+from ._truncated import check_truncation
 from ._verifier import check_verifier
 
 # What any tokenizer knows, of unequal lengths.
@@ -192,6 +193,8 @@ def verify_pair(
                 ),
                 **settings,
             )
+        progress.phase("checking truncated sampling")
+        findings.append(_truncated(chosen, target, prompts, tokens, seed, progress, **settings))
         return Certificate(model or "the embedded default model", draft, tuple(findings))
 
 
@@ -309,6 +312,34 @@ def _of_draft(
         ("the draft's gradient", gradients),
         ("saving and loading", saving),
     ]
+
+
+def _truncated(
+    draft: AbstractDraft,
+    target: AbstractLanguageModel,
+    prompts: list[list[int]],
+    tokens: int,
+    seed: int,
+    progress: RunProgress,
+    **tolerances: float,
+) -> Finding:
+    """Of the sets of tokens that are recorded with what is drawn from them."""
+
+    def check():
+        report = check_truncation(
+            draft,
+            target,
+            prompts,
+            key=jr.key(seed),
+            max_new_tokens=tokens,
+            length=draft.max_length,
+            on_progress=progress.decoding,
+            **tolerances,
+        )
+        figures = {"kept_mean": report.kept_mean, "edge": report.edge, "logprob_gap_max": report.logprob_gap}
+        return report.summary(), figures
+
+    return _finding("the tokens kept by truncated sampling", check)
 
 
 def _compared(

@@ -5,7 +5,7 @@ import functools as ft
 import equinox as eqx
 import numpy as np
 
-from ..sampling import AbstractSampling, GreedySampling, Sampling
+from ..sampling import AbstractSampling, GreedySampling, Sampling, TruncatedSampling
 
 # At depth d: [cases, vocab, ..., vocab], the logits of a token given d tokens before it.
 Tree = list[np.ndarray]
@@ -39,6 +39,7 @@ def situations(length: int) -> Situations:
     slightly_off = [logits + 1e-4 * rng.standard_normal(logits.shape).astype(np.float32) for logits in diffuse]
     some, others = list(range(vocab // 2)), list(range(vocab // 2, vocab))
     top_k, top_p, greedy = Sampling(0.8, top_k=2), Sampling(1.3, top_p=0.7), GreedySampling()
+    min_p, bounded = Sampling(1.3, min_p=0.5), TruncatedSampling(1.3, max_support=2, top_p=0.9)
     pairs = {
         "diffuse target, diffuse draft": (diffuse, tree(0.7)),
         "sharp target, diffuse draft": (sharp, diffuse),
@@ -50,6 +51,8 @@ def situations(length: int) -> Situations:
         "top-k target, top-k draft": (transform(diffuse, top_k), transform(tree(1.0), top_k)),
         "top-p target, top-p draft": (transform(diffuse, top_p), transform(tree(1.0), top_p)),
         "top-p target, greedy draft": (transform(diffuse, top_p), transform(tree(1.0), greedy)),
+        "min-p target, whole draft": (transform(diffuse, min_p), tree(1.0)),
+        "bounded nucleus of both": (transform(diffuse, bounded), transform(tree(1.0), bounded)),
         "greedy target, whole draft": (transform(diffuse, greedy), tree(1.0)),
         "equal target and draft": (diffuse, diffuse),
         "equal target and draft, with zeros": (transform(diffuse, top_k), transform(diffuse, top_k)),
@@ -79,7 +82,7 @@ def transform(tree: Tree, sampling: AbstractSampling) -> Tree:
 
 @eqx.filter_jit
 def _logits(sampling, logits):
-    return sampling.distribution(logits).logits
+    return sampling.distribution(logits).dense(logits.shape[-1]).logits
 
 
 def only(tree: Tree, tokens: list[int]) -> Tree:

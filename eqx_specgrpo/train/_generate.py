@@ -22,6 +22,7 @@ def generate_text(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     max_new_tokens: int = 128,
     num: int = 1,
     seed: int = 0,
@@ -34,7 +35,7 @@ def generate_text(
     - `model`: folder, `.gguf` file or `org/name`; the embedded default if empty.
     - `draft`: folder of a saved draft, a kind, or a class as `file.py:Class`; `None` for plain decoding.
     - `adapter`: folder of an adapter in PEFT's format, to be merged into the model.
-    - `temperature`, `top_k`, `top_p`: see `Sampling`; temperature 0 is greedy.
+    - `temperature`, `top_k`, `top_p`, `min_p`: see `Sampling`; temperature 0 is greedy.
     - `num`: completions.
 
     **Returns:**
@@ -42,7 +43,7 @@ def generate_text(
     For each completion a JSON-able object with `prompt_tokens`, `tokens`, `text`, `logprobs`, `stop_reason`,
     `acceptance_length` and `target_forwards`.
     """
-    sampling = make_sampling(temperature, top_k, top_p)
+    sampling = make_sampling(temperature, top_k, top_p, min_p)
     target, tokenizer = load_policy(model, adapter)
     chosen = NoDraft() if draft is None else named_draft(draft, target, tokenizer, seed)
     ids = tokenizer.encode_prompt([{"role": "user", "content": prompt}] if chat else prompt)

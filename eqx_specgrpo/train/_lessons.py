@@ -13,7 +13,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._types import Rollouts
+from .._types import Rollouts, Support
 from ..config import RunParts
 from ..decoding import DecodeProgress
 from ..distill import draft_gradients, select_rows
@@ -154,6 +154,7 @@ def examine(
             alpha=alpha,
             position_decay=jnp.float32(POSITION_DECAY),
             new=lesson.batch.completion_tokens.shape[1],
+            truncation=parts.truncation,
         )
         # The first token of a completion is the prompt pass's; offset k of the draft is k + 1 tokens later.
         count = np.maximum(lengths[:, None] - 1 - np.arange(draft.train_length)[None], 0).sum(0)
@@ -173,6 +174,7 @@ def mean_entropy(parts: RunParts, target: AbstractLanguageModel, lesson: Lesson)
         jnp.asarray(batch.prompt_lengths),
         parts.loss.temperature,
         parts.loss.chunk,
+        jax.tree.map(jnp.asarray, batch.support),
     )
     return float((np.asarray(entropies) * batch.completion_mask).sum() / batch.completion_mask.sum())
 
@@ -185,9 +187,11 @@ def _entropies(
     prompt_lengths: Int[Array, " rows"],
     temperature: Float[Array, ""],
     chunk: int,
+    support: Support | None,
 ) -> Float[Array, "rows new"]:
     rows, new = tokens.shape
     index = next_token_positions(prompt_lengths, new)
     hidden = jnp.take_along_axis(hidden, index[:, :, None], axis=1).reshape(rows * new, -1)
-    _, entropies = chunked_logprobs(hidden, tokens.reshape(-1), target.unembed, temperature, chunk)
+    support = jax.tree.map(lambda x: x.reshape(rows * new, *x.shape[2:]), support)
+    _, entropies = chunked_logprobs(hidden, tokens.reshape(-1), target.unembed, temperature, chunk, support=support)
     return jax.lax.stop_gradient(entropies).reshape(rows, new)

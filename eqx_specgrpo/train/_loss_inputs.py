@@ -26,6 +26,7 @@ from ..grpo import (
     policy_logprobs,
 )
 from ..models import AbstractLanguageModel
+from ._support_metrics import support_metrics
 
 
 def of_batch(
@@ -60,11 +61,13 @@ def loss_inputs(
     - `plan`: how the batch is divided.
     - `scored`: what the batch was made of.
     """
-    grpo, metrics = parts.config.grpo, {}
+    grpo = parts.config.grpo
+    metrics = support_metrics(scored.rollouts, grpo)
     if reference is not None:
         batch = with_reference(parts, reference, batch, plan)
     if reference is not None and grpo.use_kl_in_reward:
-        batch, metrics = with_kl_in_reward(parts, batch, scored)
+        batch, further = with_kl_in_reward(parts, batch, scored)
+        metrics |= further
     if grpo.importance_sampling_correction:
         weights = compute_copy(policy, parts.config.model.dtype)
         batch, further = with_correction(parts, weights, batch, plan)

@@ -296,6 +296,7 @@ def update_draft(
         alpha=state.draft_acceptance,
         position_decay=jnp.float32(POSITION_DECAY),
         new=batch.completion_tokens.shape[1],
+        truncation=parts.truncation,
     )
     norm = global_norm(result.gradients)
     check_finite("draft", step, loss=result.loss, grad_norm=norm)
@@ -318,7 +319,8 @@ def _fit_temperature(
 ) -> tuple[AbstractDraft, dict[str, float]]:
     """The draft with temperatures that follow what is accepted most on these rollouts."""
     copy = compute_copy(draft, parts.config.model.dtype)
-    fitted, fit = fit_temperature(copy, target, chosen, temperature=parts.loss.temperature, new=new)
+    temperature, truncation = parts.loss.temperature, parts.truncation
+    fitted, fit = fit_temperature(copy, target, chosen, temperature=temperature, new=new, truncation=truncation)
     part = tempered_part(fitted)
     assert part is not None
     metrics = {}
