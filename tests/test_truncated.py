@@ -379,7 +379,7 @@ def test_a_run_with_all_of_it(tiny_folder, tmp_path):
         assert 0 <= record["sampling/support_full"] < 1
         assert 0 < record["entropy"] < np.log(200)
         assert 0 <= record["draft/expected_acceptance_pos_0"] <= 1
-    assert records[0]["kl"] == pytest.approx(0, abs=1e-5) and records[1]["kl"] > 0
+        assert record["kl"] > 0  # of the second inner iteration
 
 
 def test_the_certificate_sees_what_is_recorded(monkeypatch):

@@ -21,9 +21,9 @@ def math_reward(completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any
     are the same, and so are `x = 3` and `3`. By [math-verify](https://github.com/huggingface/Math-Verify) (extra
     `math`), as TRL's `accuracy_reward` is.
 
-    Which part of a completion is its answer is for that package to say: what is in `\\boxed{}` before anything else (two
-    boxes are a set of two), else the last expression. One that can't be read, or takes more than 5 s to be compared,
-    is wrong.
+    Which part of a completion is its answer is for that package to say: what is in `\\boxed{}` before anything else
+    (two boxes are a set of two), else the last expression. One that can't be read, or takes more than 5 s to be
+    compared, is wrong.
 
     **Arguments:**
 
