@@ -127,7 +127,7 @@ class Rollouts(eqx.Module):
     logprobs: Float[np.ndarray, "rows new"]
     stop_reasons: Int[np.ndarray, " rows"]
     statistics: DecodeStatistics
-    support: Support | None = None
+    support: Support | None
 
     def completion(self, row: int) -> list[int]:
         """The token ids of one completion, without padding."""

@@ -22,4 +22,5 @@ def make_rollouts(prompts: list[list[int]], group: list[int], completions: list[
         np.zeros(tokens.shape),
         zeros,
         statistics,
+        None,
     )

@@ -203,9 +203,9 @@ def score(functions, weights=None, rows=3, chat=False, columns=None, step=None, 
 
 
 def test_weighted_sum_skips_what_does_not_apply():
-    per_function, total = score(
-        [lambda **kw: [1.0, None, None], lambda **kw: [True, np.float32(3.0), None]], weights=[2.0, 0.5]
-    )
+    functions = [lambda **kw: [1.0, None, None], lambda **kw: [True, np.float32(3.0), None]]
+    with pytest.warns(UserWarning, match="no reward function applies to some of the completions"):
+        per_function, total = score(functions, weights=[2.0, 0.5])
     np.testing.assert_array_equal(per_function, [[1.0, 1.0], [np.nan, 3.0], [np.nan, np.nan]])
     np.testing.assert_array_equal(total, [2.5, 1.5, np.nan])
     assert per_function.dtype == total.dtype == np.float64

@@ -2,6 +2,7 @@
 
 import math
 import reprlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set as AbstractSet
 from typing import Any
 
@@ -117,7 +118,14 @@ class Rewards(eqx.Module):
         checked = [_checked(name, result, len(prompts)) for name, result in zip(self.names, results, strict=True)]
         per_function = np.stack(checked, axis=1)
         total = np.nansum(per_function * np.array(self.weights, np.float64), axis=1)
-        return per_function, np.where(np.isnan(per_function).all(axis=1), np.nan, total)
+        unrewarded = np.isnan(per_function).all(axis=1)
+        if unrewarded.any():
+            warnings.warn(
+                "no reward function applies to some of the completions (all returned None): these teach the policy "
+                "nothing. Has each item the column that one of the functions needs?",
+                stacklevel=2,
+            )
+        return per_function, np.where(unrewarded, np.nan, total)
 
 
 def _checked(name: str, result: Any, rows: int) -> Float[np.ndarray, " rows"]:
