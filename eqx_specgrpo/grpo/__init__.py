@@ -59,6 +59,7 @@ from ._step import (
     trained_part as trained_part,
     with_trained_part as with_trained_part,
 )
+from ._support_metrics import support_metrics as support_metrics
 from .losses import (
     POLICY_LOSSES as POLICY_LOSSES,
     AbstractPolicyLoss as AbstractPolicyLoss,

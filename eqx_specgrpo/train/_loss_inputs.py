@@ -24,9 +24,9 @@ from ..grpo import (
     importance_weights,
     policy_entropies,
     policy_logprobs,
+    support_metrics,
 )
 from ..models import AbstractLanguageModel
-from ._support_metrics import support_metrics
 
 
 def of_batch(
@@ -62,7 +62,7 @@ def loss_inputs(
     - `scored`: what the batch was made of.
     """
     grpo = parts.config.grpo
-    metrics = support_metrics(scored.rollouts, grpo)
+    metrics = support_metrics(scored.rollouts, grpo.max_support if grpo.top_k == 0 else None)
     if reference is not None:
         batch = with_reference(parts, reference, batch, plan)
     if reference is not None and grpo.use_kl_in_reward:

@@ -3,14 +3,15 @@
 import numpy as np
 
 from .._types import Rollouts
-from ..config import GRPOConfig
 
 
-def support_metrics(rollouts: Rollouts, grpo: GRPOConfig) -> dict[str, float]:
+def support_metrics(rollouts: Rollouts, max_support: int | None) -> dict[str, float]:
     """How many tokens were kept at each one that was drawn; nothing where the whole vocabulary was.
 
-    Besides, where `grpo.max_support` is what bounds them, how often it may have: the share of tokens at which as many
-    were kept.
+    **Arguments:**
+
+    - `max_support`: where it is this that bounds them: then also how often it may have, the share of tokens at which so
+        many were kept.
     """
     if rollouts.support is None:
         return {}
@@ -20,6 +21,6 @@ def support_metrics(rollouts: Rollouts, grpo: GRPOConfig) -> dict[str, float]:
         "sampling/support_size/mean": float(counts.mean()),
         "sampling/support_size/max": float(counts.max()),
     }
-    if grpo.top_k == 0:
-        metrics["sampling/support_full"] = float((counts == grpo.max_support).mean())
+    if max_support is not None:
+        metrics["sampling/support_full"] = float((counts == max_support).mean())
     return metrics
