@@ -39,6 +39,7 @@ from eqx_specgrpo.drafts import (
     FallbackDraft,
     HydraHeads,
     LayerSkipDraft,
+    MarkovHeads,
     MedusaHeads,
     ModelDraft,
     NGramDraft,
@@ -84,6 +85,7 @@ CONFORMANCE_DRAFTS: dict[str, AbstractDraft] = {
     "none": NoDraft(),
     "medusa": randomise(MedusaHeads.fresh(HIDDEN, LENGTH), 0, 0.3),
     "hydra": HYDRA,
+    "markov": _random(MarkovHeads, HIDDEN, LENGTH, 5),
     "eagle": _random(EagleDraft, HIDDEN, layers=(0,), max_length=LENGTH, num_heads=2),
     "model": ModelDraft(tiny_transformer(seed=3, num_layers=1, vocab_size=VOCAB, max_position_embeddings=96), LENGTH),
     "layer skip": _random(LayerSkipDraft, HIDDEN, 1, LENGTH),
@@ -453,7 +455,7 @@ def test_a_draft_that_comes_back_as_another(monkeypatch):
         check_saving(_pair("says something else each time"))
 
 
-@pytest.mark.parametrize("kind", ["medusa", "hydra", "eagle", "model", "layer skip"])
+@pytest.mark.parametrize("kind", ["medusa", "hydra", "markov", "eagle", "model", "layer skip"])
 def test_training_sees_what_is_drafted_with(kind):
     draft = CONFORMANCE_DRAFTS[kind]
     assert check_training(make_pair(draft, TARGET, None)) < 1e-5

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from eqx_specgrpo.distill import (
+    CrossEntropyTV,
     EndToEndTV,
     ForwardKL,
     LKHybrid,
@@ -20,7 +21,7 @@ from eqx_specgrpo.distill import (
     total_variation,
 )
 
-LOSSES = [ForwardKL(), ReverseKL(), TotalVariation(), LKHybrid(), LKHybrid(eta=3.0), EndToEndTV()]
+LOSSES = [ForwardKL(), ReverseKL(), TotalVariation(), LKHybrid(), LKHybrid(eta=3.0), EndToEndTV(), CrossEntropyTV()]
 
 # By hand: p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2), which overlap in 3/4.
 TARGET = jnp.log(jnp.array([0.5, 0.25, 0.25])) + 3.0  # logits are free up to a constant
@@ -46,6 +47,9 @@ def test_values_by_hand():
     weight = math.exp(-2 * 0.5)
     hybrid = lk_hybrid(TARGET[None], DRAFT[None], jnp.array([0.5]), 2.0)
     assert hybrid[0] == pytest.approx(weight * kl + (1 - weight) * 0.25, abs=1e-6)
+    one, everything = (jnp.broadcast_to(x, (1, 1, 3)) for x in (TARGET, DRAFT)), jnp.ones((1, 1), bool)
+    mixed, acceptance = CrossEntropyTV()(*one, everything, jnp.zeros(1))
+    assert mixed[0] == pytest.approx(0.1 * kl + 0.9 * 0.25, abs=1e-6) and acceptance[0] == pytest.approx(0.75)
 
 
 def test_asymmetric_kl_by_hand():
@@ -65,6 +69,7 @@ def test_gradients_have_their_closed_forms(getkey):
         "expected_acceptance": expected_acceptance,
         "log_acceptance": log_acceptance,
         "lk_hybrid": lambda t, d: lk_hybrid(t, d, alphas, 3.0),
+        "ce_tv": lambda t, d: CrossEntropyTV().position_losses(t, d, jnp.ones((4, 3), bool), alphas),
     }
 
     @jax.jit
@@ -89,6 +94,7 @@ def test_gradients_have_their_closed_forms(getkey):
         "expected_acceptance": -tv,
         "log_acceptance": tv / np.minimum(p, q).sum(-1, keepdims=True),
         "lk_hybrid": weight * (q - p) + (1 - weight) * tv,
+        "ce_tv": 0.1 * (q - p) + 0.9 * tv,
     }
     for name, (to_target, to_draft) in gradients(target, draft).items():
         np.testing.assert_allclose(to_draft, closed_forms[name], atol=2e-6, err_msg=name)

@@ -11,6 +11,7 @@ DRAFTS: Mapping[str, str] = MappingProxyType(
     {
         "medusa": "_medusa",
         "hydra": "_hydra",
+        "markov": "_markov",
         "eagle": "_eagle",
         "model": "_model",
         "layer_skip": "_layer_skip",
@@ -32,6 +33,7 @@ DRAFT_LOSSES: Mapping[str, str] = MappingProxyType(
         "reverse_kl": "_reverse_kl",
         "tv": "_total_variation",
         "hybrid": "_lk_hybrid",
+        "ce_tv": "_cross_entropy_tv",
         "e2e_tv": "_end_to_end_tv",
     }
 )

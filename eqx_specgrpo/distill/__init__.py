@@ -1,4 +1,5 @@
 from ._base import AbstractDraftLoss as AbstractDraftLoss
+from ._cross_entropy_tv import CrossEntropyTV as CrossEntropyTV
 from ._draft_loss_kind import DraftLossKind as DraftLossKind
 from ._draft_losses import DRAFT_LOSS_KINDS as DRAFT_LOSS_KINDS, make_draft_loss as make_draft_loss
 from ._end_to_end_tv import EndToEndTV as EndToEndTV

@@ -17,6 +17,7 @@ from ._kinds import (
     fresh_draft as fresh_draft,
 )
 from ._layer_skip import EarlyExit as EarlyExit, ExitAdapter as ExitAdapter, LayerSkipDraft as LayerSkipDraft
+from ._markov import MarkovHeads as MarkovHeads
 from ._medusa import MedusaHeads as MedusaHeads
 from ._model import (
     ModelDraft as ModelDraft,

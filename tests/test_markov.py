@@ -1,0 +1,134 @@
+"""Parallel heads with a low-rank term: what they are told of the tokens before is the same in training and decoding."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import normalized, quick_compilation, randomise, tiny_transformer
+
+from eqx_specgrpo.decoding import Block, FixedLength, decode, teacher_forced_logprobs
+from eqx_specgrpo.drafts import DraftError, IndependentSampler, MarkovHeads, load_draft, save_draft
+from eqx_specgrpo.models import sequence_features
+from eqx_specgrpo.sampling import GreedySampling, Sampling
+
+HIDDEN, HEADS, RANK = 16, 3, 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_transformer(num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def heads():
+    return randomise(MarkovHeads(HIDDEN, HEADS, RANK, key=jr.key(0)), 0, 0.3)
+
+
+def test_fresh_heads_repeat_the_targets_own_prediction(target):
+    fresh = MarkovHeads(HIDDEN, HEADS, key=jr.key(1))
+    tokens = jr.randint(jr.key(2), (2, 8), 0, target.vocab_size)
+    features = sequence_features(target, tokens)
+    logits = fresh.train_logits(target, fresh.train_hidden(target, features, tokens))
+    own = np.repeat(np.asarray(target.unembed(features.last))[:, :, None], HEADS, axis=2)
+    np.testing.assert_allclose(logits, own, atol=1e-5)
+
+
+def test_every_weight_of_fresh_heads_learns(target):
+    """But those of `D` and `C`, behind directions that are zero: they do as soon as these are not."""
+    tokens = jr.randint(jr.key(2), (2, 8), 0, target.vocab_size)
+    features = sequence_features(target, tokens)
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def gradient(heads):
+        logits = heads.train_logits(target, heads.train_hidden(target, features, tokens))
+        return jnp.sum(jax.nn.log_softmax(logits)[..., 0])
+
+    def moved(heads) -> set[str]:
+        gradients = gradient(heads)
+        return {name for name, pick in WEIGHTS.items() if np.abs(pick(gradients)).max() > 0}
+
+    fresh = MarkovHeads(HIDDEN, HEADS, RANK, key=jr.key(1))
+    assert moved(fresh) == {"weight", "bias", "directions"}
+    directed = eqx.tree_at(lambda heads: heads.directions, fresh, jr.normal(jr.key(3), (RANK, HIDDEN)))
+    assert moved(directed) == set(WEIGHTS)
+
+
+WEIGHTS = {
+    "weight": lambda heads: heads.weight,
+    "bias": lambda heads: heads.bias,
+    "token": lambda heads: heads.token.weight,
+    "context": lambda heads: heads.context,
+    "directions": lambda heads: heads.directions,
+}
+
+
+def test_what_a_drafted_token_changes_is_of_low_rank(target, heads):
+    """In the same place, with every token before it: the logits of a head differ by at most `RANK` directions."""
+    vocab = target.vocab_size
+    tokens = jnp.tile(jr.randint(jr.key(2), (1, 8), 0, vocab), (vocab, 1)).at[:, 4].set(jnp.arange(vocab))
+    features = sequence_features(target, jnp.tile(tokens[:1], (vocab, 1)))
+    logits = heads.train_logits(target, heads.train_hidden(target, features, tokens))
+    second = np.asarray(logits[:, 2, 1], np.float64)  # the token at 4 is the one before what it predicts
+    sizes = np.linalg.svd(second - second.mean(0), compute_uv=False)
+    assert sizes[RANK - 1] > 1e-3 * sizes[0] and sizes[RANK] < 1e-4 * sizes[0]
+    np.testing.assert_allclose(logits[:, 2, 0], np.tile(logits[:1, 2, 0], (vocab, 1)), atol=1e-5)
+
+
+def test_training_conditions_on_the_tokens_that_decoding_drafts(target, heads):
+    """A sequence is continued by what was drafted from position `i`: training there sees the very distributions."""
+    rows, i = 6, 4
+    tokens = np.array(jr.randint(jr.key(3), (rows, i + 2 + HEADS), 0, target.vocab_size), np.int32)
+    state = sequence_features(target, jnp.asarray(tokens[:, : i + 1])).last[:, i]
+    sampler = IndependentSampler(Sampling(1.0), jr.split(jr.key(4), rows))
+    proposal, _ = heads.propose(target, state, jnp.asarray(tokens[:, i + 1]), sampler, HEADS)
+    tokens[:, i + 2 :] = proposal.tokens
+    features = sequence_features(target, jnp.asarray(tokens))
+    trained = heads.train_logits(target, heads.train_hidden(target, features, jnp.asarray(tokens)))[:, i]
+    np.testing.assert_allclose(normalized(proposal.distribution.logits), normalized(trained), atol=1e-4)
+    # It does depend on them: with other tokens in the sequence the later heads say something else, the first does not.
+    other = jnp.asarray(tokens).at[:, i + 2].add(1) % target.vocab_size
+    changed = heads.train_logits(target, heads.train_hidden(target, features, other))[:, i]
+    np.testing.assert_allclose(changed[:, 0], trained[:, 0], atol=1e-4)
+    assert np.abs(changed[:, 1] - trained[:, 1]).max() > 1e-2
+
+
+def test_fewer_tokens_are_the_first_of_more(target, heads):
+    state = jr.normal(jr.key(5), (4, HIDDEN))
+    last, keys = jnp.arange(4, dtype=jnp.int32), jr.split(jr.key(6), 4)
+    few, _ = heads.propose(target, state, last, IndependentSampler(GreedySampling(), keys), 2)
+    many, _ = heads.propose(target, state, last, IndependentSampler(GreedySampling(), keys), HEADS)
+    np.testing.assert_array_equal(few.tokens, many.tokens[:, :2])
+
+
+def test_decoding_is_lossless_with_them(target, heads):
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    settings = {"key": jr.key(7), "max_new_tokens": 17, "eos_ids": [2], "samples": 2}
+    plain = decode(target, prompts, sampling=GreedySampling(), **settings)
+    greedy = decode(target, prompts, draft=heads, sampling=GreedySampling(), **settings)
+    np.testing.assert_array_equal(greedy.tokens, plain.tokens)
+    np.testing.assert_array_equal(greedy.stop_reasons, plain.stop_reasons)
+
+    sampled = decode(target, prompts, draft=heads, verifier=Block(), length=FixedLength(2), **settings)
+    counts = np.arange(17)[None] < sampled.lengths[:, None]
+    gap = np.abs(teacher_forced_logprobs(target, Sampling(1.0), sampled) - sampled.logprobs)[counts]
+    assert gap.max() < 1e-5
+    assert sampled.statistics.drafted[:, 2].sum() == 0 < sampled.statistics.accepted.sum()
+
+
+def test_saved_heads_come_back_to_the_bit(target, heads, tmp_path):
+    save_draft(tmp_path / "draft", heads, target, "tiny")
+    assert eqx.tree_equal(load_draft(tmp_path / "draft", target), jax.tree.map(jnp.asarray, heads), typematch=True)
+
+
+def test_heads_of_another_size_are_refused(target):
+    with pytest.raises(DraftError, match="size 8.*size 16"):
+        MarkovHeads(8, 2, key=jr.key(0)).check(target)
