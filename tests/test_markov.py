@@ -1,5 +1,7 @@
 """Parallel heads with a low-rank term: what they are told of the tokens before is the same in training and decoding."""
 
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,9 +9,10 @@ import jax.random as jr
 import numpy as np
 import pytest
 from helpers import normalized, quick_compilation, randomise, tiny_transformer
+from jax import lax
 
 from eqx_specgrpo.decoding import Block, FixedLength, decode, teacher_forced_logprobs
-from eqx_specgrpo.drafts import DraftError, IndependentSampler, MarkovHeads, load_draft, save_draft
+from eqx_specgrpo.drafts import DraftError, IndependentSampler, MarkovHeads, ReducedVocabulary, load_draft, save_draft
 from eqx_specgrpo.models import sequence_features
 from eqx_specgrpo.sampling import GreedySampling, Sampling
 
@@ -132,3 +135,32 @@ def test_saved_heads_come_back_to_the_bit(target, heads, tmp_path):
 def test_heads_of_another_size_are_refused(target):
     with pytest.raises(DraftError, match="size 8.*size 16"):
         MarkovHeads(8, 2, key=jr.key(0)).check(target)
+
+
+@pytest.mark.parametrize("words", [None, list(range(3, 10))], ids=["all tokens", "few"])
+def test_the_directions_are_unembedded_once_a_segment(target, words):
+    """In the compiled program no loop contains the product: XLA has taken it out."""
+    rows, rank = 4, 6
+    vocabulary = None if words is None else ReducedVocabulary(words)
+    heads = randomise(MarkovHeads(HIDDEN, HEADS, rank, key=jr.key(0)), 0, 0.3)
+    heads = eqx.tree_at(lambda heads: heads.vocabulary, heads, vocabulary or heads.vocabulary)
+    size = target.vocab_size if words is None else len(words)
+
+    @jax.jit
+    def segment(target, heads, state, last_token):
+        def one_round(carry):
+            last_token, count = carry
+            sampler = IndependentSampler(Sampling(1.0), jr.split(jr.fold_in(jr.key(0), count), rows))
+            proposal, _ = heads.propose(target, state, last_token, sampler, 2)
+            return proposal.tokens[:, -1], count + 1
+
+        return lax.while_loop(lambda carry: carry[1] < 5, one_round, (last_token, 0))
+
+    jax.config.update("jax_disable_most_optimizations", False)  # as it is outside of these tests
+    try:
+        compiled = segment.lower(target, heads, jnp.ones((rows, HIDDEN)), jnp.zeros(rows, jnp.int32)).compile()
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+    product = re.compile(rf"= f32\[({rank},{size}|{size},{rank})\]\S* (dot|fusion|call|custom-call)\(")
+    found = {computation.split()[0] for computation in compiled.as_text().split("\n\n") if product.search(computation)}
+    assert {name for name in found if not name.startswith("%fused_computation")} == {"ENTRY"}

@@ -23,6 +23,7 @@ from eqx_specgrpo.drafts import (
     HydraHeads,
     IndependentSampler,
     LayerSkipDraft,
+    MarkovHeads,
     MedusaHeads,
     ModelDraft,
     NGramDraft,
@@ -56,6 +57,7 @@ TARGET = tiny_transformer()
 KINDS = {
     "medusa": lambda words: MedusaHeads.fresh(HIDDEN, LENGTH, words),
     "hydra": lambda words: HydraHeads(HIDDEN, LENGTH, vocabulary=words, key=jr.key(0)),
+    "markov": lambda words: MarkovHeads(HIDDEN, LENGTH, 5, words, key=jr.key(0)),
     "eagle": lambda words: EagleDraft(HIDDEN, layers=(0,), max_length=LENGTH, vocabulary=words, key=jr.key(0)),
     "layer skip": lambda words: LayerSkipDraft(HIDDEN, 1, LENGTH, vocabulary=words, key=jr.key(0)),
     "model": lambda words: ModelDraft(tiny_transformer(seed=1, num_layers=1), LENGTH, words),
