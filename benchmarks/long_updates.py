@@ -284,7 +284,7 @@ def update(arguments: argparse.Namespace) -> dict[str, Any]:
     rollouts = Rollouts(
         prompts, np.zeros(rows, np.int32), rng.integers(0, 49000, (rows, new), dtype=np.int32),
         np.full(rows, new, np.int32), np.full((rows, new), -10.0), np.zeros(rows, np.int32),
-        DecodeStatistics(counts[:, 0], counts, counts, counts[:, 0]),
+        DecodeStatistics(counts[:, 0], counts, counts, counts[:, 0]), None,
     )  # fmt: skip
     rewards = np.arange(rows, dtype=np.float64)
     scored = ScoredRollouts(rollouts, rewards[:, None], rewards, rewards - rewards.mean())

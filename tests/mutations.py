@@ -86,8 +86,8 @@ MUTATIONS = (
     Mutation(
         "one token too few is committed",
         "decoding/_round.py",
-        "verdict.num_accepted + 1, eos_ids",
-        "jnp.maximum(verdict.num_accepted, 1), eos_ids",
+        "support_of(distribution), verdict.num_accepted + 1",
+        "support_of(distribution), jnp.maximum(verdict.num_accepted, 1)",
         "test_decode.py::test_heads_say_the_same_greedily",
     ),
     Mutation(

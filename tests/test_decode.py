@@ -180,13 +180,13 @@ def test_acceptance_length_is_what_the_draft_deserves(target, plain, num_right):
 
 def test_drafts_of_finished_rows_go_on_by_one_token_a_round(target, monkeypatch):
     """However much the draft would get right: a cache is read as far as the row that has come farthest."""
-    states, take = [], decode_module._Output.take
+    states, take = [], decode_module.Output.take
 
     def seen(output, row_ids, state):
         states.append(state)
         take(output, row_ids, state)
 
-    monkeypatch.setattr(decode_module._Output, "take", seen)
+    monkeypatch.setattr(decode_module.Output, "take", seen)
     statistics = _decode(target, sampling=GREEDY, draft=oracle_draft(3)).statistics
     rounds, own = statistics.target_forwards.max(), statistics.target_forwards
     assert own.min() < rounds

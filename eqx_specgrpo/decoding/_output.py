@@ -33,7 +33,7 @@ class Output:
         there = min(self.new, state.tokens.shape[1])
         counts = np.arange(there)[None] < lengths[:, None]
 
-        def collect(into: np.ndarray, values: Array) -> None:
+        def collect(into: np.ndarray, values: Array | np.ndarray) -> None:
             of_tokens = np.asarray(values)[:, :there]
             into[row_ids, :there] = np.where(counts.reshape(*counts.shape, *[1] * (into.ndim - 2)), of_tokens, 0)
 

@@ -37,7 +37,7 @@ def _score(
     if support is not None:
         assert isinstance(sampling, TruncatedSampling)
         kept = temper(restricted(logits, support.ids, support.counts), sampling.temperature)
-        return Categorical(kept, jax.nn.logsumexp(kept, axis=-1), support.ids).logprob(tokens)
+        return Categorical(kept, jax.nn.logsumexp(kept, axis=-1), jnp.asarray(support.ids)).logprob(tokens)
     return sampling.logprobs(logits, sampling.distribution(logits), tokens)
 
 

@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Scalar
 
@@ -94,7 +95,9 @@ def likeliest(
 
 
 def restricted(
-    logits: Float[Array, "*batch vocab"], ids: Int[Array, "*batch kept"], counts: Int[Array, "*batch"]
+    logits: Float[Array, "*batch vocab"],
+    ids: Int[Array | np.ndarray, "*batch kept"],
+    counts: Int[Array | np.ndarray, "*batch"],
 ) -> Float[Array, "*batch kept"]:
     """The logits of a position's kept tokens, `-inf` beyond their number. Where none is kept the first counts, so that
     padding has finite numbers.
@@ -105,4 +108,6 @@ def restricted(
     - `counts`: how many of them count.
     """
     place = jnp.broadcast_to(jnp.arange(ids.shape[-1]), ids.shape)
-    return jnp.where(place < jnp.maximum(counts, 1)[..., None], jnp.take_along_axis(logits, ids, axis=-1), -jnp.inf)
+    return jnp.where(
+        place < jnp.maximum(counts, 1)[..., None], jnp.take_along_axis(logits, jnp.asarray(ids), axis=-1), -jnp.inf
+    )

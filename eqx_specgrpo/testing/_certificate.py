@@ -321,7 +321,8 @@ def _truncated(
     tokens: int,
     seed: int,
     progress: RunProgress,
-    **tolerances: float,
+    near_tie: float,
+    logprob_tolerance: float,
 ) -> Finding:
     """Of the sets of tokens that are recorded with what is drawn from them."""
 
@@ -333,8 +334,9 @@ def _truncated(
             key=jr.key(seed),
             max_new_tokens=tokens,
             length=draft.max_length,
+            near_tie=near_tie,
+            logprob_tolerance=logprob_tolerance,
             on_progress=progress.decoding,
-            **tolerances,
         )
         figures = {"kept_mean": report.kept_mean, "edge": report.edge, "logprob_gap_max": report.logprob_gap}
         return report.summary(), figures
