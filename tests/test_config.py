@@ -171,7 +171,10 @@ def test_unknown_key_without_a_near_one_lists():
         ("draft.kind=medus", "draft.kind = 'medus': there is no such draft. Did you mean 'medusa'?"),
         ("draft.kind=file.py", "(Or a class of your own as file.py:Class or package.module:Class.)"),
         ("draft.verifier=typical", 'draft.verifier = "typical": it must be one of "rejection", "block", "coupled"'),
-        ("draft.loss=mse", 'draft.loss = "mse": it must be one of "kl", "reverse_kl", "tv", "hybrid", "e2e_tv"'),
+        (
+            "draft.loss=mse",
+            'draft.loss = "mse": it must be one of "kl", "reverse_kl", "tv", "hybrid", "ce_tv", "e2e_tv"',
+        ),
         ("draft.mode=onlin", 'draft.mode = "onlin": it must be one of "online", "frozen", "off"'),
         ("model.dtype=float16", 'model.dtype = "float16": it must be one of "float32", "bfloat16"'),
         ("reward.functions=a", 'reward.functions = "a": it must be a list of text'),
@@ -305,7 +308,7 @@ def test_every_key_is_described():
 def test_resume():
     old = load_config(None, ["task.depth=2"])
     check_resume(old, old)
-    check_resume(old, load_config(None, ["task.depth=2", "steps=1000", "out=elsewhere"]))
+    check_resume(old, load_config(None, ["task.depth=2", "steps=1000", "out=elsewhere", "reward.timeout=9"]))
     for change, key, was, now in [
         (["task.depth=3"], "task.depth", "2", "3"),
         ([], "task.depth", "2", "unset"),

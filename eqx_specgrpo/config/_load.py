@@ -24,7 +24,7 @@ from ._toml import parse_toml_value, toml_key, toml_value
 from ._tree import DraftConfig, RunConfig, TaskConfig
 
 _NOTES = {"grpo.num_generations": "a group of one has nothing to be compared with"}
-_MAY_CHANGE = frozenset({"steps", "out", "save_steps", "compare"})
+_MAY_CHANGE = frozenset({"steps", "out", "save_steps", "compare", "reward.timeout"})
 # Names of TRL's GRPOConfig that are not near what they are here; docs/run.md, "Coming from TRL", has them all.
 _OF_TRL = {
     "steps_per_generation": "each batch of rollouts is one step, of grpo.num_iterations updates",
