@@ -380,3 +380,20 @@ def plot(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run
 
     print(plot_run(run_folder))
     check_output_arrived()
+
+
+@app.command()
+def report(
+    run_folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="The folders of runs, side by side.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html", help="The page to write; else report.html in the run's folder, of several here."
+        ),
+    ] = None,
+) -> None:
+    """Write a page of runs for a browser: curves, completions to read, configurations; it needs no network."""
+    from .records import write_report
+
+    print(write_report(run_folders, out))
+    check_output_arrived()
