@@ -1,7 +1,7 @@
 """What a configuration chooses among by name: each name, and the file of its station that ends with its description.
 
-A new draft, verifier, loss, task, reward or tracker is such a file, and a line here. Only text stands here, so that the command
-line can list the names without waiting for JAX.
+A new draft, verifier, loss, task, reward or tracker is such a file, and a line here. Only text stands here, so that the
+command line can list the names without waiting for JAX.
 """
 
 from collections.abc import Iterable, Mapping

@@ -16,9 +16,7 @@ from ..records import (
 )
 
 
-def tracked(
-    config: RunConfig, folder: RunFolder, progress: RunProgress, done: int
-) -> AbstractContextManager[Trackers]:
+def tracked(config: RunConfig, folder: RunFolder, progress: RunProgress, done: int) -> AbstractContextManager[Trackers]:
     """The trackers that the configuration names, for the length of a `with` block.
 
     **Arguments:**

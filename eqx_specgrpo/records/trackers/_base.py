@@ -81,10 +81,10 @@ class AbstractTracker(eqx.Module, Generic[Session]):
 
     @abstractmethod
     def begin(self, run: TrackedRun) -> Begun[Session]:
-        """Opens the tracker's own run, a new one or, with `run.kept`, that of before, and gives it the configuration."""
+        """Opens a run of the tracker, a new one or, with `run.kept`, that of before, and gives it the configuration."""
 
     @abstractmethod
-    def step(self, session: Session, step: int, metrics: Mapping[str, float]) -> None:
+    def step(self, session: Session, step: int, metrics: Mapping[str, float | int]) -> None:
         """The metrics of a step, all of them finite. Steps count from 1; one that was lost with a kill comes again."""
 
     @abstractmethod
@@ -92,7 +92,7 @@ class AbstractTracker(eqx.Module, Generic[Session]):
         """Some of the completions of a step."""
 
     @abstractmethod
-    def summary(self, session: Session, values: Mapping[str, float]) -> None:
+    def summary(self, session: Session, values: Mapping[str, float | int]) -> None:
         """What the whole run came to."""
 
     @abstractmethod

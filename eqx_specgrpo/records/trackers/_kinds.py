@@ -24,8 +24,8 @@ def check_trackers(names: Iterable[str]) -> None:
         kind = TRACKER_KINDS[name]
         if not all(_is_installed(module) for module in kind.modules):
             raise UserError(
-                f"tracking names {name}, which is not installed: pip install {kind.package}, or take it out of tracking "
-                "(metrics.jsonl in the run folder is written without any)"
+                f"tracking names {name}, which is not installed: pip install {kind.package}, or take it out of "
+                "tracking (metrics.jsonl in the run folder is written without any)"
             )
 
 

@@ -44,7 +44,7 @@ class MLflow(AbstractTracker[_Session]):
         shown = f"MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {uri}" if uri == own else uri
         return Begun(session, keep, f"{shown}, run {run.name}")
 
-    def step(self, session: _Session, step: int, metrics: Mapping[str, float]) -> None:
+    def step(self, session: _Session, step: int, metrics: Mapping[str, float | int]) -> None:
         _log(session, step, {name: value for name, value in metrics.items() if name != "step"})
 
     def completions(self, session: _Session, step: int, table: Table) -> None:
@@ -52,7 +52,7 @@ class MLflow(AbstractTracker[_Session]):
         rows = {"columns": list(table.columns), "data": [list(row) for row in table.rows]}
         session.client.log_dict(session.run_id, rows, f"completions/step-{step:06d}.json")
 
-    def summary(self, session: _Session, values: Mapping[str, float]) -> None:
+    def summary(self, session: _Session, values: Mapping[str, float | int]) -> None:
         _log(session, 0, values)
 
     def end(self, session: _Session, outcome: Outcome) -> None:
@@ -71,7 +71,7 @@ def _begin_new(client: Any, run: TrackedRun) -> _Session:
     return _Session(client, run_id)
 
 
-def _log(session: _Session, step: int, values: Mapping[str, float]) -> None:
+def _log(session: _Session, step: int, values: Mapping[str, float | int]) -> None:
     from mlflow.entities import Metric
 
     now = int(1000 * time.time())

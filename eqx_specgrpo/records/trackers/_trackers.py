@@ -130,10 +130,10 @@ def begun_trackers(
     trackers.end(Outcome.FINISHED)
 
 
-def finite(values: Mapping[str, Any]) -> dict[str, float]:
+def finite(values: Mapping[str, Any]) -> dict[str, float | int]:
     """Those that are finite numbers, as `metrics.jsonl` has them."""
     plain = json.loads(json_line(values))  # what is not finite is `None` there
-    return {key: value for key, value in plain.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    return {key: value for key, value in plain.items() if type(value) in (int, float)}
 
 
 def _read_kept(folder: Path) -> dict[str, dict[str, str]]:

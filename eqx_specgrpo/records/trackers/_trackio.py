@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,10 +19,12 @@ class Trackio(AbstractTracker[Any]):
         import trackio
 
         known = run.kept.get("name")
+        # trackio finds a run to go on with by its name: among several `default`, the right one has to have its own.
+        name = known or f"{run.name}-{secrets.token_hex(3)}"
         with _quietly():
             session = trackio.init(
                 project=run.kept.get("project", run.project),
-                name=known or run.name,
+                name=name,
                 config=dict(run.config),
                 resume="allow" if known else "never",
                 embed=False,
@@ -31,7 +34,7 @@ class Trackio(AbstractTracker[Any]):
         keep = {"project": session.project, "name": session.name}
         return Begun(session, keep, f"trackio show --project {session.project}, run {session.name}")
 
-    def step(self, session: Any, step: int, metrics: Mapping[str, float]) -> None:
+    def step(self, session: Any, step: int, metrics: Mapping[str, float | int]) -> None:
         # `step` is trackio's own word for where a value stands.
         session.log({name: value for name, value in metrics.items() if name != "step"}, step=step)
 
@@ -41,7 +44,7 @@ class Trackio(AbstractTracker[Any]):
         rows = trackio.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
         session.log({"completions": rows}, step=step)
 
-    def summary(self, session: Any, values: Mapping[str, float]) -> None:
+    def summary(self, session: Any, values: Mapping[str, float | int]) -> None:
         session.log(dict(values))
 
     def end(self, session: Any, outcome: Outcome) -> None:

@@ -42,7 +42,7 @@ class WeightsAndBiases(AbstractTracker[Any]):
         place = sync if session.offline else session.url or "online"
         return Begun(session, {"id": session.id}, place)
 
-    def step(self, session: Any, step: int, metrics: Mapping[str, float]) -> None:
+    def step(self, session: Any, step: int, metrics: Mapping[str, float | int]) -> None:
         session.log({**metrics, "step": step})
 
     def completions(self, session: Any, step: int, table: Table) -> None:
@@ -52,7 +52,7 @@ class WeightsAndBiases(AbstractTracker[Any]):
         rows = wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows], allow_mixed_types=True)
         session.log({"completions": rows, "step": step})
 
-    def summary(self, session: Any, values: Mapping[str, float]) -> None:
+    def summary(self, session: Any, values: Mapping[str, float | int]) -> None:
         session.summary.update(dict(values))
 
     def end(self, session: Any, outcome: Outcome) -> None:
