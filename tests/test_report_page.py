@@ -318,7 +318,9 @@ def test_smoothing_and_axes(tmp_path):
     seen = in_page(
         page,
         """({
-          smooth: [smooth([1, 2, 3, 4], 2), smooth([1, 2, 3], 1), smooth([], 3), smooth([2, 4], 5)],
+          smooth: [[[1, 2, 3, 4], 2], [[1, 2, 3], 1], [[], 3], [[2, 4], 5]].map(
+            ([values, window]) => smooth(values.map((_, i) => i + 1), values, window)),
+          sparse: smooth([0, 5, 10, 12], [1, 2, 3, 5], 5),
           ticks: [[0, 1], [0.13, 0.87], [1, 80], [-3, 12000], [0, 2e-4], [5, 5]].map((ends) => ticks(...ends, 4)),
           labels: [[0, 0.25, 0.5], [0, 5000, 10000], [0, 1e-4, 2e-4], [-1, 0, 1]].map(tickLabels),
           extent: [[[[1, 3], [2]], false], [[[1, 3]], true], [[[2, 2]], false], [[[0]], true], [[], false]].map(
@@ -330,6 +332,7 @@ def test_smoothing_and_axes(tmp_path):
         tmp_path,
     )
     assert seen["smooth"] == [[1, 1.5, 2.5, 3.5], [1, 2, 3], [], [2, 3]]
+    assert seen["sparse"] == [1, 2, 3, 4], "by steps, not by points: evaluations are steps apart"
     ranges = [(0, 1), (0.13, 0.87), (1, 80), (-3, 12000), (0, 2e-4)]
     for (low, high), values in zip(ranges, seen["ticks"][:-1], strict=True):
         assert values[0] <= low and values[-1] >= high and 3 <= len(values) <= 7

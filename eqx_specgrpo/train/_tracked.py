@@ -1,6 +1,7 @@
 """The trackers of a run, made of its configuration."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from ..config import RunConfig
 from ..records import (
@@ -16,7 +17,8 @@ from ..records import (
 )
 
 
-def tracked(config: RunConfig, folder: RunFolder, progress: RunProgress, done: int) -> AbstractContextManager[Trackers]:
+@contextmanager
+def tracked(config: RunConfig, folder: RunFolder, progress: RunProgress, done: int) -> Iterator[Trackers]:
     """The trackers that the configuration names, for the length of a `with` block.
 
     **Arguments:**
@@ -26,7 +28,14 @@ def tracked(config: RunConfig, folder: RunFolder, progress: RunProgress, done: i
     path = folder.path.resolve()
     settings = flattened(config.model_dump(mode="json"))
     run = TrackedRun(config.run_name or path.name, config.project, path, settings, done, {})
-    return begun_trackers(config.tracking, run, config.log_completions_steps, progress.say, progress.advise)
+    begun = begun_trackers(config.tracking, run, config.log_completions_steps, progress.say, progress.advise)
+    with ExitStack() as stack:
+        if config.tracking:  # importing them takes seconds
+            with progress.timed("trackers", f"beginning {', '.join(config.tracking)}"):
+                trackers = stack.enter_context(begun)
+        else:
+            trackers = stack.enter_context(begun)
+        yield trackers
 
 
 def track_summary(

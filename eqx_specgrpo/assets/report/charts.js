@@ -2,12 +2,13 @@
 
 const HEIGHT = 190;
 const ROOM = { top: 10, right: 14, bottom: 34 };
-const DOTS_UP_TO = 30; // points of a line, each of which is then marked
+const DOTS_UP_TO = 20; // points of a line, each of which is then marked
 
 // `lines`: [{label, color, x, y, low, high}], of which the last two only a band has.
-// `range`: of the vertical axis, if charts beside one another are to share it. `pick`: called with a chosen step.
+// `named`: a single line is named as well. `range`: of the vertical axis, if charts beside one another are to share it.
+// `pick`: called with a chosen step.
 class Chart {
-  constructor({ title, note, unit, kind, fromZero, reference, lines, steps, range, pick }) {
+  constructor({ title, note, unit, kind, fromZero, reference, lines, named, steps, range, pick }) {
     Object.assign(this, { title, unit, kind, fromZero, reference, lines, range, pick });
     this.at = [...new Set(lines.flatMap((line) => line.x))].sort((a, b) => a - b);
     this.steps = steps;
@@ -28,7 +29,7 @@ class Chart {
       ondblclick: () => this.choose(),
     });
     this.tip = element("div", { class: "tip", hidden: true });
-    const names = kind === "stack" || lines.length > 1 ? lines.map((line) => swatch(line.color, line.label)) : [];
+    const names = named || kind === "stack" || lines.length > 1 ? lines.map((line) => swatch(line.color, line.label)) : [];
     this.node = element(
       "figure",
       { class: "chart" },
@@ -104,12 +105,11 @@ class Chart {
       picture.append(shape("path", { class: `band ${color}`, d: `${path(line.high)}${back.join("")}Z` }));
     }
     if (this.window > 1) picture.append(shape("path", { class: `line raw ${color}`, d: path(line.y) }));
-    const values = smooth(line.y, this.window);
+    const values = smooth(line.x, line.y, this.window);
     picture.append(shape("path", { class: `line ${color}`, d: path(values) }));
     if (line.x.length <= DOTS_UP_TO) {
-      const sparse = this.window > 1 ? line.y : values;
       line.x.forEach((step, i) =>
-        picture.append(shape("circle", { class: `dot ${color}`, cx: this.toX(step), cy: this.toY(sparse[i]), r: 2.5 })),
+        picture.append(shape("circle", { class: `dot ${color}`, cx: this.toX(step), cy: this.toY(line.y[i]), r: 2.5 })),
       );
     }
   }

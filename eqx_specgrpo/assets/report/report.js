@@ -28,7 +28,9 @@ function chartsOf(spec, runs, pick) {
     const lines = linesOf(spec, group, colorOf);
     if (!lines.length) return [];
     const { title, unit, kind, fromZero, reference } = spec;
-    return [new Chart({ title, note, unit, kind, fromZero, reference, lines, steps, range, pick: (step) => pick(group[0][1].name, step) })];
+    const named = runs.length > 1 && !note;
+    const read = (step) => pick(group[0][1].name, step);
+    return [new Chart({ title, note, unit, kind, fromZero, reference, lines, named, steps, range, pick: read })];
   };
   if (runs.length === 1) return make(numbered, "", (_, series) => series);
   if (spec.series.length === 1 || spec.kind === "band") return make(numbered, "", (run) => run);

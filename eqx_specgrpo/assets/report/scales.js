@@ -1,15 +1,13 @@
 // Numbers: how they are smoothed, spread over an axis and written. Nothing here knows of the page.
 
-// The mean of each value and up to `window - 1` before it.
-function smooth(values, window) {
-  const means = [];
-  let sum = 0;
-  values.forEach((value, i) => {
+// The mean of each value and those of the steps before it, as far as they are among the last `window`.
+function smooth(steps, values, window) {
+  let [first, sum] = [0, 0];
+  return values.map((value, i) => {
     sum += value;
-    if (i >= window) sum -= values[i - window];
-    means.push(sum / Math.min(i + 1, window));
+    for (; steps[first] <= steps[i] - window; first++) sum -= values[first];
+    return sum / (i - first + 1);
   });
-  return means;
 }
 
 // Round values from at most `low` to at least `high`, about `count` of them.

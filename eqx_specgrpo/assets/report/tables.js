@@ -72,13 +72,17 @@ function comparisonTable(title, runs, trees, caption) {
   const several = runs.length > 1;
   const keys = [...new Set(trees.flatMap((tree) => Object.keys(tree)))];
   if (!keys.length) return null;
-  const text = (value) => (value === undefined ? MISSING : typeof value === "string" ? value : JSON.stringify(value));
+  const text = (value) =>
+    value === undefined ? MISSING : Array.isArray(value) ? `[${value.map(text).join(", ")}]` : typeof value === "string" ? value : JSON.stringify(value);
+  // Long names break where their words do.
+  const words = (key) => key.split(/(?<=[._])/).flatMap((word) => [word, element("wbr")]);
   let differing = 0;
   const rows = keys.map((key) => {
     const values = trees.map((tree) => text(tree[key]));
     const differs = values.some((value) => value !== values[0]);
     differing += differs;
-    return row([differs ? element("span", {}, element("span", { class: "differs-sign", title: "differs" }, "≠ "), key) : key, ...values], { class: differs ? "differs" : "same" });
+    const sign = differs ? element("span", { class: "differs-sign", title: "differs" }, "≠ ") : null;
+    return row([element("span", {}, sign, ...words(key)), ...values], { class: differs ? "differs" : "same" });
   });
   const shown = table(["", ...runs.map((run, i) => runTitle(run, i, several))], rows, caption);
   if (!several) return section(title, shown);

@@ -48,9 +48,11 @@ class Trackio(AbstractTracker[Any]):
         session.log(dict(values))
 
     def end(self, session: Any, outcome: Outcome) -> None:
-        del outcome
+        import trackio
+
+        del session, outcome
         with _quietly():
-            session.finish()
+            trackio.finish()  # the session's: trackio has one at a time. Finished by itself, it would be again at exit.
 
 
 @contextlib.contextmanager
