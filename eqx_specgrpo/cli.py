@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from ._cli_options import DRAFT_WORDS, LARGEST_SEED, MOST_ROWS, Adapter, Config, Model, Renamed, Set, Task
+from ._cli_report import report
 from .choices import DRAFT_LOSSES, REWARDS, VERIFIERS, listed
 from .errors import UserError
 from .runtime import (
@@ -382,18 +383,4 @@ def plot(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run
     check_output_arrived()
 
 
-@app.command()
-def report(
-    run_folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="The folders of runs, side by side.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.html", help="The page to write; else report.html in the run's folder, of several here."
-        ),
-    ] = None,
-) -> None:
-    """Write a page of runs for a browser: curves, completions to read, configurations; it needs no network."""
-    from .records import write_report
-
-    print(write_report(run_folders, out))
-    check_output_arrived()
+app.command()(report)

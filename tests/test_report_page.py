@@ -181,11 +181,23 @@ def test_metrics_are_told_where_they_are(tmp_path):
 
 
 def test_each_metric_is_shown_once():
-    names = [*metrics(5), "eval/pass@4", "spec/rounds_length_10", "spec/rounds_length_9", "completions/clipped_ratio"]
+    names = [
+        *metrics(5),
+        "eval/pass@4",
+        "eval/reward/low",
+        "eval/reward/high",
+        "eval/odd/low",
+        "spec/rounds_length_10",
+        "spec/rounds_length_9",
+        "completions/clipped_ratio",
+    ]
     sections = {section["title"]: section["charts"] for section in charts_of(names)}
     shown = [series["key"] for charts in sections.values() for chart in charts for series in chart["series"]]
     assert len(shown) == len(set(shown)) and set(names) - set(shown) == {"step", "time/step"}
-    assert [chart["title"] for chart in sections["Evaluation"]] == ["pass@4", "reward"]
+    evaluation = {chart["title"]: chart for chart in sections["Evaluation"]}
+    assert list(evaluation) == ["odd/low", "pass@4", "reward"]
+    assert [evaluation[title]["kind"] for title in evaluation] == ["lines", "lines", "band"]
+    assert [s["key"] for s in evaluation["reward"]["series"]] == ["eval/reward", "eval/reward/low", "eval/reward/high"]
     rewards = {chart["title"]: [series["label"] for series in chart["series"]] for chart in sections["Reward"]}
     assert rewards["Reward by function"] == ["right", "short"]
     speculation = {chart["title"]: [s["label"] for s in chart["series"]] for chart in sections["Speculation"]}

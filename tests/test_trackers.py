@@ -123,9 +123,10 @@ def test_what_a_tracker_is_told(recording, tmp_path):
     ]
     told.clear()
     with pytest.raises(ZeroDivisionError), begun_trackers(["wandb"], run, 0, print, print) as trackers:
-        trackers.step(2, {}, completions(2))
+        trackers.step(2, {"eval/reward": 1.0}, completions(2))
+        trackers.step(2, {})  # no evaluation was due
         raise ZeroDivisionError
-    assert told == [("begin", 0, {"id": "7"}), ("step", 2, {}), ("end", Outcome.FAILED)]
+    assert told == [("begin", 0, {"id": "7"}), ("step", 2, {"eval/reward": 1.0}), ("end", Outcome.FAILED)]
     with pytest.raises(Stopped), begun_trackers(["wandb"], run, 0, print, print):
         raise Stopped(signal.SIGTERM, at_once=False)
     assert told[-1] == ("end", Outcome.STOPPED)

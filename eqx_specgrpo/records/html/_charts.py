@@ -21,7 +21,8 @@ class Chart:
     - `title`: what is shown; `{}` stands for what a `*` of the metric's name stood for, and makes a chart for each.
     - `unit`: of the vertical axis.
     - `metrics`: names of metrics, in which `*` stands for anything.
-    - `kind`: `lines`; `band`, a line between the two that follow; or `stack`, areas on one another.
+    - `kind`: `lines`; `band`, a line between the two that follow; `stack`, areas on one another; or `interval`, a band
+        between `.../low` and `.../high` of the metric where there are these two, else a line.
     - `from_zero`: the axis begins at 0.
     - `reference`: a horizontal line, and what it is.
     - `at_least`: without so many lines it says what another chart says.
@@ -55,7 +56,7 @@ SECTIONS = (
             Chart("Groups whose rewards are all equal", _SHARE, ("frac_reward_zero_std",), from_zero=True),
         ),
     ),
-    Section("Evaluation", (Chart("{}", "", ("eval/*",)),)),
+    Section("Evaluation", (Chart("{}", "", ("eval/*",), kind="interval"),)),
     Section(
         "Policy",
         (
@@ -133,10 +134,7 @@ def charts_of(names: Iterable[str]) -> list[dict[str, Any]]:
             if len(found) < (len(chart.metrics) if chart.kind == "band" else chart.at_least):
                 continue
             left = [name for name in left if name not in found]
-            groups = [found]
-            if "{}" in chart.title:
-                groups = [{name: label} for name, label in found.items()]
-            charts += [_as_json(chart, group) for group in groups]
+            charts += [_as_json(chart, group) for group in _groups(chart, found)]
         if charts:
             sections.append({"title": section.title, "charts": charts})
     return sections
@@ -152,6 +150,16 @@ def _matching(pattern: str, names: Iterable[str]) -> dict[str, str]:
     return {name: re.sub(r"_mean$", "", name.rpartition("/")[2]) for name in found}
 
 
+def _groups(chart: Chart, found: dict[str, str]) -> list[dict[str, str]]:
+    """What goes into one chart each."""
+    if chart.kind == "interval":
+        ends = {name: (f"{name}/low", f"{name}/high") for name in found}
+        within = {name for both in ends.values() if set(both) <= found.keys() for name in both}
+        groups = [[name, *(end for end in ends[name] if end in within)] for name in found if name not in within]
+        return [{name: found[name] for name in group} for group in groups]
+    return [{name: label} for name, label in found.items()] if "{}" in chart.title else [found]
+
+
 def _naturally(text: str) -> list[tuple[int, int | str]]:
     """An order in which 10 comes after 9."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text) if part]
@@ -159,10 +167,13 @@ def _naturally(text: str) -> list[tuple[int, int | str]]:
 
 def _as_json(chart: Chart, group: dict[str, str]) -> dict[str, Any]:
     (first, *_) = group.values()
+    kind = chart.kind
+    if kind == "interval":
+        kind = "band" if len(group) == 3 else "lines"
     return {
         "title": chart.title.replace("{}", first),
         "unit": chart.unit,
-        "kind": chart.kind,
+        "kind": kind,
         "fromZero": chart.from_zero,
         "reference": chart.reference,
         "series": [{"key": name, "label": label} for name, label in group.items()],

@@ -14,6 +14,7 @@ from ._kinds import TRACKER_KINDS
 from ._table import completion_table
 
 KEPT_FILE = "trackers.json"
+_LONGEST = 300  # characters of what a tracker has said
 
 
 class Trackers:
@@ -54,11 +55,13 @@ class Trackers:
         **Arguments:**
 
         - `step`: counted from 1.
-        - `metrics`: by name; what is no finite number is left out.
+        - `metrics`: by name; what is no finite number is left out. Without any, nothing is told: so an evaluation's
+            metrics are, where one was due.
         - `completions`: records of `completions.jsonl`, of which a table goes out where one is due.
         """
         numbers = finite(metrics)
-        self._all(lambda tracker, session: tracker.step(session, step, numbers))
+        if numbers:
+            self._all(lambda tracker, session: tracker.step(session, step, numbers))
         if self._open and completions and self._every and step % self._every == 0:
             table = completion_table(completions)
             self._all(lambda tracker, session: tracker.completions(session, step, table))
@@ -89,9 +92,6 @@ class Trackers:
         )
 
 
-_LONGEST = 300
-
-
 @contextmanager
 def begun_trackers(
     names: Sequence[str], run: TrackedRun, every: int, say: Callable[[str], None], warn: Callable[[str], None]
@@ -116,10 +116,9 @@ def begun_trackers(
         if begun is not None:
             kept[name], place = begun
             say(f"tracking  {name}: {place}")
-    if trackers.names:
-        content = json.dumps(kept, indent=1).encode("utf-8", "replace")
-        replace_file(run.folder / KEPT_FILE, content)
     try:
+        if trackers.names:
+            replace_file(run.folder / KEPT_FILE, json.dumps(kept, indent=1).encode("utf-8", "replace"))
         yield trackers
     except Stopped:
         trackers.end(Outcome.STOPPED)
