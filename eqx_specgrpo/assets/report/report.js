@@ -1,6 +1,6 @@
 // Puts the page together: charts that follow the width, one slider for their smoothing, and what is to be read.
 
-const MOST_SMOOTHING = 50;
+const MOST_SMOOTHING = 200; // steps
 
 // The lines of a chart of one run, or, of a single metric, of all of them.
 function linesOf(spec, runs, colorOf) {
@@ -55,7 +55,7 @@ function heading(data) {
 }
 
 function controls(titles, runs, longest, change) {
-  const value = longest >= 10 ? 5 : 1;
+  const value = longest >= 10 ? Math.min(MOST_SMOOTHING, Math.max(5, Math.round(longest / 100))) : 1;
   const said = element("output", {}, "");
   const slider = element("input", {
     type: "range",
