@@ -345,6 +345,18 @@ def test_wandb_offline(nobody, tmp_path):
     assert kept["data"][1][2] == f"1: {HOSTILE} é" and kept["data"][0][5] is None
 
 
+def test_wandb_without_a_network(nobody, monkeypatch, tmp_path):
+    """Somebody is logged in, but no server answers: the run is recorded offline all the same."""
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    said, warnings, run = [], [], tracked_run(tmp_path / "run")
+    with begun_trackers(["wandb"], run, 0, said.append, warnings.append) as trackers:
+        trackers.step(1, {"step": 1, "reward": 0.5})
+    assert warnings == [] and len(said) == 1 and "offline; send it with: wandb sync" in said[0]
+    assert list((run.folder / "wandb").glob("offline-run-*/*.wandb"))
+
+
 def test_trackio(trackio_folder, tmp_path):
     from trackio.sqlite_storage import SQLiteStorage
 

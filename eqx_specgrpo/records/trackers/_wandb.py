@@ -4,43 +4,33 @@ import netrc
 import os
 import urllib.parse
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ._base import AbstractTracker, Begun, Outcome, Table, TrackedRun, TrackerKind
+
+_PATIENCE = 30.0  # seconds for a server to answer at the beginning
 
 
 class WeightsAndBiases(AbstractTracker[Any]):
     """A run of Weights & Biases. The session is its `wandb.Run`.
 
     `WANDB_MODE`, `WANDB_ENTITY`, `WANDB_DIR` and wandb's other variables count. Where nobody is logged in, nobody is
-    asked: the run is recorded offline, in `wandb/` of the run's folder.
+    asked: the run is recorded offline, in `wandb/` of the run's folder. So it is where no server answers.
     """
 
     def begin(self, run: TrackedRun) -> Begun[Any]:
         import wandb
 
-        mode = None if "WANDB_MODE" in os.environ or _is_logged_in() else "offline"
-        known = run.kept.get("id")
-        is_offline = (mode or os.environ.get("WANDB_MODE")) == "offline"
-        session = wandb.init(
-            project=os.environ.get("WANDB_PROJECT") or run.project,
-            name=run.name,
-            config=dict(run.config),
-            dir=os.environ.get("WANDB_DIR") or str(run.folder),
-            id=known,
-            # Offline there is no run to be asked about: the same id is what joins the parts when they are sent.
-            resume="allow" if known and not is_offline else None,
-            allow_val_change=True,
-            mode=mode,
-            reinit="create_new",
-            settings=wandb.Settings(console="off", silent=True),
-        )
+        is_known = "WANDB_MODE" in os.environ or _is_logged_in()
+        try:
+            session = _init(run, None if is_known else "offline")
+        except wandb.errors.CommError:  # a machine without a network, say
+            session = _init(run, "offline")
         # Steps of ours as the axis: wandb's own count takes no step a second time, which a resumed run may do again.
         session.define_metric("step")
         session.define_metric("*", step_metric="step")
         sync = f"offline; send it with: wandb sync {session.sync_dir}"
-        place = sync if session.offline else session.url or "online"
-        return Begun(session, {"id": session.id}, place)
+        return Begun(session, {"id": session.id}, sync if session.offline else session.url or "online")
 
     def step(self, session: Any, step: int, metrics: Mapping[str, float | int]) -> None:
         session.log({**metrics, "step": step})
@@ -57,6 +47,30 @@ class WeightsAndBiases(AbstractTracker[Any]):
 
     def end(self, session: Any, outcome: Outcome) -> None:
         session.finish(exit_code=0 if outcome is Outcome.FINISHED else 1)
+
+
+def _init(run: TrackedRun, mode: Literal["offline"] | None) -> Any:
+    """The run of before, or a new one; without a mode, as wandb is set up."""
+    import wandb
+
+    known = run.kept.get("id")
+    is_offline = "offline" in (mode, os.environ.get("WANDB_MODE"))
+    settings: dict[str, Any] = {"console": "off", "silent": True}
+    if "WANDB_INIT_TIMEOUT" not in os.environ:
+        settings["init_timeout"] = _PATIENCE
+    return wandb.init(
+        project=os.environ.get("WANDB_PROJECT") or run.project,
+        name=run.name,
+        config=dict(run.config),
+        dir=os.environ.get("WANDB_DIR") or str(run.folder),
+        id=known,
+        # Offline there is no run to be asked about: the same id is what joins the parts when they are sent.
+        resume="allow" if known and not is_offline else None,
+        allow_val_change=True,
+        mode=mode,
+        reinit="create_new",
+        settings=settings,
+    )
 
 
 def _is_logged_in() -> bool:
