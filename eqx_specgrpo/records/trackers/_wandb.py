@@ -19,12 +19,12 @@ class WeightsAndBiases(AbstractTracker[Any]):
     """
 
     def begin(self, run: TrackedRun) -> Begun[Any]:
-        import wandb
+        from wandb.errors import CommError
 
         is_known = "WANDB_MODE" in os.environ or _is_logged_in()
         try:
             session = _init(run, None if is_known else "offline")
-        except wandb.errors.CommError:  # a machine without a network, say
+        except CommError:  # a machine without a network, say
             session = _init(run, "offline")
         # Steps of ours as the axis: wandb's own count takes no step a second time, which a resumed run may do again.
         session.define_metric("step")
