@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from ._cli_options import DRAFT_WORDS, LARGEST_SEED, MOST_ROWS, Adapter, Config, Model, Renamed, Set, Task
+from ._cli_report import report
 from .choices import DRAFT_LOSSES, REWARDS, VERIFIERS, listed
 from .errors import UserError
 from .runtime import (
@@ -380,3 +381,6 @@ def plot(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run
 
     print(plot_run(run_folder))
     check_output_arrived()
+
+
+app.command()(report)

@@ -242,6 +242,42 @@ MUTATIONS = (
         '"policy": with_trained_part(self.policy, trees["policy"]), "policy_optimizer": self.policy_optimizer',
         "test_run.py::test_killed_and_resumed_is_bitwise_a_straight_run",
     ),
+    # What a run shows.
+    Mutation(
+        "tags of a completion go into the page as they are",
+        "records/html/_page.py",
+        'text.replace("<", "\\\\u003c")',
+        "text",
+        "test_report_page.py::test_nothing_in_a_run_is_taken_for_html",
+    ),
+    Mutation(
+        "another script may run in the page",
+        "records/html/_page.py",
+        "script-src {_digest(script)}",
+        "script-src 'unsafe-inline'",
+        "test_report_page.py::test_the_page_needs_nothing_else_and_runs_nothing_else",
+    ),
+    Mutation(
+        "a tracker that fails goes on failing",
+        "records/trackers/_trackers.py",
+        "                del self._open[name]\n",
+        "",
+        "test_trackers.py::test_a_tracker_that_fails_is_off_and_the_others_go_on",
+    ),
+    Mutation(
+        "TensorBoard keeps the steps that are done again",
+        "records/trackers/_tensorboard.py",
+        "session_log=start",
+        "session_log=None",
+        "test_trackers.py::test_tensorboard",
+    ),
+    Mutation(
+        "a resumed run is a new one to its tracker",
+        "records/trackers/_trackers.py",
+        "kept.get(name, {})",
+        "{}",
+        "test_trackers.py::test_mlflow_in_files",
+    ),
 )
 
 

@@ -43,7 +43,8 @@ ALLOWED = {
     "train": BOTTOM | STATIONS | {"records", "config", "testing"},
     "bench": BOTTOM | STATIONS | {"records", "config", "testing", "train"},
     "_cli_options": BOTTOM,
-    "cli": BOTTOM | {"_cli_options"} | STATIONS | {"records", "config", "testing", "train", "bench"},
+    "_cli_report": BOTTOM | {"records"},
+    "cli": BOTTOM | {"_cli_options", "_cli_report"} | STATIONS | {"records", "config", "testing", "train", "bench"},
     "__init__": BOTTOM | STATIONS | {"records", "config", "testing", "train", "bench"},
 }
 LONGEST_FILE = 400

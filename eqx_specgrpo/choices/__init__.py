@@ -4,6 +4,7 @@ from ._names import (
     DRAFTS as DRAFTS,
     REWARDS as REWARDS,
     TASKS as TASKS,
+    TRACKERS as TRACKERS,
     VERIFIERS as VERIFIERS,
     listed as listed,
 )

@@ -1,7 +1,7 @@
 """What a configuration chooses among by name: each name, and the file of its station that ends with its description.
 
-A new draft, verifier, loss, task or reward is such a file, and a line here. Only text stands here, so that the command
-line can list the names without waiting for JAX.
+A new draft, verifier, loss, task, reward or tracker is such a file, and a line here. Only text stands here, so that the
+command line can list the names without waiting for JAX.
 """
 
 from collections.abc import Iterable, Mapping
@@ -51,6 +51,14 @@ REWARDS: Mapping[str, str] = MappingProxyType(
         "math": "_math_reward",
         "think_format": "_think_format",
         "soft_overlong(L, C)": "_soft_overlong",
+    }
+)
+TRACKERS: Mapping[str, str] = MappingProxyType(
+    {
+        "tensorboard": "_tensorboard",
+        "wandb": "_wandb",
+        "trackio": "_trackio",
+        "mlflow": "_mlflow",
     }
 )
 

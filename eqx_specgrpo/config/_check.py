@@ -14,7 +14,7 @@ from ..drafts import DraftError, check_saved_sizes, describe_saved_draft
 from ..errors import UserError
 from ..files import absolute_spec, is_import_spec, user_path
 from ..models import Transformer, load_model_config
-from ..records import check_unused
+from ..records import check_trackers, check_unused
 from ..tasks import AbstractTask, Rewards, load_rewards, load_task
 from ._draft_options import check_options
 from ._lora import check_saved_adapter
@@ -43,8 +43,8 @@ def check_places(config: RunConfig, resume: bool) -> None:
 
     **Raises:**
 
-    `UserError` if one of them is not there or cannot be used, the draft or `[lora]` does not fit the model, the run
-    folder is taken or cannot be written, or the disk has no room for the checkpoints.
+    `UserError` if one of them is not there or cannot be used, the draft or `[lora]` does not fit the model, a tracker
+    is not installed, the run folder is taken or cannot be written, or the disk has no room for the checkpoints.
     """
     model = load_model_config(config.model.path or default_model_path())
     if config.model.adapter is not None:
@@ -53,6 +53,7 @@ def check_places(config: RunConfig, resume: bool) -> None:
         check_saved_draft(config.draft)
         check_saved_sizes(user_path(config.draft.path), model.hidden_size, model.vocab_size)
     check_draft_options(config.draft)
+    check_trackers(config.tracking)
     out = Path(config.out)
     if not resume:
         check_unused(out)

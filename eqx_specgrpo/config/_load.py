@@ -24,7 +24,9 @@ from ._toml import parse_toml_value, toml_key, toml_value
 from ._tree import DraftConfig, RunConfig, TaskConfig
 
 _NOTES = {"grpo.num_generations": "a group of one has nothing to be compared with"}
-_MAY_CHANGE = frozenset({"steps", "out", "save_steps", "compare", "reward.timeout"})
+_MAY_CHANGE = frozenset(
+    {"steps", "out", "save_steps", "compare", "reward.timeout", "tracking", "log_completions_steps"}
+)
 # Names of TRL's GRPOConfig that are not near what they are here; docs/run.md, "Coming from TRL", has them all.
 _OF_TRL = {
     "steps_per_generation": "each batch of rollouts is one step, of grpo.num_iterations updates",
@@ -43,13 +45,13 @@ _OF_TRL = {
     "warmup_ratio": "set grpo.warmup_steps, a number of steps",
     "num_epochs": "set steps, the number of batches of rollouts",
     "logging_steps": "every step is written to metrics.jsonl",
-    "log_completions": "every completion is written to completions.jsonl",
+    "log_completions": "completions.jsonl has every completion; trackers get a table every log_completions_steps steps",
     "save_total_limit": "the newest two checkpoints are kept",
     "eval_steps": "a run does not evaluate; its metrics are those of its rollouts",
     "eval_strategy": "a run does not evaluate; its metrics are those of its rollouts",
     "eval_dataset": "a run does not evaluate; its metrics are those of its rollouts",
     "optim": "it is AdamW, with grpo.adam_beta1, adam_beta2, adam_epsilon and weight_decay",
-    "report_to": "records go to metrics.jsonl in the run folder, and specgrpo plot draws them",
+    "report_to": 'set tracking, as in tracking = ["wandb"]; metrics.jsonl in the run folder is always written',
 }
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from ..choices import TASKS, Among, listed
+from ..choices import TASKS, TRACKERS, Among, listed
 from ..decoding import VERIFIER_KINDS
 from ..distill import DRAFT_LOSS_KINDS
 from ..drafts import DRAFT_KINDS, OWN_CLASS
@@ -14,6 +14,7 @@ from ._draft_options import check_options
 from ._grpo import GRPOConfig
 from ._lora import LoRAConfig
 from ._section import NoneWord as _NoneWord, Section as _Section
+from ._tracking import TrackerNames as _TrackerNames
 
 # Those that any temperature may have.
 _VERIFIERS = tuple(name for name, kind in VERIFIER_KINDS.items() if not kind.greedy_only)
@@ -198,6 +199,16 @@ class RunConfig(_Section):
     out: str = Field(default="runs/default", min_length=1, description="the run folder")
     compare: bool = Field(
         default=True, description="at the end, measure decoding with the draft against plain decoding"
+    )
+    tracking: _TrackerNames = Field(
+        default=[], description=f"where metrics go besides metrics.jsonl: {listed(TRACKERS, 'and')}, any of them"
+    )
+    project: str = Field(default="eqx_specgrpo", min_length=1, description="what trackers file the run under")
+    run_name: Annotated[str | None, _NoneWord] = Field(
+        default=None, description="what trackers call the run; none: as its folder"
+    )
+    log_completions_steps: int = Field(
+        default=10, ge=0, description="trackers get a table of completions every so many steps; 0: never"
     )
     model: ModelConfig = Field(default_factory=ModelConfig)
     task: TaskConfig = Field(default_factory=TaskConfig)

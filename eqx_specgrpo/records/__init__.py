@@ -19,6 +19,7 @@ from ._progress import RunProgress as RunProgress
 from ._report import (
     first_to_last as first_to_last,
     phase_times as phase_times,
+    run_summary as run_summary,
     summary_table as summary_table,
     summary_text as summary_text,
 )
@@ -28,3 +29,11 @@ from ._speculation import (
     speculation_balance as speculation_balance,
 )
 from ._times import PhaseTimes as PhaseTimes, step_times as step_times
+from .html import flattened as flattened, write_report as write_report
+from .trackers import (
+    AbstractTracker as AbstractTracker,
+    TrackedRun as TrackedRun,
+    Trackers as Trackers,
+    begun_trackers as begun_trackers,
+    check_trackers as check_trackers,
+)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from ..choices import TRACKERS
 from ..errors import UserError
 from ..files import json_line
 
@@ -33,6 +34,7 @@ class RunFolder:
     - `inputs.jsonl`: one object a start, of what they were computed from: fingerprints by name.
     - `times.jsonl`: one object a start, of where its wall-clock time went.
     - `comparison.json`: what was measured against plain decoding at the end.
+    - `trackers.json`: what trackers need to go on; some write in folders of their own names.
     - `checkpoints/`, `policy/`, `draft/`: written by others.
 
     Older folders count steps from 0. They are counted anew when a run goes on there.
@@ -290,7 +292,7 @@ def check_unused(path: Path) -> None:
         return
     names = {entry.name for entry in path.iterdir()}
     # A run that stopped before its first step has written nothing worth keeping.
-    ours = {_LOCK, "config.toml", "machine.jsonl", "inputs.jsonl", "times.jsonl"}
+    ours = {_LOCK, "config.toml", "machine.jsonl", "inputs.jsonl", "times.jsonl", "trackers.json", *TRACKERS}
     if names and not (_LOCK in names and names <= ours):
         raise UserError(
             f"the folder {path} already holds a run or other files: go on with it with --resume, or choose another "

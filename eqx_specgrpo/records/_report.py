@@ -42,6 +42,37 @@ def rounds_by_length(metrics: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     return {length: sum(_values(metrics, f"{prefix}{length}")) for length in lengths}
 
 
+def run_summary(
+    metrics: Sequence[Mapping[str, Any]],
+    starts: Sequence[Mapping[str, Any]] = (),
+    comparison: Comparison | None = None,
+) -> dict[str, float]:
+    """The figures of [`summary_table`][] that are one number each, for trackers; those that are not known are left out.
+
+    **Arguments:**
+
+    - `metrics`, `starts`, `comparison`: as for [`summary_table`][].
+    """
+    summary: dict[str, float] = {}
+    for key, _ in _CURVES:
+        ends = first_to_last(metrics, key)
+        if ends is not None:
+            name = key.rpartition("/")[2]
+            summary |= {f"summary/{name}_first": ends[0], f"summary/{name}_last": ends[1]}
+    if starts and starts[0]["from_step"] == 1:
+        summary["summary/seconds"] = sum(start["total"] for start in starts)
+    if comparison is not None:
+        summary |= {
+            "summary/tokens_per_second": comparison.speculative,
+            "summary/tokens_per_second_plain": comparison.plain,
+            "summary/speculation_ratio": comparison.ratio,
+        }
+    balance = speculation_balance(metrics, starts, comparison)
+    if balance is not None:
+        summary["summary/seconds_saved"] = balance.total
+    return summary
+
+
 def summary_table(
     metrics: Sequence[Mapping[str, Any]],
     starts: Sequence[Mapping[str, Any]] = (),

@@ -35,6 +35,8 @@ from ..models import AbstractLanguageModel
 from ..records import (
     RunFolder,
     RunProgress,
+    Trackers,
+    check_trackers,
     latest_checkpoint,
     load_checkpoint,
     machine,
@@ -65,6 +67,7 @@ from ._step import (
     update_policy,
 )
 from ._step_records import completion_records, rollout_metrics, vocabulary_metrics
+from ._tracked import track_summary, tracked
 
 
 def run(
@@ -93,6 +96,7 @@ def run(
     config = with_absolute_paths(config)  # what the run folder keeps is found again from anywhere
     task, _ = load_task_and_rewards(config)
     check_draft_options(config.draft)
+    check_trackers(config.tracking)
     with RunFolder(Path(config.out), resume) as folder, progress, stopped_at_once(), out_of_memory_advice():
         before = load_config(folder.config_path) if resume else config
         inputs = run_inputs(config, task)
@@ -110,7 +114,7 @@ def run(
             folder.write_inputs(start, inputs)
         for line in header(parts, state, start):
             progress.say(line)
-        with _times_written(folder, progress, start + 1):
+        with _times_written(folder, progress, start + 1), tracked(config, folder, progress, start) as trackers:
             saved: int | None = start
             is_new = latest_checkpoint(folder.path) is None
             if is_new and config.draft.warms_up and state.draft.train_length > 0:
@@ -122,10 +126,11 @@ def run(
                 for done in range(start, config.steps):
                     with keeper.before(done, state), out_of_memory_advice():  # here too: what is done is saved then
                         state = _one_step(
-                            parts, state, reference, done, folder, progress, segments, lengths, stop, planner
+                            parts, state, reference, done, folder, trackers, progress, segments, lengths, stop, planner
                         )
                     keeper.after(done + 1, state)
             comparison = finish(parts, state, folder, progress, segments)
+            track_summary(trackers, folder, progress, start, comparison)
         progress.close()
         sum_up(config, folder, comparison, console)
     return folder.path
@@ -219,6 +224,7 @@ def _one_step(
     reference: AbstractLanguageModel | None,
     done: int,
     folder: RunFolder,
+    trackers: Trackers,
     progress: RunProgress,
     segments: SegmentLog,
     lengths: PromptLengths,
@@ -293,5 +299,6 @@ def _one_step(
         folder.append_completions(records)
         lengths.add(records)
         folder.append_metrics(metrics)
+        trackers.step(step, metrics, records)
         progress.stepped(step, config.steps, metrics, metrics["compile/seconds"] - compiled)
     return state
