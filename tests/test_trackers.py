@@ -8,6 +8,8 @@ import os
 import signal
 import struct
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -232,11 +234,12 @@ def test_nothing_is_imported_without_being_named(name):
 
 
 @pytest.fixture(scope="module")
-def trackio_folder(tmp_path_factory) -> Path:
-    """Read by trackio when it is first imported."""
+def trackio_folder(tmp_path_factory) -> Iterator[Path]:
+    """Where trackio keeps its database; it asks once, when it is first imported."""
     folder = tmp_path_factory.mktemp("trackio")
-    os.environ["TRACKIO_DIR"] = str(folder)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACKIO_DIR", str(folder))
+        yield folder
 
 
 @pytest.fixture
@@ -256,8 +259,9 @@ def killed_and_resumed(name: str, folder: Path) -> TrackedRun:
         for step in (1, 2, 3):
             metrics = {"step": step, "reward": step / 10, "spec/rate_pos_0": 0.5, "odd name?": 2}
             trackers.step(step, metrics, completions(step))
-        if name == "wandb":  # its own process would go on, and keep the run's name
+        if name == "wandb":  # its own process would go on, and keep the run's id; its folders are named by the second
             trackers.end(Outcome.FAILED)
+            time.sleep(1.1)
         trackers._open.clear()  # nobody says goodbye
     follow(dataclasses.replace(run, done=2), [name], [3, 4], warnings)
     assert warnings == []
@@ -328,7 +332,7 @@ def test_wandb_offline(nobody, tmp_path):
 
     run = killed_and_resumed("wandb", tmp_path / "run")
     wandb.teardown()  # as at the end of a process: all is in the files then
-    folders = sorted((run.folder / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime)
+    folders = sorted((run.folder / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
     # One id, so that both parts become one run when they are sent; what is there twice has the same step, and value.
     (known,) = {folder.name.rpartition("-")[2] for folder in folders}
@@ -416,7 +420,7 @@ def test_a_whole_run(nobody, tiny_folder, tmp_path, monkeypatch):
     assert [event.step for event in events.Tensors("completions")] == [2, 4]
     assert events.Scalars("summary/reward_last")[0].value > 0 and events.Scalars("summary/seconds")[0].value > 0
     wandb.teardown()
-    runs = sorted((folder / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime)
+    runs = sorted((folder / "wandb").glob("offline-run-*"))
     told = [row["step"] for part in runs for row in wandb_history(part)[0] if "reward" in row]
     assert told == [1, 2, 3, 4] and wandb_history(runs[0])[1]["grpo.num_generations"] == 4
     said.file.seek(0)
