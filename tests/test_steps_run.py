@@ -271,15 +271,29 @@ def test_steps_of_epochs(tiny_folder, files, tmp_path, monkeypatch, capsys):
 
 
 def test_a_signal_in_an_evaluation(tiny_folder, files, tmp_path, monkeypatch, capsys):
-    """Ctrl-C waits for it, and the step behind it is not begun. SIGTERM leaves it: it is made again on resuming."""
-    out = tmp_path / "run"
-    arguments = settings(tiny_folder, files, out, *evaluation(tiny_folder, files), "draft.mode=off", "steps=3")
+    """Ctrl-C waits for it, and the step behind it is not begun. SIGTERM leaves it: it is made again on resuming.
+
+    Trackers are told of the evaluations that were made.
+    """
+    out, told = tmp_path / "run", []
+    further = ["draft.mode=off", "steps=3", "grpo.top_p=0.9", "eval.temperature=0.5"]
+    arguments = settings(tiny_folder, files, out, *evaluation(tiny_folder, files), *further)
     with monkeypatch.context() as patch:
+        patch.setattr(
+            "eqx_specgrpo.records.Trackers.step", lambda self, step, metrics, _=(): told.append((step, metrics))
+        )
         patch.setenv("TINY_RUN_INTERRUPT_AT", "2")  # after two steps comes an evaluation
         code, text, err = main_like(patch, capsys, "run", *as_flags(arguments))
     assert code == 130 and "Stopped by Ctrl-C after step 2 of 3" in text, err
     assert [record["step"] for record in read_records(out / "eval.jsonl")] == [0, 2]
     assert len(read_records(out / "metrics.jsonl")) == 2
+    told = [(step, metrics) for step, metrics in told if metrics]
+    assert [(step, "eval/reward" in metrics) for step, metrics in told] == [
+        (0, True),
+        (1, False),
+        (2, False),
+        (2, True),
+    ]
 
     def terminate(*_, **__):
         signal.raise_signal(signal.SIGTERM)
