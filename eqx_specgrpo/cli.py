@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ._cli_eval import evaluate
 from ._cli_options import DRAFT_WORDS, LARGEST_SEED, MOST_ROWS, Adapter, Config, Model, Renamed, Set, Task
 from ._cli_report import report
 from .choices import DRAFT_LOSSES, REWARDS, VERIFIERS, listed
@@ -115,9 +116,11 @@ def run(
             )
     resolved = load_config(config, overrides, flags)
     if dry_run:
-        from .config import check_places, load_task_and_rewards
+        from .config import check_places, load_held_out, load_task_and_rewards, with_steps_of_epochs
 
-        load_task_and_rewards(resolved)
+        chosen, _ = load_task_and_rewards(resolved)
+        load_held_out(resolved)
+        resolved = with_steps_of_epochs(resolved, chosen)
         check_places(resolved, resume)
         print(dump_config(resolved), end="")
         check_output_arrived()
@@ -182,6 +185,9 @@ def distill(
         f"Stopped at once. What was saved in {resolved.out}, if anything, is whole; go on with it by --draft."
     ):
         train.distill(resolved, steps=steps, minutes=minutes)
+
+
+app.command("eval")(evaluate)
 
 
 @app.command()

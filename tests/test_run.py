@@ -46,7 +46,7 @@ from eqx_specgrpo.grpo import LossSettings, NonFiniteError, compute_copy, make_p
 from eqx_specgrpo.models import load_pretrained, sequence_features
 from eqx_specgrpo.records import RunFolder, latest_checkpoint, read_records
 from eqx_specgrpo.runtime import Memory, _compile as compile_module
-from eqx_specgrpo.train import UpdatePlanner, _loop as train_loop
+from eqx_specgrpo.train import UpdatePlanner, _loop as train_loop, _sample as train_sample
 from eqx_specgrpo.train._segments import SegmentLog
 from eqx_specgrpo.train._state import RunState
 from eqx_specgrpo.train._step import draft_rows
@@ -165,7 +165,7 @@ def test_sigterm_leaves_the_rollouts_and_keeps_the_warm_up(straight, tiny_folder
     with monkeypatch.context() as patch:
         patch.setattr(train_loop.RunProgress, "warmed", lambda self, update, *_: update == 2 and updates.append(update))
         patch.setattr(train_loop.RunProgress, "decoding", terminate)
-        patch.setattr(train_loop, "score", None)  # it does not come to that
+        patch.setattr(train_sample, "judge", None)  # it does not come to that
         # Waiting rows make a second segment, before which the step is left.
         code, text, err = main_like(patch, capsys, "run", *as_flags(tiny_settings(tiny_folder, out)))
     assert code == 143 and err == "" and "Stopped by SIGTERM after step 0 of 6" in text, err
@@ -592,10 +592,10 @@ def test_too_little_memory_is_told_with_what_takes_less(tiny_folder, tmp_path, m
     little, calls, real = (
         failing("RESOURCE_EXHAUSTED: Out of memory allocating"),
         itertools.count(),
-        train_loop.roll_out,
+        train_sample.roll_out,
     )
     with monkeypatch.context() as patch:
-        patch.setattr(train_loop, "roll_out", lambda *a: real(*a) if next(calls) == 0 else little())
+        patch.setattr(train_sample, "roll_out", lambda *a: real(*a) if next(calls) == 0 else little())
         with pytest.raises(UserError, match="grpo.max_tokens_per_micro_batch=8192.*RESOURCE_EXHAUSTED"):
             run(tiny_config(tiny_folder, out, *settings))
     assert latest_checkpoint(out) == out / "checkpoints" / "step-000001"

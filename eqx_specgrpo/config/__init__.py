@@ -3,9 +3,13 @@ from ._check import (
     check_places as check_places,
     default_draft_path as default_draft_path,
     default_model_path as default_model_path,
+    load_held_out as load_held_out,
+    load_split as load_split,
     load_task_and_rewards as load_task_and_rewards,
+    with_steps_of_epochs as with_steps_of_epochs,
 )
 from ._dtype_advice import dtype_advice as dtype_advice
+from ._eval import EvalConfig as EvalConfig, pass_ks as pass_ks
 from ._load import (
     check_resume as check_resume,
     draft_config as draft_config,
@@ -28,6 +32,7 @@ from ._parts import (
     rate_advice as rate_advice,
 )
 from ._places import with_absolute_paths as with_absolute_paths
+from ._sampling import rollout_sampling as rollout_sampling
 from ._toml import toml_value as toml_value
 from ._tree import (
     DraftConfig as DraftConfig,

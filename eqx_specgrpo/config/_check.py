@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..files import absolute_spec, is_import_spec, user_path
 from ..models import Transformer, load_model_config
 from ..records import check_trackers, check_unused
-from ..tasks import AbstractTask, Rewards, load_rewards, load_task
+from ..tasks import AbstractTask, Rewards, first_items, hold_out, keep_apart, load_rewards, load_task
 from ._draft_options import check_options
 from ._lora import check_saved_adapter
 from ._tree import DraftConfig, RunConfig
@@ -29,12 +29,80 @@ def load_task_and_rewards(config: RunConfig) -> tuple[AbstractTask, Rewards]:
     `UserError` if the task, one of its options or a reward cannot be found, the task is empty, or has not a column that
     a reward needs.
     """
-    task = load_task(config.task.name, config.seed, config.task.options)
+    task, _ = load_split(config)
     columns = task.at(0).columns
     reward = config.reward
     rewards = load_rewards(reward.functions, reward.weights, task, reward.timeout or math.inf)
     rewards.check_columns(columns)
     return task, rewards
+
+
+def load_split(config: RunConfig) -> tuple[AbstractTask, AbstractTask | None]:
+    """The task to train on, and the items to measure on, which share no prompt; `None` without `[eval]`.
+
+    **Raises:**
+
+    `UserError` if a task or one of its options cannot be found, one of the two is empty, or they overlap.
+    """
+    task = load_task(config.task.name, config.seed, config.task.options)
+    if config.eval.holdout:
+        return hold_out(task, config.eval.holdout)
+    if config.eval.task:
+        return keep_apart(task, _task_of_evaluation(config), config.eval.limit)
+    return task, None
+
+
+def load_held_out(config: RunConfig, *, apart: bool = True) -> tuple[AbstractTask, Rewards] | None:
+    """The items to measure on, and the reward functions that judge; `None` without `[eval]`.
+
+    **Arguments:**
+
+    - `apart`: from the task to train on. Where nothing is trained, `eval.task` is all that counts.
+
+    **Raises:**
+
+    `UserError`, as [`load_split`][] and [`load_task_and_rewards`][].
+    """
+    evaluation = config.eval
+    if evaluation.task and not apart:
+        task = first_items(_task_of_evaluation(config), evaluation.limit)
+    else:
+        _, task = load_split(config)
+    if task is None:
+        return None
+    functions, weights = (
+        (evaluation.functions, None) if evaluation.functions else (config.reward.functions, config.reward.weights)
+    )
+    rewards = load_rewards(functions, weights, task, config.reward.timeout or math.inf)
+    rewards.check_columns(task.example(0).columns)
+    return task, rewards
+
+
+def _task_of_evaluation(config: RunConfig) -> AbstractTask:
+    evaluation = config.eval
+    of_run = config.task.options if evaluation.task == config.task.name else {}
+    seed = config.seed if evaluation.seed is None else evaluation.seed
+    return load_task(evaluation.task, seed, {**of_run, **evaluation.options})
+
+
+def with_steps_of_epochs(config: RunConfig, task: AbstractTask) -> RunConfig:
+    """The configuration with as many `steps` as `num_train_epochs` comes to, if that is set.
+
+    The last step is a whole one: it may reach into a further epoch. Dynamic sampling may take more items in a step, and
+    then goes through them more often in as many steps.
+
+    **Raises:**
+
+    `UserError` if the task has no end.
+    """
+    epochs, prompts = config.num_train_epochs, config.grpo.prompts_per_step
+    if epochs is None:
+        return config
+    if task.size is None:
+        raise UserError(
+            f"num_train_epochs = {epochs:g}, but the task has no end: set steps instead, or give the task a size"
+        )
+    return config.model_copy(update={"steps": max(1, math.ceil(epochs * task.size / prompts))})
 
 
 def check_places(config: RunConfig, resume: bool) -> None:
@@ -59,14 +127,17 @@ def check_places(config: RunConfig, resume: bool) -> None:
         check_unused(out)
     skeleton = eqx.filter_eval_shape(Transformer if config.lora.rank == 0 else config.lora.fresh, model, key=jr.key(0))
     num_parameters = sum(array.size for array in jax.tree.leaves(skeleton))
-    _check_room(out, _CHECKPOINT_BYTES * num_parameters * (1 if resume else 3))
+    most = math.ceil(config.steps / config.save_steps)
+    kept = most if config.save_total_limit is None else config.save_total_limit
+    _check_room(out, _CHECKPOINT_BYTES * num_parameters * (1 if resume else kept + 1), kept)
 
 
+_NUMBERS = {1: "one", 2: "two", 3: "three"}
 # Of each parameter that is trained: float32 weights and two moments of the optimizer.
 _CHECKPOINT_BYTES = 12
 
 
-def _check_room(out: Path, needed: int) -> None:
+def _check_room(out: Path, needed: int, kept: int) -> None:
     """Raises `UserError` if the run folder can't be made, or its disk has less than so many bytes free."""
     place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
@@ -75,7 +146,8 @@ def _check_room(out: Path, needed: int) -> None:
     if free < needed:
         raise UserError(
             f"the disk of the run folder {out} has {_in_words(free)} free, but this model's checkpoints need "
-            f"{_in_words(needed)}: two are kept while the next is written. Make room there, or choose another --out"
+            f"{_in_words(needed)}: {_NUMBERS.get(kept, kept)} are kept while the next is written. Make room there, "
+            "set a smaller save_total_limit, or choose another --out"
         )
 
 

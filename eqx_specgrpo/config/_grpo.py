@@ -25,6 +25,12 @@ def _of_bool(value: Any) -> Any:
 class _Keys(Section):
     num_generations: int = Field(default=8, ge=2, description="completions of each prompt: the group")
     prompts_per_step: int = Field(default=4, ge=1, description="prompts of a step")
+    max_sample_batches: int = Field(
+        default=1,
+        ge=0,
+        description="dynamic sampling: as many batches of prompts_per_step prompts, at most, until each prompt of the "
+        "step has completions that differ in their rewards; 0 or 1: off",
+    )
     max_completion_length: int = Field(default=160, ge=1, description="longest completion, in tokens")
     max_rows: Annotated[Annotated[int, Field(ge=1)] | None, NoneWord] = Field(
         default=None,

@@ -25,13 +25,12 @@ from ._tree import DraftConfig, RunConfig, TaskConfig
 
 _NOTES = {"grpo.num_generations": "a group of one has nothing to be compared with"}
 _MAY_CHANGE = frozenset(
-    {"steps", "out", "save_steps", "compare", "reward.timeout", "tracking", "log_completions_steps"}
-)
+    {"steps", "num_train_epochs", "out", "save_steps", "save_total_limit", "compare", "reward.timeout", "tracking"}
+) | {"log_completions_steps"}
 # Names of TRL's GRPOConfig that are not near what they are here; docs/run.md, "Coming from TRL", has them all.
 _OF_TRL = {
     "steps_per_generation": "each batch of rollouts is one step, of grpo.num_iterations updates",
     "per_device_train_batch_size": "a step has grpo.prompts_per_step times grpo.num_generations completions",
-    "num_train_epochs": "set steps, the number of batches of rollouts",
     "max_steps": "set steps, the number of batches of rollouts",
     "bf16": 'set model.dtype = "bfloat16"; master weights and optimizer stay float32',
     "output_dir": "set out",
@@ -43,13 +42,21 @@ _OF_TRL = {
     "max_new_tokens": "set grpo.max_completion_length",
     "max_prompt_length": "prompts are never cut; one that leaves no room in the model's context is an error",
     "warmup_ratio": "set grpo.warmup_steps, a number of steps",
-    "num_epochs": "set steps, the number of batches of rollouts",
+    "num_epochs": "set num_train_epochs, or steps, the number of batches of rollouts",
     "logging_steps": "every step is written to metrics.jsonl",
     "log_completions": "completions.jsonl has every completion; trackers get a table every log_completions_steps steps",
-    "save_total_limit": "the newest two checkpoints are kept",
-    "eval_steps": "a run does not evaluate; its metrics are those of its rollouts",
-    "eval_strategy": "a run does not evaluate; its metrics are those of its rollouts",
-    "eval_dataset": "a run does not evaluate; its metrics are those of its rollouts",
+    "eval_steps": "set eval.every, with eval.task or eval.holdout",
+    "eval_strategy": "set eval.task or eval.holdout, and eval.every for how often",
+    "eval_dataset": "set eval.task to a file or a name, as task.name, or eval.holdout",
+    "eval_on_start": "set eval.at_start",
+    "num_generations_eval": "set eval.samples",
+    "per_device_eval_batch_size": "an evaluation decodes as many completions at a time as a step",
+    "load_best_model_at_end": "set save_best to a metric, such as eval/reward: the best policy is kept in best/",
+    "metric_for_best_model": "set save_best to a metric, such as eval/reward: the best policy is kept in best/",
+    "shuffle_dataset": "a task is shuffled in each epoch, by seed; see curriculum for another order",
+    "dynamic_sampling": "set grpo.max_sample_batches, the most batches of prompts of a step",
+    "filter_groups": "set grpo.max_sample_batches, the most batches of prompts of a step",
+    "max_num_gen_batches": "set grpo.max_sample_batches, the most batches of prompts of a step",
     "optim": "it is AdamW, with grpo.adam_beta1, adam_beta2, adam_epsilon and weight_decay",
     "report_to": 'set tracking, as in tracking = ["wandb"]; metrics.jsonl in the run folder is always written',
 }
@@ -103,6 +110,8 @@ def load_config(
     name = overlay.get("task", {}).get("name")
     if name is not None and name != base.get("task", {}).get("name", TaskConfig().name):
         base = {**base, "task": {}}
+    if "steps" in overlay and "num_train_epochs" not in overlay:  # as TRL's max_steps goes before its epochs
+        base = {key: value for key, value in base.items() if key != "num_train_epochs"}
     merged = _merge(_without_options(_of_saved(base), overlay), _of_saved(overlay))
     return _validated(with_saved_adapter(merged))
 
@@ -243,6 +252,8 @@ def _show(value: Any) -> str:
 
 
 def _line(key: str, value: Any, field: FieldInfo | None) -> str:
+    if value is None and field is not None and field.default is not None:
+        value = "none"  # else it would be read back as the default
     return _commented(key, value, None if field is None else field.description)
 
 

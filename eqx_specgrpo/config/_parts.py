@@ -36,8 +36,8 @@ from ..files import user_path
 from ..grpo import AbstractEntropyControl, LossSettings, adamw
 from ..models import AbstractLanguageModel, Tokenizer
 from ..sampling import AbstractSampling, TruncatedSampling
-from ..tasks import AbstractTask, Rewards, load_task
-from ._check import check_saved_draft, default_model_path, load_task_and_rewards
+from ..tasks import ORDERS, AbstractOrder, AbstractTask, Rewards
+from ._check import check_saved_draft, default_model_path, load_split, load_task_and_rewards
 from ._draft_options import LOOKUP, split_options
 from ._load import draft_config
 from ._lora import merged_policy, starting_policy
@@ -58,6 +58,7 @@ class RunParts(eqx.Module):
     tokenizer: Tokenizer
     task: AbstractTask
     rewards: Rewards
+    order: AbstractOrder
     sampling: AbstractSampling
     verifier: AbstractVerifier
     length: AbstractLengthController
@@ -179,7 +180,7 @@ def make_parts(config: RunConfig, tokenizer: Tokenizer, draft: AbstractDraft, *,
     if with_rewards:
         task, rewards = load_task_and_rewards(config)
     else:
-        task = load_task(config.task.name, config.seed, config.task.options)
+        task, _ = load_split(config)
         rewards = Rewards(("none",), (lambda completions, **_: [0.0] * len(completions),), (1.0,))
     grpo = config.grpo
     return RunParts(
@@ -187,6 +188,7 @@ def make_parts(config: RunConfig, tokenizer: Tokenizer, draft: AbstractDraft, *,
         tokenizer=tokenizer,
         task=task,
         rewards=rewards,
+        order=ORDERS[config.curriculum],
         sampling=rollout_sampling(grpo),
         verifier=make_verifier(config.draft.verifier),
         length=_length(config.draft),

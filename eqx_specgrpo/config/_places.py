@@ -27,6 +27,12 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             "reward": config.reward.model_copy(
                 update={"functions": [_absolute_function(name) for name in config.reward.functions]}
             ),
+            "eval": config.eval.model_copy(
+                update={
+                    "task": absolute_task(config.eval.task) if config.eval.task else "",
+                    "functions": [_absolute_function(name) for name in config.eval.functions],
+                }
+            ),
             "draft": draft.model_copy(
                 update={
                     "kind": draft.kind if draft.kind in DRAFT_KINDS else absolute_spec(draft.kind),

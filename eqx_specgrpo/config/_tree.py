@@ -11,6 +11,7 @@ from ..drafts import DRAFT_KINDS, OWN_CLASS
 from ..errors import did_you_mean
 from ..files import is_import_spec
 from ._draft_options import check_options
+from ._eval import EvalConfig, check_best_metric
 from ._grpo import GRPOConfig
 from ._lora import LoRAConfig
 from ._section import NoneWord as _NoneWord, Section as _Section
@@ -195,7 +196,23 @@ class RunConfig(_Section):
 
     steps: int = Field(default=60, ge=1, description="steps in all, those before a resume included")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of everything random")
+    num_train_epochs: Annotated[Annotated[float, Field(gt=0)] | None, _NoneWord] = Field(
+        default=None,
+        description="how often to go through a task with an end: steps follows from it; none: steps as it stands",
+    )
+    curriculum: Literal["none", "easiest_first"] = Field(
+        default="none",
+        description="none: each epoch in an order of its own, by seed; easiest_first: from the second epoch on, first "
+        "what had the highest mean reward in the one before",
+    )
     save_steps: int = Field(default=10, ge=1, description="a checkpoint every so many steps, and at the end")
+    save_total_limit: Annotated[Annotated[int, Field(ge=1)] | None, _NoneWord] = Field(
+        default=2, description="the newest checkpoints that are kept; none: all"
+    )
+    save_best: Annotated[str | None, _NoneWord] = Field(
+        default=None,
+        description='keep the policy with the highest value of an evaluation\'s metric in best/, such as "eval/pass@1"',
+    )
     out: str = Field(default="runs/default", min_length=1, description="the run folder")
     compare: bool = Field(
         default=True, description="at the end, measure decoding with the draft against plain decoding"
@@ -215,7 +232,14 @@ class RunConfig(_Section):
     reward: RewardConfig = Field(default_factory=RewardConfig)
     lora: LoRAConfig = Field(default_factory=LoRAConfig)
     grpo: GRPOConfig = Field(default_factory=GRPOConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
     draft: DraftConfig = Field(default_factory=DraftConfig)
+
+    @model_validator(mode="after")
+    def _best_can_be_told(self):
+        if self.save_best is not None:
+            check_best_metric(self.save_best, self.eval, self.grpo.num_generations)
+        return self
 
     @model_validator(mode="after")
     def _adapters_are_consistent(self):

@@ -4,6 +4,7 @@ from ._checkpoint import (
     load_checkpoint as load_checkpoint,
     save_checkpoint as save_checkpoint,
 )
+from ._evaluations import EvaluationRecords as EvaluationRecords
 from ._fingerprint import changed_inputs as changed_inputs, fingerprint_file as fingerprint_file
 from ._folder import (
     RunFolder as RunFolder,

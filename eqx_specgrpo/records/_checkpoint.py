@@ -29,7 +29,7 @@ _FORMAT = 1
 
 
 def save_checkpoint(
-    run_folder: Path, step: int, trees: Mapping[str, PyTree], meta: Mapping[str, Any], keep: int = 2
+    run_folder: Path, step: int, trees: Mapping[str, PyTree], meta: Mapping[str, Any], keep: int | None = 2
 ) -> Path:
     """Writes `checkpoints/step-NNNNNN` of a run folder; a checkpoint of the same step is replaced.
 
@@ -42,7 +42,7 @@ def save_checkpoint(
     - `step`: how many steps have been done.
     - `trees`: PyTrees by name. Their arrays are kept bit for bit, PRNG keys included; all else is the template's.
     - `meta`: what else resuming needs, as JSON can hold it.
-    - `keep`: how many checkpoints are left in place, this one included.
+    - `keep`: how many checkpoints are left in place, this one included; `None`: all.
 
     **Returns:**
 
@@ -192,12 +192,12 @@ def _tidy(root: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _prune(root: Path, step: int, keep: int) -> None:
+def _prune(root: Path, step: int, keep: int | None) -> None:
     for path in root.iterdir():
         if _REPLACED.fullmatch(path.name):
             _remove(path)
     found = _checkpoints(root)
-    for number in sorted(found, reverse=True)[keep:]:
+    for number in sorted(found, reverse=True)[len(found) if keep is None else keep :]:
         if number != step:
             _remove(found[number])
 

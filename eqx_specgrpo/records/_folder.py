@@ -35,6 +35,7 @@ class RunFolder:
     - `times.jsonl`: one object a start, of where its wall-clock time went.
     - `comparison.json`: what was measured against plain decoding at the end.
     - `trackers.json`: what trackers need to go on; some write in folders of their own names.
+    - `eval.jsonl`, `eval_completions.jsonl`, `best.json`: see [`EvaluationRecords`][].
     - `checkpoints/`, `policy/`, `draft/`: written by others.
 
     Older folders count steps from 0. They are counted anew when a run goes on there.

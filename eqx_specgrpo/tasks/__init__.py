@@ -6,6 +6,12 @@ from ._base import (
     collate as collate,
     example_index as example_index,
 )
+from ._holdout import (
+    TaskSplit as TaskSplit,
+    first_items as first_items,
+    hold_out as hold_out,
+    keep_apart as keep_apart,
+)
 from ._jsonl import JsonlTask as JsonlTask
 from ._kind import RewardKind as RewardKind, TaskKind as TaskKind
 from ._load import (
@@ -18,6 +24,13 @@ from ._load import (
 )
 from ._math_reward import math_reward as math_reward
 from ._numbers import find_numbers as find_numbers, last_number as last_number
+from ._order import (
+    ORDERS as ORDERS,
+    AbstractOrder as AbstractOrder,
+    EasiestFirst as EasiestFirst,
+    Shuffled as Shuffled,
+    indices_from as indices_from,
+)
 from ._reasoning_gym import ReasoningGymTask as ReasoningGymTask
 from ._reward_call import RewardError as RewardError, RewardFunction as RewardFunction
 from ._reward_context import RewardLog as RewardLog, TrainerState as TrainerState

@@ -1,4 +1,5 @@
 from ._distill import distill as distill
+from ._evaluate_model import ModelEvaluation as ModelEvaluation, evaluate_model as evaluate_model
 from ._generate import generate_text as generate_text
 from ._lessons import (
     Lesson as Lesson,
@@ -15,7 +16,9 @@ from ._planner import UpdatePlanner as UpdatePlanner
 from ._segments import SegmentLog as SegmentLog
 from ._state import RunState as RunState
 from ._step import (
+    advantages as advantages,
     features_of as features_of,
+    judge as judge,
     next_examples as next_examples,
     roll_out as roll_out,
     score as score,

@@ -89,15 +89,26 @@ class Keeper:
         `Stopped` if a signal has asked for it.
         """
         config = self._config
-        if self._stop.asked or done == config.steps or done % config.save_steps == 0:
+        if done == config.steps or done % config.save_steps == 0:
             self._save(done, state)
+        self.pause(done, state)
+
+    def pause(self, done: int, state: RunState) -> None:
+        """Between two steps, or behind an evaluation.
+
+        **Raises:**
+
+        `Stopped` if a signal has asked for it, with the state saved.
+        """
         if self._stop.asked:
+            self._save(done, state)
             self._end(done)
 
     def _save(self, step: int, state: RunState) -> None:
         if self._saved != step:
             with self._progress.timed("checkpoints", "writing the checkpoint"):
-                save_checkpoint(self._folder.path, step, state.trees(), {})
+                keep = self._config.save_total_limit
+                save_checkpoint(self._folder.path, step, state.trees(), state.numbers(), keep)
             self._saved = step
 
     def _keep(self, step: int, state: RunState) -> bool:

@@ -42,7 +42,7 @@ def finish(
             parts,
             compute_copy(state.policy, config.model.dtype),
             compute_copy(state.draft, config.model.dtype),
-            config.steps * config.grpo.prompts_per_step,
+            state.position,
             step_key(config.seed, config.steps, COMPARE),
             progress,
             segments,

@@ -19,19 +19,24 @@ _TOKENIZER = (
     "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt",
     "tokenizer.model",
 )  # fmt: skip
-_MODEL, _WEIGHTS = "model: ", ".safetensors"
+_MODEL, _WEIGHTS, _HELD_OUT = "model: ", ".safetensors", "evaluation"
 
 
 class ChangedInputWarning(UserWarning):
     """Something that a resumed run is computed from is not what it was."""
 
 
-def run_inputs(config: RunConfig, task: AbstractTask) -> dict[str, dict[str, Any]]:
-    """Fingerprints, by name, of the task, of the files of reward functions and of a draft class, and of the files of
-    the starting model. What such a file imports is not among them."""
+def run_inputs(
+    config: RunConfig, task: AbstractTask, held_out: AbstractTask | None = None
+) -> dict[str, dict[str, Any]]:
+    """Fingerprints, by name, of the task, of the items that are measured on, of the files of reward functions and of a
+    draft class, and of the files of the starting model. What such a file imports is not among them."""
     inputs: dict[str, dict[str, Any]] = {
         "task": {"path": config.task.name, "items": task.size, "digest": task.fingerprint()}
     }
+    if held_out is not None:
+        place = config.eval.task or config.task.name
+        inputs[_HELD_OUT] = {"path": place, "items": held_out.size, "digest": held_out.fingerprint()}
     # By number: how a file is written may change with the folder that a run is resumed from.
     specs = {f"reward {number}": spec for number, spec in enumerate(config.reward.functions, 1)}
     own_draft = draft_spec(config.draft) if config.draft.enabled else None
@@ -107,6 +112,12 @@ def _explain(
                 True,
             )
         return f"the items of the task {place} have changed {since}; their order is as it was", False
+    if name == _HELD_OUT:
+        return (
+            f"the items of the evaluation, of {place}, have changed {since}: its figures from here on cannot be "
+            "compared with those before",
+            False,
+        )
     if not name.startswith(_MODEL):
         return f"the file of {name}, {place}, has changed {since}: from here on the new one counts", False
     how = "has changed" if then and now else "is new" if now else "is gone"

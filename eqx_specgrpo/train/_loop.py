@@ -18,6 +18,7 @@ from ..config import (
     dump_config,
     learning_rate,
     load_config,
+    load_held_out,
     load_task_and_rewards,
     load_trained_policy,
     lora_advice,
@@ -26,6 +27,7 @@ from ..config import (
     model_name,
     rate_advice,
     with_absolute_paths,
+    with_steps_of_epochs,
 )
 from ..decoding import FixedLength
 from ..drafts import remember
@@ -33,6 +35,7 @@ from ..errors import UserError
 from ..grpo import compute_copy
 from ..models import AbstractLanguageModel
 from ..records import (
+    EvaluationRecords,
     RunFolder,
     RunProgress,
     Trackers,
@@ -43,29 +46,22 @@ from ..records import (
     step_times,
 )
 from ..runtime import Memory, device_memory, progress_console
-from ._diverged import naming_the_step
 from ._ending import Keeper, on_stop, unless_urgent
+from ._evaluation import make_evaluator
 from ._finish import finish, sum_up
 from ._header import header
 from ._inputs import check_inputs, run_inputs
 from ._interrupt import StopRequest, stop_requests, stopped_at_once
-from ._lessons import CHOOSE, DECODE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
+from ._lessons import CHOOSE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
 from ._loss_state import current_reference, fixed_reference, with_loss_state, with_update
 from ._out_of_memory import out_of_memory_advice
 from ._planner import UpdatePlanner
 from ._policy import whole_model
 from ._prompt_lengths import PromptLengths
+from ._sample import learn_left_out, sample_step
 from ._segments import SegmentLog
 from ._state import RunState
-from ._step import (
-    draft_rows,
-    next_examples,
-    roll_out,
-    score,
-    step_key,
-    update_draft,
-    update_policy,
-)
+from ._step import draft_rows, step_key, update_draft, update_policy
 from ._step_records import completion_records, rollout_metrics, vocabulary_metrics
 from ._tracked import track_summary, tracked
 
@@ -95,16 +91,19 @@ def run(
     progress = RunProgress(console)
     config = with_absolute_paths(config)  # what the run folder keeps is found again from anywhere
     task, _ = load_task_and_rewards(config)
+    held_out = load_held_out(config)
+    config = with_steps_of_epochs(config, task)
     check_draft_options(config.draft)
     check_trackers(config.tracking)
     with RunFolder(Path(config.out), resume) as folder, progress, stopped_at_once(), out_of_memory_advice():
         before = load_config(folder.config_path) if resume else config
-        inputs = run_inputs(config, task)
+        inputs = run_inputs(config, task, None if held_out is None else held_out[0])
         if resume:
             check_resume(before, config)
             check_inputs(folder, config, inputs, accept=accept_changes)
         with progress.timed("loading", f"loading {model_name(config)}"):
             parts, state, reference = _load(config, resume, progress)
+            evaluator = make_evaluator(parts, state.policy, folder.path, progress)
             start, state = _start_or_resume(folder, resume, state, config)
             progress.advise(rate_advice(before, config, start))
             folder.write_config(dump_config(config))
@@ -112,7 +111,7 @@ def run(
             folder.write_machine(start, machine() | {"memory": memory and memory._asdict()})
             planner = UpdatePlanner(memory, progress.note)
             folder.write_inputs(start, inputs)
-        for line in header(parts, state, start):
+        for line in [*header(parts, state, start), *evaluator.header()]:
             progress.say(line)
         with _times_written(folder, progress, start + 1), tracked(config, folder, progress, start) as trackers:
             saved: int | None = start
@@ -123,8 +122,13 @@ def run(
             segments, lengths = SegmentLog(), PromptLengths.of_run(folder.completions_path)
             with stop_requests(on_stop(progress)) as stop:
                 keeper = Keeper(folder, config, saved, progress, console, stop)
-                for done in range(start, config.steps):
+                for done in range(start, config.steps + 1):
                     with keeper.before(done, state), out_of_memory_advice():  # here too: what is done is saved then
+                        trackers.step(done, evaluator.after(done, state, segments, stop))
+                    keeper.pause(done, state)
+                    if done == config.steps:
+                        break
+                    with keeper.before(done, state), out_of_memory_advice():
                         state = _one_step(
                             parts, state, reference, done, folder, trackers, progress, segments, lengths, stop, planner
                         )
@@ -164,7 +168,8 @@ def _load(
     parts = make_parts(config, tokenizer, draft)
     reference = fixed_reference(parts, policy)
     state = RunState.fresh(policy, draft, parts.policy_optimizer, parts.draft_optimizer)
-    return parts, with_loss_state(parts, state), reference
+    state = dataclasses.replace(with_loss_state(parts, state), order=parts.order.init(parts.task))
+    return parts, state, reference
 
 
 def _start_or_resume(folder: RunFolder, resume: bool, state: RunState, config: RunConfig) -> tuple[int, RunState]:
@@ -174,6 +179,7 @@ def _start_or_resume(folder: RunFolder, resume: bool, state: RunState, config: R
     checkpoint = latest_checkpoint(folder.path)
     if checkpoint is None:
         folder.rewind(0)
+        EvaluationRecords(folder.path).rewind(0)
         return 0, state
     trees, meta = load_checkpoint(checkpoint, state.trees())
     if meta["step"] > config.steps:
@@ -182,7 +188,9 @@ def _start_or_resume(folder: RunFolder, resume: bool, state: RunState, config: R
             "a larger one"
         )
     folder.rewind(meta["step"])
-    return meta["step"], state.with_trees(trees)
+    EvaluationRecords(folder.path).rewind(meta["step"])
+    position = meta.get("position", meta["step"] * config.grpo.prompts_per_step)  # of earlier versions
+    return meta["step"], dataclasses.replace(state.with_trees(trees), position=position)
 
 
 def _memory_at_start(folder: RunFolder, start: int, state: RunState) -> Memory | None:
@@ -235,7 +243,7 @@ def _one_step(
 
     **Arguments:**
 
-    - `done`: steps that came before. Keys, the place in the data and the learning rate derive from it.
+    - `done`: steps that came before. Keys and the learning rate derive from it.
     """
     config, grpo = parts.config, parts.config.grpo
     step = done + 1  # as it is counted wherever it is shown or written
@@ -243,29 +251,17 @@ def _one_step(
     compiled = progress.compilations.seconds
 
     with progress.timed("rollout", f"step {step}: rollout"):
-        examples, prompts = next_examples(
-            parts.task,
-            parts.tokenizer,
-            state.policy,
-            done * grpo.prompts_per_step,
-            grpo.prompts_per_step,
-            grpo.max_completion_length,
-        )
         target = compute_copy(state.policy, config.model.dtype)
         draft = compute_copy(state.draft, config.model.dtype)
-        key = step_key(config.seed, done, DECODE)
         segments.after_training(parts.length, draft.max_length, state.draft_acceptance)
-        decoding, expected = unless_urgent(stop, progress.decoding), lengths.expected(examples)
-        with naming_the_step(step):
-            rollouts = roll_out(parts, target, draft, prompts, key, decoding, segments, expected)
-        del draft
-        weights = target if grpo.num_iterations == 1 else None  # with several, it would be held beside later ones
-        del target
-
-    with progress.timed("reward", f"step {step}: rewards"):
-        scored, texts, log = score(parts, examples, rollouts, done)
-        metrics = {"step": step} | rollout_metrics(scored, parts.rewards.names) | segments.metrics()
-        metrics |= vocabulary_metrics(state.draft, rollouts) | log.metrics
+    decoding = unless_urgent(stop, progress.decoding)
+    sample = sample_step(parts, state, target, draft, done, progress, segments, lengths, decoding)
+    del draft
+    weights = target if grpo.num_iterations == 1 else None  # with several, it would be held beside later ones
+    del target
+    scored, rollouts = sample.scored, sample.scored.rollouts
+    metrics = {"step": step} | rollout_metrics(scored, parts.rewards.names) | segments.metrics()
+    metrics |= vocabulary_metrics(state.draft, rollouts) | sample.metrics
 
     with progress.timed("update", f"step {step}: policy update"):
         reference = current_reference(parts, state, reference)
@@ -278,24 +274,27 @@ def _one_step(
         metrics |= update.metrics
         jax.block_until_ready(eqx.filter(state.policy, eqx.is_array))
 
+    state = dataclasses.replace(state, position=sample.position, order=sample.order)
     if config.draft.learns:
-        state = dataclasses.replace(state, draft=remember(state.draft, rollouts))
+        for decoded, _ in sample.decoded:
+            state = dataclasses.replace(state, draft=remember(state.draft, decoded))
     if config.draft.learns and state.draft.train_length > 0:
         with progress.timed("draft", f"step {step}: draft update"):
             rows = draft_rows(step_key(config.seed, done, CHOOSE), len(rollouts.group), config.draft.fraction)
             state, draft_metrics = update_draft(
                 parts, state, update.weights, update.features, update.batch, rollouts.lengths, rows, step
             )
+            state = learn_left_out(parts, state, update.weights, sample.decoded, done)
             metrics |= draft_metrics
             jax.block_until_ready(eqx.filter(state.draft, eqx.is_array))
 
     metrics |= step_times(progress.times.laps())
-    metrics["num_tokens"] = int(rollouts.lengths.sum() + prompts.lengths[rollouts.group].sum())
-    metrics["spec/tokens_per_second"] = float(rollouts.lengths.sum() / metrics["time/rollout"])
+    metrics["num_tokens"] = int(rollouts.lengths.sum() + rollouts.prompts.lengths[rollouts.group].sum())
+    metrics["spec/tokens_per_second"] = sample.num_tokens / metrics["time/rollout"]
     metrics["compile/count"] = progress.compilations.count
     metrics["compile/seconds"] = progress.compilations.seconds
     with progress.timed("records", f"step {step}: records"):
-        records = completion_records(step, examples, scored, texts, parts.rewards.names, log.extra)
+        records = completion_records(step, sample.examples, scored, sample.texts, parts.rewards.names, sample.extra)
         folder.append_completions(records)
         lengths.add(records)
         folder.append_metrics(metrics)

@@ -14,9 +14,9 @@ from ..models import AbstractLanguageModel, Features
 
 
 class RunState(eqx.Module):
-    """Weights and optimizers, float32.
+    """Weights and optimizers, float32, and the place in the data.
 
-    The step is not in it: random numbers and the data cursor are functions of the seed and the step alone.
+    The step is not in it: random numbers are functions of the seed and the step alone.
 
     **Arguments:**
 
@@ -28,6 +28,8 @@ class RunState(eqx.Module):
     - `reference`: what the KL is measured from, where it follows the policy; `None` where it stands still, or there is
         none.
     - `entropy`: of the controller of the entropy bonus; `None` where the bonus does not change.
+    - `order`: what the order of the items has learned of them; without arrays where it learns nothing.
+    - `position`: how many items of the task's stream are done with.
     """
 
     policy: AbstractLanguageModel
@@ -37,6 +39,8 @@ class RunState(eqx.Module):
     draft_acceptance: Float[Array, " draft"]
     reference: AbstractLanguageModel | None = None
     entropy: EntropyState | None = None
+    order: Any = None
+    position: int = 0
 
     @staticmethod
     def fresh(
@@ -69,7 +73,7 @@ class RunState(eqx.Module):
 
     def trees(self) -> dict[str, Any]:
         """By name, as a checkpoint keeps them: what there is."""
-        optional = {"reference": self.reference, "entropy": self.entropy}
+        optional = {"reference": self.reference, "entropy": self.entropy, "order": self.order or None}
         return {
             "policy": trained_part(self.policy),
             "policy_optimizer": self.policy_optimizer,
@@ -78,6 +82,10 @@ class RunState(eqx.Module):
             "draft_acceptance": self.draft_acceptance,
             **{name: tree for name, tree in optional.items() if tree is not None},
         }
+
+    def numbers(self) -> dict[str, int]:
+        """What a checkpoint keeps beside them."""
+        return {"position": self.position}
 
     def with_trees(self, trees: dict[str, Any]) -> "RunState":
         """The inverse of `trees`; a base that does not change stays this state's."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from .._types import Prompts, Rollouts, ScoredRollouts
 from ..config import RunParts, check_prompt
@@ -51,22 +51,33 @@ POSITION_DECAY = 0.8  # weight of a draft position relative to the one before it
 
 
 def next_examples(
-    task: AbstractTask, tokenizer: Tokenizer, target: AbstractLanguageModel, start: int, count: int, max_new: int
+    task: AbstractTask,
+    tokenizer: Tokenizer,
+    target: AbstractLanguageModel,
+    start: int,
+    count: int,
+    max_new: int,
+    indices: Sequence[int] | None = None,
 ) -> tuple[list[Example], Prompts]:
-    """Items of the task's stream from a position on, and their prompts as token ids."""
+    """Items of the task's stream from a position on, and their prompts as token ids.
+
+    **Arguments:**
+
+    - `indices`: which items they are, in another order than the task's own.
+    """
     examples, rows = [], []
     for position in range(start, start + count):
-        example, ids = _example(task, tokenizer, position)
+        example, ids = _example(task, tokenizer, position, None if indices is None else indices[position - start])
         check_prompt(len(ids), position, target, max_new)
         examples.append(example)
         rows.append(ids)
     return examples, Prompts.from_lists(rows, multiple_of=_PROMPT_WIDTH)
 
 
-def _example(task: AbstractTask, tokenizer: Tokenizer, position: int) -> tuple[Example, list[int]]:
+def _example(task: AbstractTask, tokenizer: Tokenizer, position: int, index: int | None) -> tuple[Example, list[int]]:
     """An item and its prompt's token ids; what is wrong with them is told with the item's place."""
     try:
-        example = task.at(position)
+        example = task.at(position) if index is None else task.example(index)
     except Stopped:
         raise
     except (Exception, SystemExit) as error:  # whatever made the item; how a program ends is not for it to say
@@ -115,34 +126,56 @@ def roll_out(
     )
 
 
-def score(
-    parts: RunParts, examples: list[Example], rollouts: Rollouts, done: int
-) -> tuple[ScoredRollouts, list[str], RewardLog]:
-    """Rewards, advantages, the texts that were judged, and what the reward functions wrote down.
-
-    Advantages are made of the summed rewards (`ADVANTAGE_ESTIMATORS`), or of each function's
-    (`normalize_then_sum_advantages`), as the configuration says.
+def judge(
+    parts: RunParts, examples: list[Example], rollouts: Rollouts, done: int, position: int
+) -> tuple[Float[np.ndarray, "rows functions"], Float[np.ndarray, " rows"], list[str], RewardLog]:
+    """The rewards of each function and their sum, the texts that were judged, and what the reward functions wrote down.
 
     **Arguments:**
 
     - `done`: steps that came before.
+    - `position`: items of the task that came before.
     """
     config, size = parts.config, parts.task.size
     ids = [rollouts.completion(row) for row in range(len(rollouts.group))]
     texts = [parts.tokenizer.decode(completion) for completion in ids]
     prompts, columns = collate([examples[prompt] for prompt in rollouts.group])
-    epoch = None if size is None else done * config.grpo.prompts_per_step / size
     log = RewardLog(len(ids))
+    epoch = None if size is None else position / size
     trainer_state = TrainerState(global_step=done, max_steps=config.steps, epoch=epoch)
     per_function, total = parts.rewards(prompts, texts, ids, columns, done + 1, trainer_state, log)
     check_names(log, parts.rewards.names)
-    if config.grpo.multi_objective_aggregation == "normalize_then_sum":
-        weights = np.asarray(parts.rewards.weights)
-        advantages = normalize_then_sum_advantages(per_function, weights, rollouts.group, len(examples))
-    else:
-        estimate = ADVANTAGE_ESTIMATORS[config.grpo.advantage_estimator]
-        advantages = estimate(total, rollouts.group, len(examples), config.grpo.scale_rewards)
-    return ScoredRollouts(rollouts, per_function, total, advantages), texts, log
+    return per_function, total, texts, log
+
+
+def advantages(
+    parts: RunParts,
+    per_function: Float[np.ndarray, "rows functions"],
+    total: Float[np.ndarray, " rows"],
+    group: Int[np.ndarray, " rows"],
+    num_groups: int,
+) -> Float[np.ndarray, " rows"]:
+    """Made of the summed rewards (`ADVANTAGE_ESTIMATORS`), or of each function's (`normalize_then_sum_advantages`), as
+    the configuration says."""
+    grpo = parts.config.grpo
+    if grpo.multi_objective_aggregation == "normalize_then_sum":
+        return normalize_then_sum_advantages(per_function, np.asarray(parts.rewards.weights), group, num_groups)
+    return ADVANTAGE_ESTIMATORS[grpo.advantage_estimator](total, group, num_groups, grpo.scale_rewards)
+
+
+def score(
+    parts: RunParts, examples: list[Example], rollouts: Rollouts, done: int
+) -> tuple[ScoredRollouts, list[str], RewardLog]:
+    """[`judge`][] and [`advantages`][] of the rollouts of a step.
+
+    **Arguments:**
+
+    - `done`: steps that came before.
+    """
+    position = done * parts.config.grpo.prompts_per_step
+    per_function, total, texts, log = judge(parts, examples, rollouts, done, position)
+    made = advantages(parts, per_function, total, rollouts.group, len(examples))
+    return ScoredRollouts(rollouts, per_function, total, made), texts, log
 
 
 def update_policy(
