@@ -8,7 +8,19 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ._cli_options import DRAFT_WORDS, LARGEST_SEED, MOST_ROWS, Adapter, Config, Model, Renamed, Set, Task
+from ._cli_options import (
+    DRAFT_WORDS,
+    LARGEST_SEED,
+    MOST_ROWS,
+    Adapter,
+    Config,
+    Model,
+    Renamed,
+    RenamedNum,
+    Set,
+    Task,
+    template_variables,
+)
 from ._cli_report import report
 from .choices import DRAFT_LOSSES, REWARDS, VERIFIERS, listed
 from .errors import UserError
@@ -188,8 +200,12 @@ def distill(
 def generate(
     prompt: Annotated[str, typer.Option(help="The prompt's text.")],
     model: Annotated[str, typer.Option(help="Folder, .gguf file or org/name; without it, the embedded model.")] = "",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of org/name (model.revision).")] = None,
     adapter: Adapter = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(metavar="TABLE", help="What the template is told: '{enable_thinking = false}'.")
+    ] = None,
     draft: Annotated[
         str | None, typer.Option(help=f"Folder of a saved draft, {DRAFT_WORDS}; without it, plain decoding.")
     ] = None,
@@ -205,14 +221,21 @@ def generate(
     ] = None,
     max_completion_length: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 128,
     renamed: Renamed = None,
-    num: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="Completions of the prompt.")] = 1,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Ends a completion, at the first token that completes it. Repeatable."),
+    ] = None,
+    num_generations: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="Completions of the prompt.")] = 1,
+    renamed_num: RenamedNum = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the sampling.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a completion.")] = False,
 ) -> None:
     """Complete a prompt, speculatively where a draft is given; the distribution is the model's either way."""
-    del renamed
+    del renamed, renamed_num
     if not prompt:
         raise UserError("--prompt is empty: give it some text")
+    if not all(stop or ()):
+        raise UserError("--stop is empty: give it some text")
     check_jax()
     from . import train
     from .files import print_json
@@ -221,15 +244,18 @@ def generate(
         completions: list[dict[str, Any]] = train.generate_text(
             as_typed(prompt),
             model=model,
+            revision=revision,
             adapter=adapter,
             chat=chat,
+            chat_template_kwargs=template_variables(chat_template_kwargs),
             draft=draft,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
-            max_new_tokens=max_completion_length,
-            num=num,
+            max_completion_length=max_completion_length,
+            stop=[as_typed(text) for text in stop or ()],
+            num_generations=num_generations,
             seed=seed,
         )
     for number, completion in enumerate(completions):

@@ -390,12 +390,12 @@ def test_generate(specgrpo, tiny_folder, tiny_draft):
     assert drafted["tokens"] == plain["tokens"]
     assert drafted["logprobs"] == pytest.approx(plain["logprobs"], abs=1e-4)
 
-    several = generate(specgrpo, *common, "--num", 3, "--seed", 5, "--draft", tiny_draft, "--chat")
+    several = generate(specgrpo, *common, "--num-generations", 3, "--seed", 5, "--draft", tiny_draft, "--chat")
     assert len(several) == 3 and len({tuple(completion["tokens"]) for completion in several}) == 3
     messages = [{"role": "user", "content": "12 + 34="}]
     assert all(completion["prompt_tokens"] == tiny_tokenizer().encode_prompt(messages) for completion in several)
-    assert generate(specgrpo, *common, "--num", 3, "--seed", 5, "--draft", tiny_draft, "--chat") == several
-    assert generate(specgrpo, *common, "--num", 3, "--seed", 6, "--draft", tiny_draft, "--chat") != several
+    assert generate(specgrpo, *common, "--num-generations", 3, "--seed", 5, "--draft", tiny_draft, "--chat") == several
+    assert generate(specgrpo, *common, "--num-generations", 3, "--seed", 6, "--draft", tiny_draft, "--chat") != several
 
     code, out, err = specgrpo("generate", *common, "--temperature", 0)
     assert code == 0 and out == plain["text"] + "\n"
@@ -426,7 +426,7 @@ def test_bad_generate(refused, specgrpo, tiny_folder, tiny_draft, tmp_path):
     for option, value in (
         ("--temperature", "-1"),
         ("--top-p", "1.5"),
-        ("--num", "0"),
+        ("--num-generations", "0"),
         ("--max-completion-length", "0"),
     ):
         code, _, err = specgrpo(*common, "--prompt", "1", option, value)

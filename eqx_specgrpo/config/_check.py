@@ -1,6 +1,5 @@
 """What a configuration names, found before anything expensive starts."""
 
-import math
 import os
 import shutil
 from importlib import resources
@@ -13,15 +12,17 @@ import jax.random as jr
 from ..drafts import DraftError, check_saved_sizes, describe_saved_draft
 from ..errors import UserError
 from ..files import absolute_spec, is_import_spec, user_path
+from ..grpo import make_optimizer, optimizer_bytes
 from ..models import Transformer, load_model_config
 from ..records import check_trackers, check_unused
-from ..tasks import AbstractTask, Rewards, load_rewards, load_task
+from ..tasks import AbstractTask, Rewards
 from ._draft_options import check_options
+from ._given import NOTHING_GIVEN, Given
 from ._lora import check_saved_adapter
 from ._tree import DraftConfig, RunConfig
 
 
-def load_task_and_rewards(config: RunConfig) -> tuple[AbstractTask, Rewards]:
+def load_task_and_rewards(config: RunConfig, given: Given = NOTHING_GIVEN) -> tuple[AbstractTask, Rewards]:
     """The task, of which the first item has been made, and its reward functions.
 
     **Raises:**
@@ -29,10 +30,10 @@ def load_task_and_rewards(config: RunConfig) -> tuple[AbstractTask, Rewards]:
     `UserError` if the task, one of its options or a reward cannot be found, the task is empty, or has not a column that
     a reward needs.
     """
-    task = load_task(config.task.name, config.seed, config.task.options)
+    given.check(config)
+    task = given.load_task(config)
     columns = task.at(0).columns
-    reward = config.reward
-    rewards = load_rewards(reward.functions, reward.weights, task, reward.timeout or math.inf)
+    rewards = given.load_rewards(config, task)
     rewards.check_columns(columns)
     return task, rewards
 
@@ -46,7 +47,7 @@ def check_places(config: RunConfig, resume: bool) -> None:
     `UserError` if one of them is not there or cannot be used, the draft or `[lora]` does not fit the model, a tracker
     is not installed, the run folder is taken or cannot be written, or the disk has no room for the checkpoints.
     """
-    model = load_model_config(config.model.path or default_model_path())
+    model = load_model_config(config.model.path or default_model_path(), revision=config.model.revision)
     if config.model.adapter is not None:
         check_saved_adapter(config.model.adapter, config.lora)
     if config.draft.path is not None:
@@ -58,12 +59,9 @@ def check_places(config: RunConfig, resume: bool) -> None:
     if not resume:
         check_unused(out)
     skeleton = eqx.filter_eval_shape(Transformer if config.lora.rank == 0 else config.lora.fresh, model, key=jr.key(0))
-    num_parameters = sum(array.size for array in jax.tree.leaves(skeleton))
-    _check_room(out, _CHECKPOINT_BYTES * num_parameters * (1 if resume else 3))
-
-
-# Of each parameter that is trained: float32 weights and two moments of the optimizer.
-_CHECKPOINT_BYTES = 12
+    weights = sum(4 * array.size for array in jax.tree.leaves(skeleton))
+    state = optimizer_bytes(make_optimizer(config.grpo.optim), skeleton)
+    _check_room(out, (weights + state) * (1 if resume else 3))
 
 
 def _check_room(out: Path, needed: int) -> None:
