@@ -1,8 +1,7 @@
 """Options that several commands of `cli.py` take."""
 
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -26,27 +25,6 @@ def _say_its_name(given: str | None) -> None:
 Renamed = Annotated[
     str | None, typer.Option("--max-new-tokens", "--max-new", "--new", hidden=True, callback=_say_its_name)
 ]
-
-
-def _say_num_generations(given: str | None) -> None:
-    if given is not None:
-        raise UserError(
-            f"the number of completions is --num-generations, as grpo.num_generations: write --num-generations {given}"
-        )
-
-
-RenamedNum = Annotated[str | None, typer.Option("--num", hidden=True, callback=_say_num_generations)]
-
-
-def template_variables(text: str | None) -> dict[str, Any]:
-    """The table of `--chat-template-kwargs`."""
-    try:
-        table = tomllib.loads(f"value = {text}")["value"] if text else {}
-    except ValueError as error:
-        raise UserError(f"--chat-template-kwargs {text}: no table of TOML: {error}") from error
-    if not isinstance(table, dict):
-        raise UserError(f"--chat-template-kwargs {text}: write a table, such as '{{enable_thinking = false}}'")
-    return table
 
 
 # What several commands take.

@@ -44,7 +44,11 @@ ALLOWED = {
     "bench": BOTTOM | STATIONS | {"records", "config", "testing", "train"},
     "_cli_options": BOTTOM,
     "_cli_report": BOTTOM | {"records"},
-    "cli": BOTTOM | {"_cli_options", "_cli_report"} | STATIONS | {"records", "config", "testing", "train", "bench"},
+    "_cli_generate": BOTTOM | {"_cli_options", "train"},
+    "cli": BOTTOM
+    | {"_cli_options", "_cli_report", "_cli_generate"}
+    | STATIONS
+    | {"records", "config", "testing", "train", "bench"},
     "__init__": BOTTOM | STATIONS | {"records", "config", "testing", "train", "bench"},
 }
 LONGEST_FILE = 400
