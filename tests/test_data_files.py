@@ -210,6 +210,7 @@ def test_rows_of_a_script():
     assert [as_list.example(n) for n in range(5)] == [as_dataset.example(n) for n in range(5)]
     changed = given_task([*ROWS[:4], ROWS[4] | {"level": 3}], 0, {"columns": COLUMNS}, "x")
     assert as_list.fingerprint() != changed.fingerprint()
+    assert given_task([{"prompt": "a", "table": {1: 2, "b": 3}}], 0, {}, "x").fingerprint()
     arithmetic = Arithmetic(seed=4)
     assert given_task(arithmetic, 0, {}, "x") is arithmetic
 

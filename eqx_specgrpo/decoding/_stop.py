@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..models import Tokenizer
 from ._state import DecodeState, cut
 
-_ROUNDS = 16
+_ROUNDS = 8
 
 
 class AbstractStop(eqx.Module):

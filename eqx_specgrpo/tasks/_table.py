@@ -153,7 +153,11 @@ def digest_of_rows(rows: Sequence[Any]) -> str:
 
 def as_digested(row: Any) -> bytes:
     """A row as bytes that are the same in another process: what JSON cannot hold is told by its text."""
-    return json.dumps(row, default=str, sort_keys=True).encode("utf-8", "replace")
+    try:
+        text = json.dumps(row, default=str, sort_keys=True)
+    except (TypeError, ValueError, RecursionError):  # keys that are no text, or a row that holds itself
+        text = repr(row)
+    return text.encode("utf-8", "replace")
 
 
 def evenly_spread(size: int, most: int) -> list[int]:
