@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         GreedySampling as GreedySampling,
         Rejection as Rejection,
         Sampling as Sampling,
+        StopStrings as StopStrings,
         decode as decode,
     )
     from .drafts import (
@@ -42,7 +43,12 @@ if TYPE_CHECKING:
     from .errors import UserError as UserError
     from .models import load_pretrained as load_pretrained
     from .runtime import keep_compiled_programs as keep_compiled_programs, keep_freed_memory as keep_freed_memory
-    from .train import run as run
+    from .train import (
+        AbstractCallback as AbstractCallback,
+        RunResult as RunResult,
+        RunView as RunView,
+        run as run,
+    )
 
 # Where a headline name is; the test of the structure holds it to be what stands above.
 _HOMES = {
@@ -50,7 +56,7 @@ _HOMES = {
     "config": ("RunConfig", "default_draft_path", "default_model_path", "load_config"),
     "decoding": (
         *("AdaptiveLength", "FixedLength", "Block", "Coupled", "GreedyMatch", "Rejection"),
-        *("GreedySampling", "Sampling", "decode"),
+        *("GreedySampling", "Sampling", "StopStrings", "decode"),
     ),
     "drafts": (
         *("AbstractDraft", "EagleDraft", "FallbackDraft", "HydraHeads", "LayerSkipDraft", "MedusaHeads", "ModelDraft"),
@@ -59,7 +65,7 @@ _HOMES = {
     "errors": ("UserError",),
     "models": ("load_pretrained",),
     "runtime": ("keep_compiled_programs", "keep_freed_memory"),
-    "train": ("run",),
+    "train": ("AbstractCallback", "RunResult", "RunView", "run"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -19,6 +19,7 @@ class StopReason(IntEnum):
     RUNNING = 0
     EOS = 1
     LENGTH = 2
+    STOP = 3  # a text, see `decoding.StopStrings`
 
 
 class Prompts(eqx.Module):

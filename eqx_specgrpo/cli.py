@@ -3,18 +3,28 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from ._cli_eval import evaluate
-from ._cli_options import DRAFT_WORDS, LARGEST_SEED, MOST_ROWS, Adapter, Config, Model, Renamed, Set, Task
+from ._cli_generate import generate
+from ._cli_options import (
+    DRAFT_WORDS,
+    LARGEST_SEED,
+    MOST_ROWS,
+    Adapter,
+    Config,
+    Model,
+    Renamed,
+    Set,
+    Task,
+)
 from ._cli_report import report
 from .choices import DRAFT_LOSSES, REWARDS, VERIFIERS, listed
 from .errors import UserError
 from .runtime import (
-    as_typed,
     check_jax,
     check_output_arrived,
     ending_on_our_terms,
@@ -188,69 +198,7 @@ def distill(
 
 
 app.command("eval")(evaluate)
-
-
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Option(help="The prompt's text.")],
-    model: Annotated[str, typer.Option(help="Folder, .gguf file or org/name; without it, the embedded model.")] = "",
-    adapter: Adapter = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    draft: Annotated[
-        str | None, typer.Option(help=f"Folder of a saved draft, {DRAFT_WORDS}; without it, plain decoding.")
-    ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens that make up this probability."),
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(min=0.0, max=1.0, help="Sample among tokens of at least this share of the likeliest one's."),
-    ] = None,
-    max_completion_length: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 128,
-    renamed: Renamed = None,
-    num: Annotated[int, typer.Option(min=1, max=MOST_ROWS, help="Completions of the prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the sampling.")] = 0,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a completion.")] = False,
-) -> None:
-    """Complete a prompt, speculatively where a draft is given; the distribution is the model's either way."""
-    del renamed
-    if not prompt:
-        raise UserError("--prompt is empty: give it some text")
-    check_jax()
-    from . import train
-    from .files import print_json
-
-    with ending_on_our_terms("Stopped."):
-        completions: list[dict[str, Any]] = train.generate_text(
-            as_typed(prompt),
-            model=model,
-            adapter=adapter,
-            chat=chat,
-            draft=draft,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            max_new_tokens=max_completion_length,
-            num=num,
-            seed=seed,
-        )
-    for number, completion in enumerate(completions):
-        if json_:
-            print_json(completion)
-            continue
-        if number:
-            print("---")
-        print(completion["text"])
-        print(
-            f"[{len(completion['tokens'])} tokens, {completion['target_forwards']} target passes, acceptance length "
-            f"{completion['acceptance_length']:.2f}, stopped by {completion['stop_reason']}]",
-            file=sys.stderr,
-        )
-    check_output_arrived()
+app.command()(generate)
 
 
 @app.command()

@@ -17,10 +17,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from eqx_specgrpo.config import load_config
-from eqx_specgrpo.runtime import keep_compiled_programs, keep_freed_memory
+import eqx_specgrpo as sg
 from eqx_specgrpo.tasks import completion_text
-from eqx_specgrpo.train import run
 
 
 def digits_reward(
@@ -47,12 +45,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="runs/custom_reward")
     arguments = parser.parse_args()
     # As the command line does: a second start is quick, and on a CPU updates are faster.
-    keep_compiled_programs()
-    keep_freed_memory()
-    settings = {
-        "steps": arguments.steps,
-        "out": arguments.out,
-        "reward.functions": ["arithmetic", f"{__file__}:digits_reward"],
-        "reward.weights": [1.0, 0.2],
-    }
-    run(load_config(flags=settings))
+    sg.keep_compiled_programs()
+    sg.keep_freed_memory()
+    settings = {"steps": arguments.steps, "out": arguments.out, "reward.weights": [1.0, 0.2]}
+    sg.run(settings, rewards=["arithmetic", digits_reward])

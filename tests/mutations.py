@@ -278,6 +278,49 @@ MUTATIONS = (
         "{}",
         "test_trackers.py::test_mlflow_in_files",
     ),
+    # Data, stop strings, optimizers, and what a script hands over.
+    Mutation(
+        "a stop string ends a row one token late",
+        "decoding/_stop.py",
+        "return low",
+        "return min(low + 1, len(tokens))",
+        "test_stop_strings.py::test_the_first_token_that_completes_one",
+    ),
+    Mutation(
+        "rows that ended by themselves are not searched for stop strings",
+        "decoding/_stop.py",
+        "np.flatnonzero(lengths > self._seen[row_ids])",
+        "np.flatnonzero((lengths > self._seen[row_ids]) & np.asarray(state.active))",
+        "test_stop_strings.py",
+    ),
+    Mutation(
+        "a task of a mixture begins again after a thousand items",
+        "tasks/_mixture.py",
+        "before = stretch * self.counts[chosen] + turns",
+        "before = turns",
+        "test_data_files.py::test_several_tasks_with_weights",
+    ),
+    Mutation(
+        "vectors decay",
+        "grpo/_optimizers.py",
+        "lambda x: x.ndim >= 2, params",
+        "lambda x: x.ndim >= 1, params",
+        "test_optimizers.py::test_each_is_optax_behind_a_clip[adamw]",
+    ),
+    Mutation(
+        "Muon orthogonalises embeddings",
+        "grpo/_optimizers.py",
+        "x.ndim == 2 and not is_embedding",
+        "x.ndim == 2",
+        "test_optimizers.py::test_muon_leaves_embeddings_to_adamw",
+    ),
+    Mutation(
+        "a run takes the weights that it was handed",
+        "config/_given.py",
+        "return jnp.array(x, dtype if is_matrix else x.dtype, copy=copy)",
+        "return x",
+        "test_python_run.py::test_what_comes_back",
+    ),
 )
 
 

@@ -20,6 +20,7 @@ from eqx_specgrpo.models import (
     _locate,
     _safetensors,
     load_model,
+    load_model_config,
     load_pretrained,
     load_tokenizer,
     save_model,
@@ -208,8 +209,8 @@ def test_no_network(monkeypatch):
 def test_download(monkeypatch, folder):
     asked = []
 
-    def download(name, allow_patterns, ignore_patterns):
-        asked.append((name, allow_patterns))
+    def download(name, revision, allow_patterns, ignore_patterns):
+        asked.append((name, allow_patterns, revision))
         return str(folder)
 
     monkeypatch.setattr(_locate, "snapshot_download", download)
@@ -217,6 +218,21 @@ def test_download(monkeypatch, folder):
     assert asked[0][0] == "org/name" and not any(
         p.endswith((".bin", ".py", "*")) for p in asked[0][1] if p != "tokenizer*"
     )
+    load_model("org/name", revision="v2")
+    for load in (load_tokenizer, load_pretrained):  # there is none in this folder
+        with pytest.raises(CheckpointError):
+            load("org/name", revision="v3")
+
+    def download_file(name, file, revision):
+        asked.append((name, file, revision))
+        return str(folder / file)
+
+    monkeypatch.setattr(_locate, "hf_hub_download", download_file)
+    load_model_config("org/name", revision="v4")
+    assert [revision for *_, revision in asked] == [None, "v2", "v3", "v3", "v4"]
+    for load in (load_model, load_tokenizer, load_pretrained, load_model_config):
+        with pytest.raises(CheckpointError, match="model.revision = 'v2' is of a model by name.* but .* is here"):
+            load(folder, revision="v2")
 
 
 def test_gguf(tmp_path, monkeypatch):

@@ -371,10 +371,11 @@ def generate(specgrpo, *arguments) -> list[dict]:
         assert completion["text"] == tiny_tokenizer().decode(completion["tokens"])
         eos = tiny_tokenizer().eos_ids
         assert (completion["stop_reason"] == "eos") == (completion["tokens"][-1] in eos)
-        assert completion["stop_reason"] in ("eos", "length") and not set(completion["tokens"][:-1]) & set(eos)
+        assert completion["stop_reason"] in ("eos", "length", "stop") and not set(completion["tokens"][:-1]) & set(eos)
         # The prompt's own pass emits the first token; the others come from the passes that are counted.
         forwards = completion["target_forwards"]
-        assert (count - 1) / 4 <= forwards <= count - 1
+        vain = 8 if completion["stop_reason"] == "stop" else 0  # until the host looks
+        assert (count - 1) / 4 <= forwards <= count - 1 + vain
         assert completion["acceptance_length"] == pytest.approx((count - 1) / forwards if forwards else 1.0)
     return completions
 
@@ -390,16 +391,26 @@ def test_generate(specgrpo, tiny_folder, tiny_draft):
     assert drafted["tokens"] == plain["tokens"]
     assert drafted["logprobs"] == pytest.approx(plain["logprobs"], abs=1e-4)
 
-    several = generate(specgrpo, *common, "--num", 3, "--seed", 5, "--draft", tiny_draft, "--chat")
+    several = generate(specgrpo, *common, "--num-generations", 3, "--seed", 5, "--draft", tiny_draft, "--chat")
     assert len(several) == 3 and len({tuple(completion["tokens"]) for completion in several}) == 3
     messages = [{"role": "user", "content": "12 + 34="}]
     assert all(completion["prompt_tokens"] == tiny_tokenizer().encode_prompt(messages) for completion in several)
-    assert generate(specgrpo, *common, "--num", 3, "--seed", 5, "--draft", tiny_draft, "--chat") == several
-    assert generate(specgrpo, *common, "--num", 3, "--seed", 6, "--draft", tiny_draft, "--chat") != several
+    assert generate(specgrpo, *common, "--num-generations", 3, "--seed", 5, "--draft", tiny_draft, "--chat") == several
+    assert generate(specgrpo, *common, "--num-generations", 3, "--seed", 6, "--draft", tiny_draft, "--chat") != several
 
     code, out, err = specgrpo("generate", *common, "--temperature", 0)
     assert code == 0 and out == plain["text"] + "\n"
     assert "16 tokens, 15 target passes" in err and "stopped by length" in err
+
+    # A text of two tokens that is in it ends it there, with a draft and without.
+    tokenizer = tiny_tokenizer()
+    at = next(n for n in range(4, 15) if len(tokenizer.decode(plain["tokens"][n : n + 2])) == 2)
+    ending = tokenizer.decode(plain["tokens"][at : at + 2])
+    texts = [tokenizer.decode(plain["tokens"][:count]) for count in range(17)]
+    first = next(count for count, text in enumerate(texts) if ending in text)
+    for more in ((), ("--draft", tiny_draft)):
+        (stopped,) = generate(specgrpo, *common, "--temperature", 0, "--stop", ending, *more)
+        assert stopped["tokens"] == plain["tokens"][:first] and stopped["stop_reason"] == "stop"
 
 
 def test_bad_generate(refused, specgrpo, tiny_folder, tiny_draft, tmp_path):
@@ -423,10 +434,15 @@ def test_bad_generate(refused, specgrpo, tiny_folder, tiny_draft, tmp_path):
     (broken / "draft.safetensors").write_bytes(weights.read_bytes()[:-8])
     assert "is truncated or corrupt" in refused(*common, "--prompt", "1", "--draft", broken)
 
+    assert "write --num-generations 3" in refused(*common, "--prompt", "1", "--num", 3)
+    assert "--stop is empty" in refused(*common, "--prompt", "1", "--stop", "")
+    for table, words in (("{think", "no table of TOML"), ("3", "write a table"), ("{think = 1}", "asks for nothing")):
+        assert words in refused(*common, "--prompt", "1", "--chat", "--chat-template-kwargs", table)
+    assert "model.revision = 'v1' is of a model by name" in refused(*common, "--prompt", "1", "--revision", "v1")
     for option, value in (
         ("--temperature", "-1"),
         ("--top-p", "1.5"),
-        ("--num", "0"),
+        ("--num-generations", "0"),
         ("--max-completion-length", "0"),
     ):
         code, _, err = specgrpo(*common, "--prompt", "1", option, value)

@@ -13,7 +13,7 @@ import typer
 
 import eqx_specgrpo
 from eqx_specgrpo.cli import app
-from eqx_specgrpo.config import load_config
+from eqx_specgrpo.config import GRPOConfig, load_config
 from eqx_specgrpo.tasks import Arithmetic, ReasoningGymTask
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +80,34 @@ def test_the_test_command_of_the_readme_is_where_ci_looks():
     after = text.split("<!-- test-command -->\n")
     assert len(after) == 2 and after[1].startswith("```")
     assert "python -m pytest" in after[1].split("```")[1]
+
+
+# The fields of GRPOConfig of TRL 1.16 itself, those for vLLM without `vllm_`.
+TRL_FIELDS = """
+learning_rate model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout cast_lm_head_to_fp32
+remove_unused_columns num_generations num_generations_eval max_completion_length ds3_gather_for_generation
+shuffle_dataset pad_to_multiple_of generation_batch_size steps_per_generation temperature top_p top_k min_p
+generation_kwargs chat_template_kwargs repetition_penalty cache_implementation use_vllm vllm_structured_outputs_regex
+beta num_iterations epsilon delta epsilon_high sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos
+vespo_k_neg vespo_lambda_neg importance_sampling_level reward_weights multi_objective_aggregation scale_rewards
+loss_type mask_truncated_completions sync_ref_model ref_model_mixup_alpha ref_model_sync_steps top_entropy_quantile
+entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target
+max_tool_calling_iterations vllm_importance_sampling_correction vllm_importance_sampling_cap off_policy_mask_threshold
+use_bias_correction_kl log_completions log_multimodal num_completions_to_print log_unique_prompts
+log_completions_hub_repo use_transformers_continuous_batching transformers_continuous_batching_config
+use_transformers_paged logging_steps gradient_checkpointing bf16 lr_scheduler_kwargs use_liger_kernel
+torch_empty_cache_steps
+""".split()
+
+
+def test_every_field_of_trl_is_answered():
+    """And what is said to have the same name has it."""
+    text = (ROOT / "docs" / "run.md").read_text(encoding="utf-8")
+    section = text.partition("## Coming from TRL\n")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", section))
+    assert len(TRL_FIELDS) == 71 and not set(TRL_FIELDS) - named
+    same = re.findall(r"`(\w+)`", section.partition("same meaning:**")[2].partition("\n\n")[0])
+    assert len(same) >= 38 and not set(same) - {*GRPOConfig.model_fields, "true", "false"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

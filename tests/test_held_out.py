@@ -13,12 +13,13 @@ from eqx_specgrpo.tasks import (
     AbstractTask,
     Arithmetic,
     EasiestFirst,
-    JsonlTask,
     Shuffled,
+    TableTask,
     first_items,
     hold_out,
     indices_from,
     keep_apart,
+    load_task,
 )
 
 
@@ -29,9 +30,11 @@ def prompts(task: AbstractTask, count: int | None = None) -> list[str]:
     return [json.dumps(task.at(position).prompt) for position in range(size)]
 
 
-def write(path, texts: Sequence[str]) -> JsonlTask:
+def write(path, texts: Sequence[str]) -> TableTask:
     path.write_text("".join(json.dumps({"prompt": text, "answer": "1"}) + "\n" for text in texts))
-    return JsonlTask(path)
+    task = load_task(str(path), 0, {})
+    assert isinstance(task, TableTask)
+    return task
 
 
 def test_held_out_of_a_finite_task(tmp_path):

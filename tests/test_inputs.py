@@ -10,7 +10,7 @@ from eqx_specgrpo.config import RunConfig, dump_config
 from eqx_specgrpo.config._check import load_task_and_rewards
 from eqx_specgrpo.errors import UserError
 from eqx_specgrpo.records import RunFolder, changed_inputs, fingerprint_file
-from eqx_specgrpo.tasks import Arithmetic, JsonlTask
+from eqx_specgrpo.tasks import Arithmetic, load_task
 from eqx_specgrpo.train._inputs import ChangedInputWarning, check_inputs, run_inputs
 
 ROWS = [json.dumps({"prompt": f"{number} + 1 =", "answer": number + 1}) for number in range(4)]
@@ -48,7 +48,8 @@ def test_fingerprints_of_tasks(tmp_path):
     one, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     one.write_text("\n".join(ROWS))
     other.write_text("\n".join([*ROWS[:3], ROWS[3].replace("answer", "result")]))
-    assert JsonlTask(one).fingerprint() == JsonlTask(one, seed=1).fingerprint() != JsonlTask(other).fingerprint()
+    first, again, another = (load_task(str(path), seed, {}) for path, seed in ((one, 0), (one, 1), (other, 0)))
+    assert first.fingerprint() == again.fingerprint() != another.fingerprint()
     assert Arithmetic(seed=0).fingerprint() == Arithmetic(seed=0).fingerprint() != Arithmetic(seed=1).fingerprint()
     assert Arithmetic(size=2).fingerprint()
 

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from rich.console import Console
 from tiny_run import as_flags, tiny_folder as tiny_folder, tiny_settings
 
 from eqx_specgrpo.bench import check_plot
@@ -66,6 +68,19 @@ def test_what_can_be_written_is(monkeypatch):
     closed.close()
     monkeypatch.setattr("sys.stdout", closed)
     progress_console().print("anything")
+
+
+def test_progress_in_a_notebook_is_lines_of_text(monkeypatch):
+    """Not one output in HTML for each, and no live line, though kernels ask for colours."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    told = io.StringIO()
+    monkeypatch.setattr("sys.stdout", told)
+    assert Console().is_jupyter
+    with progress_console().status("live"):
+        progress_console().print("[red]step 1")
+    assert told.getvalue() == "step 1\n"
 
 
 def test_results_that_did_not_arrive_are_an_error(monkeypatch):

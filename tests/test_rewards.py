@@ -21,7 +21,6 @@ from eqx_specgrpo.files._import_spec import import_callable, import_spec_of
 from eqx_specgrpo.tasks import (
     Arithmetic,
     Example,
-    JsonlTask,
     OutOfTime,
     RewardError,
     RewardLog,
@@ -33,6 +32,7 @@ from eqx_specgrpo.tasks import (
     last_number,
     limited,
     load_rewards,
+    load_task,
     running_totals_reward,
     soft_overlong,
     think_format_reward,
@@ -580,8 +580,8 @@ def test_the_tasks_own_reward_is_the_default(tmp_path):
     assert rewards(["?"], ["2"], [[1]], {"answer": ["2"]})[1].tolist() == [3.0]
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a"}')
-    with pytest.raises(UserError, match="JsonlTask has no reward of its own: give one as --reward"):
-        load_rewards([], None, JsonlTask(path))
+    with pytest.raises(UserError, match="TableTask has no reward of its own: give one as --reward"):
+        load_rewards([], None, load_task(str(path), 0, {}))
 
 
 @pytest.fixture

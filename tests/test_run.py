@@ -72,8 +72,8 @@ def run(config: RunConfig, resume: bool = False) -> str:
     """Runs in this process; what was printed."""
     console = Console(file=io.StringIO(), width=200, force_terminal=False)
     with console.capture() as capture:
-        folder = train.run(config, resume=resume, console=console)
-    assert folder == Path(config.out)
+        result = train.run(config, resume=resume, console=console)
+    assert result.folder == Path(config.out)
     return capture.get()
 
 

@@ -46,8 +46,9 @@ ALLOWED = {
     "_cli_options": BOTTOM,
     "_cli_eval": BOTTOM | {"_cli_options", "config", "train"},
     "_cli_report": BOTTOM | {"records"},
+    "_cli_generate": BOTTOM | {"_cli_options", "train"},
     "cli": BOTTOM
-    | {"_cli_options", "_cli_eval", "_cli_report"}
+    | {"_cli_options", "_cli_eval", "_cli_report", "_cli_generate"}
     | STATIONS
     | {"records", "config", "testing", "evaluation", "train", "bench"},
     "__init__": BOTTOM | STATIONS | {"records", "config", "testing", "evaluation", "train", "bench"},

@@ -79,7 +79,7 @@ _NO_NUMBERS = ("nan", "inf", "-inf", "-1")
         ("generate", "--temperature", _NO_NUMBERS),
         ("generate", "--top-p", ("0", "0.0", "1.5", *_NO_NUMBERS)),
         ("generate", "--top-k", ("0", "-1", "nan")),
-        ("generate", "--num", ("0", "-1", 10**12)),
+        ("generate", "--num-generations", ("0", "-1", 10**12)),
         ("generate", "--max-completion-length", ("0", "-1", "nan")),
         ("verify", "--seed", _SEEDS),
         ("verify", "--rows", ("1", "-1", 10**12)),

@@ -9,9 +9,9 @@ from eqx_specgrpo.errors import UserError
 from eqx_specgrpo.tasks import (
     Arithmetic,
     Example,
-    JsonlTask,
     ReasoningGymTask,
     RewardError,
+    TableTask,
     collate,
     example_index,
     load_rewards,
@@ -154,7 +154,7 @@ def test_good_arithmetic_options():
     [
         ("arithmetics", ["Did you mean 'arithmetic'?"]),
         ("sudoku", ["The choices are: arithmetic", ".jsonl", "reasoning_gym:NAME"]),
-        ("data.json", [".jsonl"]),
+        ("data.txt", [".jsonl", ".parquet", "org/name"]),
         ("reasoning_gym", ["reasoning_gym:"]),
         ("", ["arithmetic"]),
     ],
@@ -183,7 +183,7 @@ def test_jsonl_columns_and_prompts(tmp_path):
         "",
     )
     task = load_task(path, 1, {})
-    assert isinstance(task, JsonlTask)
+    assert isinstance(task, TableTask)
     assert task.size == 3
     assert [task.example(i) for i in range(3)] == [
         Example("What is 1 + 1?", {"answer": "2", "hint": None}),

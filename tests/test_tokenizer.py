@@ -86,6 +86,32 @@ def test_templates_like_transformers(backend, template, tmp_path):
         assert tokenizer.encode_prompt(prompt) == again.encode_prompt(prompt) == ids
 
 
+def test_variables_of_a_template_like_transformers(backend, tmp_path):
+    """Qwen3's switch for thinking, for one."""
+    template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A:"
+        "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}{% endif %}"
+        "{{ strftime_now('%Y') if year is defined }}"
+    )
+    tokenizer = _tokenizer(backend, template)
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    quick = tokenizer.with_chat_template_kwargs({"enable_thinking": False})
+    text = theirs.apply_chat_template(CHAT[1:2], add_generation_prompt=True, tokenize=False, enable_thinking=False)
+    assert quick.apply_chat_template(CHAT[1:2]) == text == "1 + 1?A:<think></think>"
+    assert (
+        tokenizer.apply_chat_template(CHAT[1:2]) == "1 + 1?A:" and tokenizer.with_chat_template_kwargs({}) is tokenizer
+    )
+    assert quick.encode_prompt("1") == tokenizer.encode_prompt("1") and quick.eos_ids == tokenizer.eos_ids
+    both = quick.with_chat_template_kwargs({"year": 1})
+    assert both.chat_template_kwargs == {"enable_thinking": False, "year": 1}
+    for name in ("enable_thinkin", "messages"):
+        with pytest.raises(UserError, match=f"has '{name}', but this .* asks for enable_thinking, year"):
+            tokenizer.with_chat_template_kwargs({name: False})
+    with pytest.raises(UserError, match="this tokenizer has none: leave them out"):
+        _tokenizer(backend).with_chat_template_kwargs({"enable_thinking": False})
+
+
 def test_plain_text_like_transformers(backend, tmp_path):
     # Padding and truncation belong to whoever trained the tokenizer.
     values = json.loads(backend)

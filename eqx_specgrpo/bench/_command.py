@@ -94,7 +94,7 @@ def bench(
     with RunProgress(Console(stderr=True) if console is None else console) as progress, out_of_memory_advice():
         progress.phase(f"loading {model_name(base)}")
         about = machine()  # before the work, which may take long: commit and load are those that were found
-        policy, tokenizer = load_policy(base.model.path, base.model.adapter)
+        policy, tokenizer = load_policy(base.model.path, base.model.adapter, base.model.revision)
         progress.advise(dtype_advice(base.model.dtype, policy.hidden_size))
         made = [make_contender(name, config, policy, tokenizer) for name, config in configs.items()]
         for contender in made:

@@ -41,6 +41,12 @@ TASKS: Mapping[str, str] = MappingProxyType(
     {
         "arithmetic": "_arithmetic",
         "FILE.jsonl": "_jsonl",
+        "FILE.json": "_json",
+        "FILE.csv": "_csv",
+        "FILE.parquet": "_parquet",
+        "FOLDER/": "_saved_dataset",
+        "org/name": "_hub_dataset",
+        "mixture": "_mixture",
         "reasoning_gym:NAME": "_reasoning_gym",
     }
 )

@@ -1,5 +1,6 @@
 """The options of what a configuration names: the keyword arguments of the function that makes it."""
 
+import functools
 import inspect
 import json
 import os
@@ -165,6 +166,7 @@ _ARGUMENT = re.compile(r"^- ((?:`\w+`(?:, )?)+): (.*(?:\n(?!- )[^\n]+)*)", re.MU
 
 def _descriptions(make: Callable[..., Any]) -> dict[str, str]:
     """What stands under **Arguments:** in the docstring, each on one line."""
+    make = make.func if isinstance(make, functools.partial) else make
     texts = [inspect.getdoc(make) or ""]
     if inspect.isclass(make):
         texts.append(inspect.getdoc(make.__init__) or "")

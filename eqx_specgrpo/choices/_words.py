@@ -36,7 +36,7 @@ def permitted_values(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         of, example = _ITEMS.get(get_args(annotation)[0], ("", ""))
         return f"a list of {of}, such as {example}" if of else "a list"
     if origin is dict or annotation is dict:
-        return "a table, such as {name = 8}"
+        return 'a table, such as {old = "new"}' if get_args(annotation)[1:] == (str,) else "a table, such as {name = 8}"
     if origin is Annotated:
         inner, *fields = get_args(annotation)
         return permitted_values(inner, [bound for field in fields for bound in _bounds(field)])

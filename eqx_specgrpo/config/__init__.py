@@ -10,6 +10,16 @@ from ._check import (
 )
 from ._dtype_advice import dtype_advice as dtype_advice
 from ._eval import EvalConfig as EvalConfig, pass_ks as pass_ks
+from ._given import (
+    NOTHING_GIVEN as NOTHING_GIVEN,
+    ConfigLike as ConfigLike,
+    Given as Given,
+    Policy as Policy,
+    RewardLike as RewardLike,
+    given_and_named as given_and_named,
+    resume_command as resume_command,
+)
+from ._given_names import is_given as is_given
 from ._load import (
     check_resume as check_resume,
     draft_config as draft_config,
@@ -22,17 +32,16 @@ from ._parts import (
     RunParts as RunParts,
     check_prompt as check_prompt,
     draft_spec as draft_spec,
-    learning_rate as learning_rate,
     load_policy as load_policy,
     load_trained_policy as load_trained_policy,
     make_draft as make_draft,
     make_parts as make_parts,
     model_name as model_name,
     named_draft as named_draft,
-    rate_advice as rate_advice,
 )
 from ._places import with_absolute_paths as with_absolute_paths
 from ._sampling import rollout_sampling as rollout_sampling
+from ._schedule import learning_rate as learning_rate, rate_advice as rate_advice, rate_schedule as rate_schedule
 from ._toml import toml_value as toml_value
 from ._tree import (
     DraftConfig as DraftConfig,

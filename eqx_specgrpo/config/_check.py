@@ -13,15 +13,17 @@ import jax.random as jr
 from ..drafts import DraftError, check_saved_sizes, describe_saved_draft
 from ..errors import UserError
 from ..files import absolute_spec, is_import_spec, user_path
+from ..grpo import make_optimizer, optimizer_bytes
 from ..models import Transformer, load_model_config
 from ..records import check_trackers, check_unused
 from ..tasks import AbstractTask, Rewards, first_items, hold_out, keep_apart, load_rewards, load_task
 from ._draft_options import check_options
+from ._given import NOTHING_GIVEN, Given
 from ._lora import check_saved_adapter
 from ._tree import DraftConfig, RunConfig
 
 
-def load_task_and_rewards(config: RunConfig) -> tuple[AbstractTask, Rewards]:
+def load_task_and_rewards(config: RunConfig, given: Given = NOTHING_GIVEN) -> tuple[AbstractTask, Rewards]:
     """The task, of which the first item has been made, and its reward functions.
 
     **Raises:**
@@ -29,22 +31,22 @@ def load_task_and_rewards(config: RunConfig) -> tuple[AbstractTask, Rewards]:
     `UserError` if the task, one of its options or a reward cannot be found, the task is empty, or has not a column that
     a reward needs.
     """
-    task, _ = load_split(config)
+    task, _ = load_split(config, given)
     columns = task.at(0).columns
-    reward = config.reward
-    rewards = load_rewards(reward.functions, reward.weights, task, reward.timeout or math.inf)
+    rewards = given.load_rewards(config, task)
     rewards.check_columns(columns)
     return task, rewards
 
 
-def load_split(config: RunConfig) -> tuple[AbstractTask, AbstractTask | None]:
+def load_split(config: RunConfig, given: Given = NOTHING_GIVEN) -> tuple[AbstractTask, AbstractTask | None]:
     """The task to train on, and the items to measure on, which share no prompt; `None` without `[eval]`.
 
     **Raises:**
 
     `UserError` if a task or one of its options cannot be found, one of the two is empty, or they overlap.
     """
-    task = load_task(config.task.name, config.seed, config.task.options)
+    given.check(config)
+    task = given.load_task(config)
     if config.eval.holdout:
         return hold_out(task, config.eval.holdout)
     if config.eval.task:
@@ -52,7 +54,9 @@ def load_split(config: RunConfig) -> tuple[AbstractTask, AbstractTask | None]:
     return task, None
 
 
-def load_held_out(config: RunConfig, *, apart: bool = True) -> tuple[AbstractTask, Rewards] | None:
+def load_held_out(
+    config: RunConfig, given: Given = NOTHING_GIVEN, *, apart: bool = True
+) -> tuple[AbstractTask, Rewards] | None:
     """The items to measure on, and the reward functions that judge; `None` without `[eval]`.
 
     **Arguments:**
@@ -67,13 +71,13 @@ def load_held_out(config: RunConfig, *, apart: bool = True) -> tuple[AbstractTas
     if evaluation.task and not apart:
         task = first_items(_task_of_evaluation(config), evaluation.limit)
     else:
-        _, task = load_split(config)
+        _, task = load_split(config, given)
     if task is None:
         return None
-    functions, weights = (
-        (evaluation.functions, None) if evaluation.functions else (config.reward.functions, config.reward.weights)
-    )
-    rewards = load_rewards(functions, weights, task, config.reward.timeout or math.inf)
+    if evaluation.functions:
+        rewards = load_rewards(evaluation.functions, None, task, config.reward.timeout or math.inf)
+    else:
+        rewards = given.load_rewards(config, task)
     rewards.check_columns(task.example(0).columns)
     return task, rewards
 
@@ -114,7 +118,7 @@ def check_places(config: RunConfig, resume: bool) -> None:
     `UserError` if one of them is not there or cannot be used, the draft or `[lora]` does not fit the model, a tracker
     is not installed, the run folder is taken or cannot be written, or the disk has no room for the checkpoints.
     """
-    model = load_model_config(config.model.path or default_model_path())
+    model = load_model_config(config.model.path or default_model_path(), revision=config.model.revision)
     if config.model.adapter is not None:
         check_saved_adapter(config.model.adapter, config.lora)
     if config.draft.path is not None:
@@ -126,15 +130,14 @@ def check_places(config: RunConfig, resume: bool) -> None:
     if not resume:
         check_unused(out)
     skeleton = eqx.filter_eval_shape(Transformer if config.lora.rank == 0 else config.lora.fresh, model, key=jr.key(0))
-    num_parameters = sum(array.size for array in jax.tree.leaves(skeleton))
+    weights = sum(4 * array.size for array in jax.tree.leaves(skeleton))
+    state = optimizer_bytes(make_optimizer(config.grpo.optim), skeleton)
     most = math.ceil(config.steps / config.save_steps)
     kept = most if config.save_total_limit is None else config.save_total_limit
-    _check_room(out, _CHECKPOINT_BYTES * num_parameters * (1 if resume else kept + 1), kept)
+    _check_room(out, (weights + state) * (1 if resume else kept + 1), kept)
 
 
 _NUMBERS = {1: "one", 2: "two", 3: "three"}
-# Of each parameter that is trained: float32 weights and two moments of the optimizer.
-_CHECKPOINT_BYTES = 12
 
 
 def _check_room(out: Path, needed: int, kept: int) -> None:

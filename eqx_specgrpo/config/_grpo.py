@@ -5,12 +5,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, create_model, model_validator
 
 from ..grpo import (
+    OPTIMIZERS,
     POLICY_LOSSES,
     AbstractPolicyLoss,
     AdvantageEstimator,
     CorrectionMode,
     KLEstimator,
     Level,
+    OptimizerName,
     ScaleRewards,
 )
 from ..grpo.losses import LossOption, options_of
@@ -51,15 +53,25 @@ class _Keys(Section):
         description="with top_p, top_k or min_p: the most tokens kept at a position, the likeliest of them; the kept "
         "ones are recorded, 4 bytes each, and the loss is of the probabilities among them",
     )
-    learning_rate: float = Field(default=1e-6, ge=0, description="AdamW's, at its height")
-    lr_scheduler_type: Literal["constant", "linear"] = Field(
-        default="linear", description="linear: down to 0 at the last step"
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[], description="texts that end a completion, at the first token that completes one of them"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default={}, description="what the chat template is told, such as {enable_thinking = false}"
+    )
+    learning_rate: float = Field(default=1e-6, ge=0, description="the optimizer's, at its height")
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
+        default="linear", description="linear and cosine fall to 0 at the last step; each takes grpo.warmup_steps"
     )
     warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate rises from 0")
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
+    optim: OptimizerName = Field(
+        default="adamw",
+        description="; ".join(f"{name}: {kind.summary}" for name, kind in OPTIMIZERS.items()),
+    )
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment; lion's as well")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of the second moment; lion's as well")
     adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled, times the learning rate; not of vectors")
     max_grad_norm: float = Field(default=1.0, gt=0, description="the policy's gradient is clipped to this norm")
     loss_type: str = Field(default="dapo", description="what the policy minimises; see docs/losses.md")
     importance_sampling_level: Level = Field(
@@ -269,6 +281,9 @@ class GRPOConfig(_WithLosses):  # pyright: ignore[reportGeneralTypeIssues]
     def _check_switches(self) -> None:
         """What has no effect as things are was meant otherwise."""
         values, fields = dict(self), type(self).model_fields
+        for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            if name not in OPTIMIZERS[self.optim].uses and values[name] != fields[name].default:
+                raise ValueError(f"grpo.{name} = {values[name]} is no option of grpo.optim = {self.optim!r}: drop one")
         for needs, is_on, names in (
             ("grpo.top_p, top_k or min_p", self.truncates, ("max_support",)),
             ("grpo.beta above 0", self.beta > 0, ("kl_estimator", "use_kl_in_reward", "sync_ref_model")),

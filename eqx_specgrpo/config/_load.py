@@ -27,6 +27,7 @@ _NOTES = {"grpo.num_generations": "a group of one has nothing to be compared wit
 _MAY_CHANGE = frozenset(
     {"steps", "num_train_epochs", "out", "save_steps", "save_total_limit", "compare", "reward.timeout", "tracking"}
 ) | {"log_completions_steps"}
+_DATA = "set task.name to a file, a folder that datasets has saved, or org/name; from Python, run(..., task=dataset)"
 # Names of TRL's GRPOConfig that are not near what they are here; docs/run.md, "Coming from TRL", has them all.
 _OF_TRL = {
     "steps_per_generation": "each batch of rollouts is one step, of grpo.num_iterations updates",
@@ -36,8 +37,10 @@ _OF_TRL = {
     "output_dir": "set out",
     "model_name_or_path": "set model.path",
     "model.name": "set model.path",
-    "train_dataset": "set task.name to a file of JSON objects, FILE.jsonl",
-    "dataset": "set task.name to a file of JSON objects, FILE.jsonl",
+    "train_dataset": _DATA,
+    "dataset": _DATA,
+    "dataset_name": _DATA,
+    "stop_strings": "set grpo.stop",
     "reward_funcs": "set reward.functions",
     "max_new_tokens": "set grpo.max_completion_length",
     "max_prompt_length": "prompts are never cut; one that leaves no room in the model's context is an error",
@@ -57,7 +60,6 @@ _OF_TRL = {
     "dynamic_sampling": "set grpo.max_sample_batches, the most batches of prompts of a step",
     "filter_groups": "set grpo.max_sample_batches, the most batches of prompts of a step",
     "max_num_gen_batches": "set grpo.max_sample_batches, the most batches of prompts of a step",
-    "optim": "it is AdamW, with grpo.adam_beta1, adam_beta2, adam_epsilon and weight_decay",
     "report_to": 'set tracking, as in tracking = ["wandb"]; metrics.jsonl in the run folder is always written',
 }
 
@@ -92,10 +94,10 @@ def load_config(
         key = key.strip()
         if not equals or not key:
             raise ConfigError(f"--set {text}: write it as key=value, such as --set grpo.learning_rate=1e-5")
-        _put(overlay, key, parse_toml_value(value.strip(), is_text=_is_text(key)))
+        put(overlay, key, parse_toml_value(value.strip(), is_text=_is_text(key)))
     for key, value in (flags or {}).items():
         if value is not None:
-            _put(overlay, key, value)
+            put(overlay, key, value)
     overlay = with_new_names(overlay)
     _check_keys(overlay)
     if path is not None:
@@ -113,19 +115,20 @@ def load_config(
     if "steps" in overlay and "num_train_epochs" not in overlay:  # as TRL's max_steps goes before its epochs
         base = {key: value for key, value in base.items() if key != "num_train_epochs"}
     merged = _merge(_without_options(_of_saved(base), overlay), _of_saved(overlay))
-    return _validated(with_saved_adapter(merged))
+    return validated(with_saved_adapter(merged))
 
 
-def _validated(tree: dict[str, Any]) -> RunConfig:
+def validated(tree: dict[str, Any]) -> RunConfig:
+    """The configuration of nested dictionaries; raises `ConfigError`."""
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
         said = "\n".join(_explain(detail) for detail in error.errors())
         # What was given may be of any length.
         raise ConfigError(re.sub(r"\S{200,}", lambda found: f"{found[0][:100]}...", said)) from None
-    check_range(_leaves(config))
+    check_range(leaves(config))
     draft = config.draft
-    if draft.options and draft.kind not in DRAFT_KINDS:
+    if draft.options and is_import_spec(draft.kind):
         check_options(draft.kind, draft.ngram, draft.max_length, draft.options, complete=False)
     return with_absolute_paths(config)
 
@@ -159,8 +162,8 @@ def draft_config(text: str) -> DraftConfig:
     """The configuration of a draft that `--draft` names, all else at its default."""
     tree: dict[str, Any] = {}
     for key, value in draft_flags(text).items():
-        _put(tree, key, value)
-    return _validated(_of_saved(tree)).draft
+        put(tree, key, value)
+    return validated(_of_saved(tree)).draft
 
 
 def _of_saved(tree: dict[str, Any]) -> dict[str, Any]:
@@ -213,7 +216,7 @@ def check_resume(old: RunConfig, new: RunConfig) -> None:
 
     `ConfigError` naming the first key that differs, with both values.
     """
-    was, is_ = dict(_leaves(old)), dict(_leaves(new))
+    was, is_ = dict(leaves(old)), dict(leaves(new))
     if old.grpo.beta != 0 and "use_bias_correction_kl" not in old.grpo.model_fields_set:
         was["grpo.use_bias_correction_kl"] = False  # begun by a version that had no such key, and did without the ratio
     for key in [*was, *(key for key in is_ if key not in was)]:
@@ -235,7 +238,8 @@ def _items(section: BaseModel) -> Iterator[tuple[str, Any]]:
     yield from (section.__pydantic_extra__ or {}).items()
 
 
-def _leaves(config: RunConfig) -> Iterator[tuple[str, Any]]:
+def leaves(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its value; options of a draft one by one."""
     for key, value in _items(config):
         if isinstance(value, BaseModel):
             for name, item in _items(value):
@@ -274,7 +278,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+def put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key in nested dictionaries."""
     *parents, last = key.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})

@@ -1,8 +1,7 @@
 """`[lora]`: adapters in place of full weights, and the policy that a run starts with."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeAlias
 
 import jax.numpy as jnp
 import jax.random as jr
@@ -21,7 +20,6 @@ from ..models import (
     TransformerConfig,
     describe_adapter,
     load_adapter,
-    load_pretrained,
 )
 from ._section import Section
 
@@ -82,14 +80,17 @@ def with_saved_adapter(tree: Mapping[str, Any]) -> dict[str, Any]:
         return dict(tree)  # Whoever loads it says what is wrong.
 
 
+Load: TypeAlias = Callable[[str], tuple[Transformer, Tokenizer]]
+
+
 def starting_policy(
-    path: str | Path, adapter: str | None, lora: LoRAConfig, base_dtype: str, seed: int
+    load: Load, adapter: str | None, lora: LoRAConfig, base_dtype: str, seed: int
 ) -> tuple[AbstractLanguageModel, Tokenizer]:
     """What a run trains, and its tokenizer.
 
     **Arguments:**
 
-    - `path`: of the model.
+    - `load`: the model with its matrices in a dtype, and its tokenizer.
     - `adapter`: a folder to start from, or `None`.
     - `lora`: with a rank of 0, an adapter is merged into the weights, and all of them are trained.
     - `base_dtype`: of the base's matrices, if there are adapters to train.
@@ -100,8 +101,8 @@ def starting_policy(
     `UserError` if the model or the adapter can't be loaded, or does not fit.
     """
     if lora.rank == 0:
-        return merged_policy(path, adapter)
-    base, tokenizer = load_pretrained(path, jnp.dtype(base_dtype))
+        return merged_policy(load, adapter)
+    base, tokenizer = load(base_dtype)
     if adapter is None:
         key = jr.fold_in(jr.key(seed), _ADAPTER_WEIGHTS)
         return AdaptedTransformer(base, lora.fresh(base.config, key=key)), tokenizer
@@ -109,9 +110,9 @@ def starting_policy(
     return AdaptedTransformer(base, load_adapter(user_path(adapter), base)), tokenizer
 
 
-def merged_policy(path: str | Path, adapter: str | None) -> tuple[Transformer, Tokenizer]:
+def merged_policy(load: Load, adapter: str | None) -> tuple[Transformer, Tokenizer]:
     """A model, with an adapter merged into it where one is named, and its tokenizer. Float32."""
-    model, tokenizer = load_pretrained(path)
+    model, tokenizer = load("float32")
     if adapter is not None:
         adapters = load_adapter(user_path(adapter), model)
         model = AdaptedTransformer(model, adapters).merged(jnp.float32)

@@ -1,20 +1,24 @@
 """From a configuration to the objects of a run. The only place that turns names into classes."""
 
+import functools as ft
+
 import equinox as eqx
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
 
 from ..decoding import (
     AbstractLengthController,
+    AbstractStop,
     AbstractVerifier,
     AdaptiveLength,
     FixedLength,
+    make_stop,
     make_verifier,
 )
 from ..distill import AbstractDraftLoss, make_draft_loss
 from ..drafts import (
-    DRAFT_KINDS,
     AbstractDraft,
     AbstractHistoryDraft,
     FallbackDraft,
@@ -32,15 +36,16 @@ from ..drafts import (
     with_vocabulary,
 )
 from ..errors import UserError
-from ..files import user_path
-from ..grpo import AbstractEntropyControl, LossSettings, adamw
-from ..models import AbstractLanguageModel, Tokenizer
+from ..files import is_import_spec, user_path
+from ..grpo import AbstractEntropyControl, LossSettings, make_optimizer
+from ..models import AbstractLanguageModel, Tokenizer, load_pretrained
 from ..sampling import AbstractSampling, TruncatedSampling
 from ..tasks import ORDERS, AbstractOrder, AbstractTask, Rewards
 from ._check import check_saved_draft, default_model_path, load_split, load_task_and_rewards
 from ._draft_options import LOOKUP, split_options
+from ._given import NOTHING_GIVEN, Given
 from ._load import draft_config
-from ._lora import merged_policy, starting_policy
+from ._lora import Load, merged_policy, starting_policy
 from ._loss import entropy_control, loss_settings
 from ._sampling import rollout_sampling
 from ._tree import DraftConfig, RunConfig
@@ -60,6 +65,7 @@ class RunParts(eqx.Module):
     rewards: Rewards
     order: AbstractOrder
     sampling: AbstractSampling
+    stop: AbstractStop
     verifier: AbstractVerifier
     length: AbstractLengthController
     loss: LossSettings
@@ -74,20 +80,30 @@ class RunParts(eqx.Module):
         return self.sampling if isinstance(self.sampling, TruncatedSampling) else None
 
 
-def load_policy(path: str, adapter: str | None = None) -> tuple[AbstractLanguageModel, Tokenizer]:
+def load_policy(
+    path: str, adapter: str | None = None, revision: str | None = None
+) -> tuple[AbstractLanguageModel, Tokenizer]:
     """Model and tokenizer in float32; the embedded default for an empty path.
 
     **Arguments:**
 
     - `adapter`: a folder in PEFT's format, to be merged into the weights.
+    - `revision`: of a model by name.
     """
-    return merged_policy(path or default_model_path(), adapter)
+    return merged_policy(_loader(path, revision), adapter)
 
 
-def load_trained_policy(config: RunConfig) -> tuple[AbstractLanguageModel, Tokenizer]:
+def load_trained_policy(config: RunConfig, given: Given = NOTHING_GIVEN) -> tuple[AbstractLanguageModel, Tokenizer]:
     """What a run trains: the model, or, with a `lora.rank`, a base that stands still and its adapters."""
-    model, path = config.model, config.model.path or default_model_path()
-    return starting_policy(path, model.adapter, config.lora, model.base_dtype, config.seed)
+    model = config.model
+    load = _loader(model.path, model.revision)
+    if given.policy is not None:  # beside adapters a base stands still
+        load = ft.partial(given.start_policy, copy=config.lora.rank == 0)
+    return starting_policy(load, model.adapter, config.lora, model.base_dtype, config.seed)
+
+
+def _loader(path: str, revision: str | None) -> Load:
+    return lambda dtype: load_pretrained(path or default_model_path(), jnp.dtype(dtype), revision=revision)
 
 
 def model_name(config: RunConfig) -> str:
@@ -96,12 +112,16 @@ def model_name(config: RunConfig) -> str:
 
 
 def draft_spec(config: DraftConfig) -> str | None:
-    """How a class of the user's own is found, for a saved draft; `None` for the library's kinds."""
-    return None if config.kind in DRAFT_KINDS else config.kind
+    """How a class of the user's own is found, for a saved draft; `None` where the draft itself tells."""
+    return config.kind if is_import_spec(config.kind) else None
 
 
 def make_draft(
-    config: DraftConfig, target: AbstractLanguageModel, seed: int = 0, tokenizer: Tokenizer | None = None
+    config: DraftConfig,
+    target: AbstractLanguageModel,
+    seed: int = 0,
+    tokenizer: Tokenizer | None = None,
+    given: AbstractDraft | None = None,
 ) -> AbstractDraft:
     """The draft that a run starts with.
 
@@ -111,6 +131,7 @@ def make_draft(
     - `target`: whom it is to draft for.
     - `seed`: for fresh weights.
     - `tokenizer`: the target's, to which that of another model is compared.
+    - `given`: taken in place of the one that is named.
 
     **Raises:**
 
@@ -119,13 +140,16 @@ def make_draft(
     if not config.enabled:
         return NoDraft()
     key = jr.fold_in(jr.key(seed), _DRAFT_WEIGHTS)
-    own, lookup = split_options(config.kind, config.ngram, config.options) if config.options else ({}, {})
-    if config.path is not None:
+    own, lookup = ({}, {}) if not config.options else split_options(config.kind, config.ngram, config.options)
+    if given is not None:
+        draft = given
+    elif config.path is not None:
         draft = _saved_draft(config, target)
     else:
         draft = fresh_draft(config.kind, target, config.max_length, options=own, tokenizer=tokenizer, key=key)
     size = config.vocabulary
-    if size is None and config.path is None and has_vocabulary(draft) and target.vocab_size > 2 * _DEFAULT_VOCABULARY:
+    is_fresh = config.path is None and given is None
+    if size is None and is_fresh and has_vocabulary(draft) and target.vocab_size > 2 * _DEFAULT_VOCABULARY:
         size = _DEFAULT_VOCABULARY
     if size is not None and size != draft_vocabulary(draft).size:
         draft = _of_other_vocabulary(draft, size, target, tokenizer)
@@ -175,36 +199,43 @@ def named_draft(
     return make_draft(draft_config(text), target, seed, tokenizer)
 
 
-def make_parts(config: RunConfig, tokenizer: Tokenizer, draft: AbstractDraft, *, with_rewards: bool = True) -> RunParts:
+def make_parts(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    draft: AbstractDraft,
+    *,
+    with_rewards: bool = True,
+    given: Given = NOTHING_GIVEN,
+) -> RunParts:
     """Everything but the weights. Distilling a draft needs no rewards: without them, every completion is worth 0."""
     if with_rewards:
-        task, rewards = load_task_and_rewards(config)
+        task, rewards = load_task_and_rewards(config, given)
     else:
-        task, _ = load_split(config)
+        task, _ = load_split(config, given)
         rewards = Rewards(("none",), (lambda completions, **_: [0.0] * len(completions),), (1.0,))
     grpo = config.grpo
     return RunParts(
         config=config,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer.with_chat_template_kwargs(grpo.chat_template_kwargs),
         task=task,
         rewards=rewards,
         order=ORDERS[config.curriculum],
         sampling=rollout_sampling(grpo),
+        stop=make_stop(grpo.stop, tokenizer),
         verifier=make_verifier(config.draft.verifier),
         length=_length(config.draft),
         loss=loss_settings(grpo, draft.layers),
         entropy=entropy_control(grpo),
         draft_loss=make_draft_loss(config.draft.loss),
-        policy_optimizer=adamw(
+        policy_optimizer=make_optimizer(
+            grpo.optim,
             beta1=grpo.adam_beta1,
             beta2=grpo.adam_beta2,
             epsilon=grpo.adam_epsilon,
             weight_decay=grpo.weight_decay,
             max_grad_norm=grpo.max_grad_norm,
         ),
-        draft_optimizer=adamw(
-            beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.0, max_grad_norm=config.draft.max_grad_norm
-        ),
+        draft_optimizer=make_optimizer(max_grad_norm=config.draft.max_grad_norm),
     )
 
 
@@ -222,30 +253,3 @@ def check_prompt(prompt_length: int, position: int, target: AbstractLanguageMode
             f"{target.max_length}, completion included (grpo.max_completion_length = {max_new}): shorten the prompts, "
             "or use a model with a longer context"
         )
-
-
-def learning_rate(config: RunConfig, step: int) -> float:
-    """The policy's learning rate at a step: warm-up, then constant or linear to 0 at the last step."""
-    grpo = config.grpo
-    warm = min(1.0, (step + 1) / grpo.warmup_steps) if grpo.warmup_steps else 1.0
-    if grpo.lr_scheduler_type == "constant":
-        return grpo.learning_rate * warm
-    decayed = (config.steps - step) / max(config.steps - grpo.warmup_steps, 1)
-    return grpo.learning_rate * min(warm, max(0.0, min(1.0, decayed)))
-
-
-def rate_advice(old: RunConfig, new: RunConfig, done: int) -> str | None:
-    """What to know of the learning rate of a run that goes on with another number of steps, if it changes.
-
-    **Arguments:**
-
-    - `done`: steps that are done.
-    """
-    before, after = learning_rate(old, max(done - 1, 0)), learning_rate(new, done)
-    if old.steps == new.steps or done == new.steps or after <= before:
-        return None
-    return (
-        f"the learning rate goes back up: it was {before:.3g} at step {done} of {old.steps} and is {after:.3g} at step "
-        f"{done + 1} of {new.steps}, since it falls linearly to 0 at the last step. For a rate that does not depend on "
-        'steps, start a run with grpo.lr_scheduler_type = "constant"'
-    )

@@ -1,11 +1,10 @@
 """Files and folders that a configuration names, found again from any working directory."""
 
 from ..choices import absolute_place
-from ..drafts import DRAFT_KINDS
 from ..files import absolute_spec, is_import_spec
-from ..tasks import absolute_task
+from ..tasks import absolute_task, absolute_task_options
 from ._draft_options import with_absolute_places
-from ._tree import RunConfig
+from ._tree import RunConfig, TaskConfig
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -23,7 +22,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
                     "adapter": absolute_place(config.model.adapter),
                 }
             ),
-            "task": config.task.model_copy(update={"name": absolute_task(config.task.name)}),
+            "task": TaskConfig(name=absolute_task(config.task.name), **absolute_task_options(config.task.options)),
             "reward": config.reward.model_copy(
                 update={"functions": [_absolute_function(name) for name in config.reward.functions]}
             ),
@@ -35,7 +34,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             ),
             "draft": draft.model_copy(
                 update={
-                    "kind": draft.kind if draft.kind in DRAFT_KINDS else absolute_spec(draft.kind),
+                    "kind": absolute_spec(draft.kind) if is_import_spec(draft.kind) else draft.kind,
                     "path": absolute_place(draft.path),
                     "options": with_absolute_places(draft.kind, draft.ngram, draft.options) if draft.options else {},
                 }

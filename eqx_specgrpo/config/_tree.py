@@ -12,6 +12,7 @@ from ..errors import did_you_mean
 from ..files import is_import_spec
 from ._draft_options import check_options
 from ._eval import EvalConfig, check_best_metric
+from ._given_names import is_given
 from ._grpo import GRPOConfig
 from ._lora import LoRAConfig
 from ._section import NoneWord as _NoneWord, Section as _Section
@@ -25,6 +26,9 @@ class ModelConfig(_Section):
     """The target, which is the policy."""
 
     path: str = Field(default="", description="folder, .gguf file or org/name; empty: the embedded default model")
+    revision: Annotated[str | None, _NoneWord] = Field(
+        default=None, description="branch, tag or commit of a model by name; none: the main branch"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of the weights in computation; master weights and optimizer are float32"
     )
@@ -135,7 +139,7 @@ class DraftConfig(_Section):
     @property
     def warms_up(self) -> bool:
         """Whether a fresh draft is trained before the first step; a draft that was saved has learned already."""
-        return self.enabled and self.path is None and self.warmup > 0
+        return self.enabled and self.path is None and self.warmup > 0 and not is_given(self.kind)
 
     @property
     def learns(self) -> bool:
@@ -145,7 +149,7 @@ class DraftConfig(_Section):
     @field_validator("kind")
     @classmethod
     def _known_kind(cls, kind: str) -> str:
-        if kind in DRAFT_KINDS or is_import_spec(kind):
+        if kind in DRAFT_KINDS or is_import_spec(kind) or is_given(kind):
             return kind
         raise ValueError(
             f"draft.kind = {kind!r}: there is no such draft.{did_you_mean(kind, DRAFT_KINDS)} (Or {OWN_CLASS}.)"
@@ -159,6 +163,11 @@ class DraftConfig(_Section):
             raise ValueError(
                 f"draft.length = {self.length} is more than draft.max_length = {self.max_length}, the longest draft it "
                 f"can make: {way_out}"
+            )
+        if is_given(self.kind) and self.options:
+            raise ValueError(
+                f"draft.options.{next(iter(self.options))} is an option of a draft that is made, but {self.kind!r} was "
+                "handed over ready: drop one of them"
             )
         kind = DRAFT_KINDS.get(self.kind)
         if kind is not None and kind.needs_learning and self.enabled and self.mode == "frozen" and self.path is None:

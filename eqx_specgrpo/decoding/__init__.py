@@ -42,6 +42,12 @@ from ._segment import (
     UntilRowsFinish as UntilRowsFinish,
 )
 from ._state import DecodeState as DecodeState
+from ._stop import (
+    AbstractStop as AbstractStop,
+    NoStop as NoStop,
+    StopStrings as StopStrings,
+    make_stop as make_stop,
+)
 from ._verifier_kind import VerifierKind as VerifierKind
 from ._verifiers import VERIFIER_KINDS as VERIFIER_KINDS, make_verifier as make_verifier
 from ._verify import (

@@ -28,6 +28,7 @@ from ._room import Room, RoomKeeper, grown, room_ladder, with_room
 from ._segment import AbstractSegmentLoop, SegmentQueue, default_loop
 from ._start import Modules, PromptState, prompt_pass, start_rows
 from ._state import DecodeState
+from ._stop import AbstractStop, NoStop, StopWatch
 from ._verify import AbstractVerifier
 
 
@@ -58,6 +59,7 @@ def decode(
     key: Key[Array, ""],
     max_new_tokens: int,
     eos_ids: Sequence[int] = (),
+    stop: AbstractStop | None = None,
     samples: int = 1,
     max_rows: int | None = None,
     expected_lengths: Sequence[float] | None = None,
@@ -81,6 +83,7 @@ def decode(
         tokens with the verifier `Coupled` alone).
     - `max_new_tokens`: the most tokens a row may emit. A row also stops where the model's context ends.
     - `eos_ids`: end-of-sequence ids; the one that ends a row is part of its completion.
+    - `stop`: what else ends a row, such as `StopStrings(tokenizer, ("</answer>",))`; nothing by default.
     - `samples`: completions a prompt. Each prompt is prefilled once.
 
     Other arguments:
@@ -114,6 +117,7 @@ def decode(
     draft = NoDraft() if draft is None else draft
     sampling = Sampling() if sampling is None else sampling
     length = FixedLength(3) if length is None else length
+    stop = NoStop() if stop is None else stop
     if verifier is None:
         verifier = GreedyMatch() if isinstance(sampling, GreedySampling) else Block()
     _check_modules(
@@ -121,6 +125,7 @@ def decode(
         sampling=(sampling, AbstractSampling, "Sampling(temperature=0.7)"),
         length=(length, AbstractLengthController, "FixedLength(3)"),
         verifier=(verifier, AbstractVerifier, "Block()"),
+        stop=(stop, AbstractStop, 'StopStrings(tokenizer, ("</answer>",))'),
     )
     if isinstance(verifier, GreedyMatch) and not isinstance(sampling, GreedySampling):
         raise ValueError(
@@ -170,15 +175,22 @@ def decode(
     )
 
     def look(segments: SegmentQueue, length_state: Any) -> tuple[Bool[np.ndarray, " rows"], int, int, Any]:
+        nonlocal state
         report, observation = segments.look()
         if not report.finite:
             require_finite(state, row_ids, samples)
         length_state = length.update(length_state, observation)
         if on_segment is not None:
             on_segment(observation, length_state)
+        cut = watch.look(row_ids, state)
+        if cut is not state:
+            state = cut
+            return *_standing(state), length_state
         return np.asarray(report.active), int(report.tokens_in_all), int(report.longest), length_state
 
     require_finite(state, row_ids, samples)
+    watch = StopWatch(stop, num_rows)
+    state = watch.look(row_ids, state)
     active, emitted, longest = _standing(state)
     with count_compilations() as compilations:
         segments = SegmentQueue(loop, compilations)
@@ -204,6 +216,7 @@ def decode(
                 which = (jnp.asarray(slots), jnp.asarray(admitted), jnp.asarray(admitted // samples))
                 state = _admit((modules, prompt_state, key, *which), state, keeper.room)
                 require_finite(state, row_ids, samples)
+                state = watch.look(row_ids, state)
                 active, emitted, longest = _standing(state)
                 continue
             if not active.any():
@@ -225,6 +238,8 @@ def decode(
                     f"{type(length).__name__} planned to draft {plan.length} tokens, but this draft drafts at most "
                     f"{draft.max_length}: was the length_state made for another draft?"
                 )
+            if stop.most_rounds is not None:
+                plan = dataclasses.replace(plan, max_rounds=min(plan.max_rounds, stop.most_rounds))
             fitting = keeper.fit(plan, longest + segments.most_tokens)
             if fitting is None and len(segments) > 0:
                 # What they may emit is more than they will.

@@ -1,10 +1,11 @@
-"""What the decoder carries between rounds, and the only function that commits anything to it."""
+"""What the decoder carries between rounds, and the only functions that commit anything to it or take it back."""
 
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -136,3 +137,18 @@ def commit(
         accepted=state.accepted.at[:, :drafted].add((was_accepted & was_drafted).astype(jnp.int32)),
         emitted=state.emitted + count,
     )
+
+
+def cut(state: DecodeState, rows: Bool[np.ndarray, " rows"], ends: Int[np.ndarray, " rows"]) -> DecodeState:
+    """The state with some rows ended, at tokens that they have emitted already. For the host.
+
+    **Arguments:**
+
+    - `rows`: which.
+    - `ends`: how many of their tokens are kept, at least 1.
+    """
+    num_new = jnp.where(rows, ends, state.num_new)
+    # The first token came of the prompt's pass, not of a round.
+    emitted = jnp.where(rows, ends - 1, state.emitted)
+    stop = jnp.where(rows, StopReason.STOP, state.stop)
+    return eqx.tree_at(lambda s: (s.num_new, s.emitted, s.stop), state, (num_new, emitted, stop))

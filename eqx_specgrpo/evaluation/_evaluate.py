@@ -10,8 +10,16 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from .._types import Prompts, Rollouts, StopReason
-from ..config import RunConfig, check_prompt, load_held_out, pass_ks, rollout_sampling
-from ..decoding import AbstractLengthController, AbstractVerifier, DecodeProgress, GreedyMatch, decode
+from ..config import NOTHING_GIVEN, Given, RunConfig, check_prompt, load_held_out, pass_ks, rollout_sampling
+from ..decoding import (
+    AbstractLengthController,
+    AbstractStop,
+    AbstractVerifier,
+    DecodeProgress,
+    GreedyMatch,
+    decode,
+    make_stop,
+)
 from ..drafts import AbstractDraft
 from ..errors import UserError
 from ..files import json_line
@@ -34,7 +42,7 @@ class Evaluation(eqx.Module):
     - `prompts`: theirs, as token ids.
     - `rewards`: what judges.
     - `tokenizer`: of the policy.
-    - `sampling`, `verifier`, `length`: of the decoder.
+    - `sampling`, `verifier`, `length`, `stop`: of the decoder.
     - `samples`: completions of each prompt.
     - `max_completion_length`: of the longest, in tokens.
     - `prompts_at_once`: how many prompts are decoded together.
@@ -50,6 +58,7 @@ class Evaluation(eqx.Module):
     sampling: AbstractSampling
     verifier: AbstractVerifier
     length: AbstractLengthController
+    stop: AbstractStop
     samples: int
     max_completion_length: int
     prompts_at_once: int
@@ -77,6 +86,7 @@ def make_evaluation(
     target: AbstractLanguageModel,
     verifier: AbstractVerifier,
     length: AbstractLengthController,
+    given: Given = NOTHING_GIVEN,
     *,
     apart: bool = True,
 ) -> Evaluation | None:
@@ -86,17 +96,19 @@ def make_evaluation(
 
     - `tokenizer`, `target`: the policy's; of `target` only the longest sequence counts.
     - `verifier`, `length`: of the run. At temperature 0 the verifier is `GreedyMatch`.
+    - `given`: what a script has handed over in place of names.
     - `apart`: see [`eqx_specgrpo.config.load_held_out`][].
 
     **Raises:**
 
     `UserError` if a task or a reward is not there, does not fit, or overlaps, or a prompt has no tokens or too many.
     """
-    found = load_held_out(config, apart=apart)
+    found = load_held_out(config, given, apart=apart)
     if found is None:
         return None
     task, rewards = found
     evaluation, grpo = config.eval, config.grpo
+    tokenizer = tokenizer.with_chat_template_kwargs(grpo.chat_template_kwargs)
     samples = evaluation.num_samples(grpo.num_generations)
     greedy = evaluation.temperature == 0
     temperature = grpo.temperature if evaluation.temperature is None else evaluation.temperature
@@ -113,6 +125,7 @@ def make_evaluation(
         sampling=GreedySampling() if greedy else rollout_sampling(grpo.model_copy(update={"temperature": temperature})),
         verifier=GreedyMatch() if greedy else verifier,
         length=length,
+        stop=make_stop(grpo.stop, tokenizer),
         samples=samples,
         max_completion_length=longest,
         prompts_at_once=min(at_once, len(examples)),
@@ -202,6 +215,7 @@ def _roll_out(
         key=key,
         max_new_tokens=evaluation.max_completion_length,
         eos_ids=evaluation.tokenizer.eos_ids,
+        stop=evaluation.stop,
         samples=evaluation.samples,
         max_rows=evaluation.max_rows,
         on_progress=on_progress,

@@ -66,9 +66,9 @@ def import_callable(spec: str, what: str, must_be: str) -> Callable[..., Any]:
     return names[name]
 
 
-def import_spec_of(named: type) -> str:
-    """How `import_callable` finds a class again, in another process too: `package.module:Name`, or `file.py:Name` if it
-    came from a file, or is defined in the script that is being run."""
+def import_spec_of(named: Callable[..., Any]) -> str:
+    """How `import_callable` finds a class or function again, in another process too: `package.module:Name`, or
+    `file.py:Name` if it came from a file, or is defined in the script that is being run."""
     module = sys.modules.get(named.__module__)
     source = named.__module__
     if module is not None:

@@ -40,13 +40,19 @@ from ._memory import (
     update_bytes as update_bytes,
 )
 from ._metrics import PolicyLossMetrics as PolicyLossMetrics
+from ._optimizers import (
+    OPTIMIZERS as OPTIMIZERS,
+    OptimizerName as OptimizerName,
+    adamw as adamw,
+    make_optimizer as make_optimizer,
+    optimizer_bytes as optimizer_bytes,
+)
 from ._plan import PlannedMicroBatch as PlannedMicroBatch, plan_micro_batches as plan_micro_batches
 from ._policy_loss import policy_loss as policy_loss
 from ._step import (
     LossSettings as LossSettings,
     NonFiniteError as NonFiniteError,
     PolicyGradients as PolicyGradients,
-    adamw as adamw,
     apply_gradients as apply_gradients,
     check_finite as check_finite,
     compute_copy as compute_copy,

@@ -24,8 +24,9 @@ _HELD_FOR_WEIGHTS = 2.3
 def update_bytes(
     model: AbstractLanguageModel, positions: int, *, dtype: str | None = None, chunk: int, gradient_checkpointing: bool
 ) -> int | None:
-    """Bytes that `policy_gradients` needs besides weights, gradients and features; `None` for a model that is no
-    `Transformer`.
+    """Bytes that `policy_gradients` needs besides weights, gradients, features and the optimizer's state; `None` for a
+    model that is no `Transformer`. (The state is there before a run looks at what memory is free, whatever the
+    optimizer: [`eqx_specgrpo.grpo.optimizer_bytes`][] says how much it is.)
 
     Linear in the positions. Two moments are the largest: that of the logits of a chunk, when all is kept that the
     backward will need, and that of the layers' backward. The factors follow the compiler on CPU, within 25% (tested).

@@ -251,21 +251,6 @@ def no_gradients(model: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), eqx.filter(model, eqx.is_inexact_array))
 
 
-def adamw(
-    *, beta1: float, beta2: float, epsilon: float, weight_decay: float, max_grad_norm: float
-) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019) behind a clip of the global norm, for a learning rate of 1.
-
-    The rate itself is an argument of `apply_gradients`, so that a schedule is an array. Vectors (norms and biases) do
-    not decay.
-    """
-    return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
-        optax.scale_by_adam(beta1, beta2, epsilon),
-        optax.add_decayed_weights(weight_decay, mask=lambda params: jax.tree.map(lambda x: x.ndim >= 2, params)),
-    )
-
-
 def check_finite(what: str, step: int, **values: Float[Array, ""] | np.ndarray) -> None:
     """Raises `NonFiniteError` if one of the values is not finite. Call it before the update is made."""
     for name, value in values.items():

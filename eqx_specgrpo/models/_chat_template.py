@@ -6,11 +6,12 @@ few harmless functions, and can change nothing.
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 
@@ -52,8 +53,18 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return environment
 
 
+def template_variables(template: str) -> set[str]:
+    """What a template may be told, besides the messages and whose turn is next; nothing, of one that is no Jinja."""
+    environment = _environment()
+    try:
+        named = jinja2.meta.find_undeclared_variables(environment.parse(template))
+    except jinja2.TemplateError:
+        return set()  # whoever renders it says what is wrong
+    return named - {"messages", "add_generation_prompt", *environment.globals}
+
+
 def render_chat(
-    template: str, messages: Sequence[Message], special_tokens: dict[str, str], *, add_generation_prompt: bool
+    template: str, messages: Sequence[Message], variables: Mapping[str, Any], *, add_generation_prompt: bool
 ) -> str:
     """The text of a conversation.
 
@@ -61,7 +72,7 @@ def render_chat(
 
     - `template`: Jinja source.
     - `messages`: `{"role": ..., "content": ...}` objects.
-    - `special_tokens`: `bos_token` and the like, by the names that templates use.
+    - `variables`: `bos_token` and the like, by the names that templates use, and what else a template is told.
     - `add_generation_prompt`: end with the opening of the assistant's next turn.
 
     **Raises:**
@@ -79,11 +90,9 @@ def render_chat(
             _environment()
             .from_string(template)
             .render(
-                messages=list(messages),
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **special_tokens,
+                {"tools": None, "documents": None}
+                | dict(variables)
+                | {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
             )
         )
     except jinja2.TemplateError as error:

@@ -32,7 +32,7 @@ from ._transformer import Transformer
 from ._weights import fill_model, model_tensors
 
 
-def load_model(path: str | Path, dtype: DTypeLike = jnp.float32) -> Transformer:
+def load_model(path: str | Path, dtype: DTypeLike = jnp.float32, *, revision: str | None = None) -> Transformer:
     """Loads a pretrained model.
 
     Every tensor of the checkpoint must be used and every parameter filled. Nothing in a checkpoint is executed.
@@ -42,6 +42,7 @@ def load_model(path: str | Path, dtype: DTypeLike = jnp.float32) -> Transformer:
     - `path`: a Hugging Face folder (`config.json` with `model.safetensors` or shards and their index; the families are
         in `docs/checkpoints.md`), a `.gguf` file (extra `gguf`), or `org/name`, which huggingface_hub downloads.
     - `dtype`: of the matrices, whatever they are stored in. Norms and biases are always float32.
+    - `revision`: branch, tag or commit of a model by name.
 
     **Returns:**
 
@@ -51,26 +52,26 @@ def load_model(path: str | Path, dtype: DTypeLike = jnp.float32) -> Transformer:
 
     `CheckpointError`, naming the file and the tensors or keys in question.
     """
-    path = locate(path)
+    path = locate(path, revision)
     if path.is_dir():
         return _model_from_folder(path, dtype)
     return _model_from_gguf(GGUFFile(path), dtype)
 
 
-def load_model_config(path: str | Path) -> TransformerConfig:
+def load_model_config(path: str | Path, *, revision: str | None = None) -> TransformerConfig:
     """Reads what a checkpoint says of its model, and no weights. Of `org/name` only `config.json` is downloaded.
 
     **Raises:**
 
     `CheckpointError` as `load_model`.
     """
-    path = locate_config(path)
+    path = locate_config(path, revision)
     if path.is_dir():
         return config_from_hf(read_json(path / "config.json"), path / "config.json")
     return GGUFFile(path).config()
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, *, revision: str | None = None) -> Tokenizer:
     """Loads the tokenizer of a checkpoint.
 
     **Arguments:**
@@ -82,7 +83,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     `CheckpointError` if there is none, or none that can be read.
     """
-    path = locate(path)
+    path = locate(path, revision)
     if path.is_dir():
         return tokenizer_from_folder(path)
     file = GGUFFile(path)
@@ -90,9 +91,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer_from_gguf(file)
 
 
-def load_pretrained(path: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Transformer, Tokenizer]:
+def load_pretrained(
+    path: str | Path, dtype: DTypeLike = jnp.float32, *, revision: str | None = None
+) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of one checkpoint, checked against one another; see `load_model` and `load_tokenizer`."""
-    path = locate(path)
+    path = locate(path, revision)
     if path.is_dir():
         tokenizer = tokenizer_from_folder(path)
         model = _model_from_folder(path, dtype)

@@ -15,38 +15,47 @@ _FILES = ["*.json", "model*.safetensors", "*.jinja", "tokenizer*"]
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def locate(path: str | Path) -> Path:
+def locate(path: str | Path, revision: str | None = None) -> Path:
     """An existing folder or `.gguf` file; `org/name` is downloaded (or found in the cache) by huggingface_hub.
+
+    **Arguments:**
+
+    - `revision`: branch, tag or commit of what is downloaded.
 
     **Raises:**
 
     `CheckpointError` if there is no such thing, here or there.
     """
-    local = _local(path)
+    local = _local(path, revision)
     if local is not None:
         return local
-    with _advice(str(path)):
-        return Path(snapshot_download(str(path), allow_patterns=_FILES, ignore_patterns=["*/*"]))
+    with _advice(str(path), revision):
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=_FILES, ignore_patterns=["*/*"]))
 
 
-def locate_config(path: str | Path) -> Path:
+def locate_config(path: str | Path, revision: str | None = None) -> Path:
     """As `locate`, but of `org/name` only `config.json` is downloaded: the folder that it is in.
 
     **Raises:**
 
     `CheckpointError` if there is no such thing, here or there.
     """
-    local = _local(path)
+    local = _local(path, revision)
     if local is not None:
         return local
-    with _advice(str(path)):
-        return Path(hf_hub_download(str(path), "config.json")).parent
+    with _advice(str(path), revision):
+        return Path(hf_hub_download(str(path), "config.json", revision=revision)).parent
 
 
-def _local(path: str | Path) -> Path | None:
+def _local(path: str | Path, revision: str | None) -> Path | None:
     """What is on this machine; `None` if the path may be a name to download."""
     local = user_path(path)
     if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
+        if revision is not None:
+            raise CheckpointError(
+                f"model.revision = {revision!r} is of a model by name, which is downloaded, but {path} is here: leave "
+                "the revision out"
+            )
         return local
     if local.is_file():
         raise CheckpointError(f"{path} is a file; give a Hugging Face folder, a .gguf file or org/name")
@@ -56,15 +65,16 @@ def _local(path: str | Path) -> Path | None:
 
 
 @contextmanager
-def _advice(name: str) -> Iterator[None]:
+def _advice(name: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Whatever the network stack throws, the advice is the same.
         reason = str(error).strip().split("\n")[0] or type(error).__name__
+        of = "" if revision is None else f" at revision {revision!r}"
         raise CheckpointError(
-            f"there is no folder {name!r} here, and downloading the model {name!r} failed: {reason}. Check the name "
-            "and the network (private and gated models need `hf auth login`), or give the path of a folder that was "
-            "downloaded elsewhere"
+            f"there is no folder {name!r} here, and downloading the model {name!r}{of} failed: {reason}. Check the "
+            "name and the network (private and gated models need `hf auth login`), or give the path of a folder that "
+            "was downloaded elsewhere"
         ) from error
 
 

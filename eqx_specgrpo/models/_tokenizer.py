@@ -1,16 +1,17 @@
 """Text to token ids and back, with the chat template and the ids at which a completion ends."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
 
 from .._types import Message
-from ..errors import CheckpointError, UserError
+from ..errors import CheckpointError, UserError, did_you_mean
 from ._base import AbstractLanguageModel
-from ._chat_template import render_chat
+from ._chat_template import render_chat, template_variables
 from ._safetensors import listing, read_json
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -25,6 +26,7 @@ class Tokenizer:
     - `settings`: the contents of `tokenizer_config.json`, of which the special tokens are used; kept for `save`.
     - `chat_template`: Jinja source, or `None`.
     - `eos_ids`: the ids that end a completion.
+    - `chat_template_kwargs`: further variables of the chat template.
 
     **Attributes:**
 
@@ -36,6 +38,7 @@ class Tokenizer:
     backend: tokenizers.Tokenizer
     settings: dict[str, Any]
     chat_template: str | None
+    chat_template_kwargs: dict[str, Any]
     eos_ids: tuple[int, ...]
     pad_id: int
     bos_token: str | None
@@ -46,6 +49,7 @@ class Tokenizer:
         settings: dict[str, Any],
         chat_template: str | None,
         eos_ids: Sequence[int],
+        chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
     ):
         # tokenizer.json may carry the padding and truncation of whoever trained it.
         backend.no_padding()
@@ -53,6 +57,7 @@ class Tokenizer:
         self.backend = backend
         self.settings = settings
         self.chat_template = chat_template
+        self.chat_template_kwargs = dict(chat_template_kwargs)
         self._special_tokens = special_tokens(settings)
         eos_ids = list(eos_ids)
         if "eos_token" in self._special_tokens:
@@ -118,8 +123,32 @@ class Tokenizer:
                 "model, put a chat_template.jinja in its folder, or give the prompt as plain text"
             )
         return render_chat(
-            self.chat_template, messages, self._special_tokens, add_generation_prompt=add_generation_prompt
+            self.chat_template,
+            messages,
+            self._special_tokens | self.chat_template_kwargs,
+            add_generation_prompt=add_generation_prompt,
         )
+
+    def with_chat_template_kwargs(self, variables: Mapping[str, Any]) -> "Tokenizer":
+        """The same tokenizer, whose chat template is told these variables as well: `{"enable_thinking": False}`, say.
+
+        **Raises:**
+
+        `UserError` if there is no template, or it does not ask for one of them.
+        """
+        if not variables:
+            return self
+        if self.chat_template is None:
+            raise UserError("chat_template_kwargs are for a chat template, but this tokenizer has none: leave them out")
+        known = template_variables(self.chat_template)
+        for name in variables:
+            if name not in known:
+                raise UserError(
+                    f"chat_template_kwargs has {name!r}, but this tokenizer's chat template asks for "
+                    f"{', '.join(sorted(known)) or 'nothing'}.{did_you_mean(name, known)}"
+                )
+        merged = self.chat_template_kwargs | dict(variables)
+        return Tokenizer(self.backend, self.settings, self.chat_template, self.eos_ids, merged)
 
     def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
         """Token ids of plain text, or of messages up to the opening of the assistant's turn."""

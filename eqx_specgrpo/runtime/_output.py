@@ -117,9 +117,14 @@ def check_output_arrived() -> None:
 
 
 def progress_console() -> Console:
-    """For progress on standard output, which may be closed or full: then it is dropped, and the work goes on."""
+    """For progress on standard output, which may be closed or full: then it is dropped, and the work goes on.
+
+    In a notebook it is plain lines: rich would make each of them an output of its own, in HTML; and without that, since
+    kernels ask for colours, it would take them for a terminal, and move a cursor that is not there.
+    """
     guarded: Any = sys.stdout if isinstance(sys.stdout, GuardedOutput) else GuardedOutput(sys.stdout)
-    return Console(file=guarded)
+    in_notebook = "ipykernel" in sys.modules and not guarded.isatty()
+    return Console(file=guarded, force_jupyter=False, force_terminal=False if in_notebook else None)
 
 
 def hold_standard_descriptors() -> None:

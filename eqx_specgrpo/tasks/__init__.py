@@ -6,23 +6,25 @@ from ._base import (
     collate as collate,
     example_index as example_index,
 )
+from ._given import given_options as given_options, given_task as given_task
 from ._holdout import (
     TaskSplit as TaskSplit,
     first_items as first_items,
     hold_out as hold_out,
     keep_apart as keep_apart,
 )
-from ._jsonl import JsonlTask as JsonlTask
 from ._kind import RewardKind as RewardKind, TaskKind as TaskKind
 from ._load import (
     REWARD_KINDS as REWARD_KINDS,
     TASK_KINDS as TASK_KINDS,
     absolute_task as absolute_task,
+    absolute_task_options as absolute_task_options,
     load_rewards as load_rewards,
     load_task as load_task,
     task_options as task_options,
 )
 from ._math_reward import math_reward as math_reward
+from ._mixture import MixtureTask as MixtureTask
 from ._numbers import find_numbers as find_numbers, last_number as last_number
 from ._order import (
     ORDERS as ORDERS,
@@ -37,5 +39,6 @@ from ._reward_context import RewardLog as RewardLog, TrainerState as TrainerStat
 from ._rewards import Rewards as Rewards, completion_text as completion_text
 from ._running_totals import running_totals as running_totals, running_totals_reward as running_totals_reward
 from ._soft_overlong import soft_overlong as soft_overlong
+from ._table import Rows as Rows, TableTask as TableTask
 from ._think_format import think_format_reward as think_format_reward
 from ._time_limit import OutOfTime as OutOfTime, limited as limited

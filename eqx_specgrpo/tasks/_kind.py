@@ -14,14 +14,14 @@ class TaskKind:
 
     **Arguments:**
 
-    - `task`: the class, made as `task(*arguments, seed=seed, **options)`. Its further keyword arguments are its
-        options: the keys of `[task]`, checked against their annotations, and described in the docstring of its
-        `__init__`.
+    - `task`: a class or a function, called as `task(*arguments, seed=seed, **options)`. Its further keyword arguments
+        are the options: the keys of `[task]`, checked against their annotations, and described in the docstring of the
+        function, or of the class's `__init__`.
     - `arguments`: from the name in the configuration to the leading arguments; `None` if the name is not of this kind.
-    - `is_file`: whether that name is the path of a file.
+    - `is_file`: whether that name is the path of a file or folder.
     """
 
-    task: type[AbstractTask]
+    task: Callable[..., AbstractTask]
     arguments: Callable[[str], tuple[str, ...] | None]
     is_file: bool = False
 

@@ -1,5 +1,7 @@
 """From what a user writes in a configuration to tasks and rewards."""
 
+import functools
+import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +25,7 @@ def load_task(name: str, seed: int, options: Mapping[str, Any]) -> AbstractTask:
 
     **Arguments:**
 
-    - `name`: `"arithmetic"`, the path of a `.jsonl` file, or `"reasoning_gym:NAME"`.
+    - `name`: one of the forms of `TASK_KINDS`: `"arithmetic"`, the path of a file, and so on.
     - `seed`: of the items and their order.
     - `options`: further arguments of the task's class.
 
@@ -45,8 +47,22 @@ def task_options(form: str) -> Options:
 
 
 def absolute_task(name: str) -> str:
-    """The name of a task, found from any working directory: that of a file as its absolute path."""
+    """The name of a task, found from any working directory: that of a file or folder as its absolute path."""
     return absolute_place(name) if any(kind.is_file and kind.arguments(name) for kind in TASK_KINDS.values()) else name
+
+
+def absolute_task_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a task, in which the names of other tasks are found from any working directory."""
+    mixed = options.get("tasks")
+    if not isinstance(mixed, list):
+        return dict(options)
+    return {**options, "tasks": [_absolute_entry(entry) for entry in mixed]}
+
+
+def _absolute_entry(entry: Any) -> Any:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+        return entry  # whoever makes the mixture says what is wrong
+    return {**entry, "name": absolute_task(entry["name"])}
 
 
 def _kind(name: str) -> TaskKind:
@@ -64,15 +80,18 @@ def _kind(name: str) -> TaskKind:
 
 
 def load_rewards(
-    specs: Sequence[str], weights: Sequence[float] | None, task: AbstractTask, timeout: float = math.inf
+    specs: Sequence[str | RewardFunction],
+    weights: Sequence[float] | None,
+    task: AbstractTask,
+    timeout: float = math.inf,
 ) -> Rewards:
     """Finds reward functions.
 
     **Arguments:**
 
     - `specs`: for each function one of: a name that the task knows; `"arithmetic"`, `"running_totals"`,
-        `"math"`, `"think_format"` or `"soft_overlong(L, C)"`; `"package.module:function"`; `"file.py:function"`. If
-        there are none, the task's own are taken.
+        `"math"`, `"think_format"` or `"soft_overlong(L, C)"`; `"package.module:function"`; `"file.py:function"`; a
+        function. If there are none, the task's own are taken.
     - `weights`: one a function; all 1 if `None`.
     - `task`: whose rewards they are.
     - `timeout`: seconds that each has for a call.
@@ -95,14 +114,17 @@ def load_rewards(
     for spec in specs:
         if specs.count(spec) > 1:
             raise UserError(f"the reward {spec!r} is given {specs.count(spec)} times: give it once, with a weight")
-    found = [_find(spec, own) for spec in specs]
+    found = [_find(spec, own) if isinstance(spec, str) else (_name_of(spec), spec) for spec in specs]
     short = [name for name, _ in found]
-    names = [name if short.count(name) == 1 else spec for name, spec in zip(short, specs, strict=True)]
+    names = [
+        name if short.count(name) == 1 else spec if isinstance(spec, str) else f"{name} {number}"
+        for number, (name, spec) in enumerate(zip(short, specs, strict=True), 1)
+    ]
     if weights is None:
         weights = [1.0] * len(specs)
     if len(weights) != len(specs):
         raise UserError(
-            f"{len(specs)} rewards ({', '.join(specs)}) but {len(weights)} weights: give one weight a reward"
+            f"{len(specs)} rewards ({', '.join(names)}) but {len(weights)} weights: give one weight a reward"
         )
     functions = tuple(function for _, function in found)
     return Rewards(tuple(names), functions, tuple(float(weight) for weight in weights), timeout)
@@ -126,6 +148,15 @@ def _find(spec: str, own: Mapping[str, RewardFunction]) -> tuple[str, RewardFunc
         hint = did_you_mean(spec, {*own, *REWARD_KINDS})
         raise UserError(f"there is no reward {spec!r}.{hint} (Or package.module:function, or file.py:function.)")
     return function, import_callable(spec, "reward", "function")
+
+
+def _name_of(function: RewardFunction) -> str:
+    """What to call a function in metrics and messages; of another object that can be called, its class."""
+    if not callable(function):
+        raise UserError(f"a reward is {function!r}, which can't be called: give a function, or a name as text")
+    if isinstance(function, functools.partial):
+        return _name_of(function.func)
+    return function.__name__ if inspect.isroutine(function) else type(function).__name__
 
 
 def _numbers(spec: str, form: str, count: int) -> list[int]:

@@ -1,3 +1,4 @@
+from ._callbacks import AbstractCallback as AbstractCallback, NoCallback as NoCallback, RunView as RunView
 from ._distill import distill as distill
 from ._evaluate_model import ModelEvaluation as ModelEvaluation, evaluate_model as evaluate_model
 from ._generate import generate_text as generate_text
@@ -13,6 +14,7 @@ from ._lessons import (
 from ._loop import run as run
 from ._out_of_memory import out_of_memory_advice as out_of_memory_advice
 from ._planner import UpdatePlanner as UpdatePlanner
+from ._result import RunResult as RunResult
 from ._segments import SegmentLog as SegmentLog
 from ._state import RunState as RunState
 from ._step import (

@@ -103,7 +103,7 @@ def distill(
     progress = RunProgress(console)
     with progress, stopped_at_once(), out_of_memory_advice():
         progress.phase(f"loading {model_name(config)}")
-        policy, tokenizer = load_policy(config.model.path, config.model.adapter)
+        policy, tokenizer = load_policy(config.model.path, config.model.adapter, config.model.revision)
         progress.advise(dtype_advice(config.model.dtype, policy.hidden_size))
         draft = make_draft(config.draft, policy, config.seed, tokenizer)
         if draft.train_length == 0:

@@ -1,6 +1,5 @@
 """How a run ends: whatever ends it, the steps that were done are saved first, and that is said."""
 
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,7 +8,7 @@ import jax
 from jaxtyping import PyTree
 from rich.console import Console
 
-from ..config import RunConfig
+from ..config import RunConfig, resume_command
 from ..decoding import DecodeProgress
 from ..errors import Stopped, UserError
 from ..records import RunFolder, RunProgress, save_checkpoint
@@ -131,7 +130,7 @@ class Keeper:
         self._progress.close()
         self._console.print(
             f"Stopped by {self._stop.name} after step {done} of {self._config.steps}; nothing is lost. Go on with: "
-            f"specgrpo run --resume --out {shlex.quote(self._config.out)}",
+            f"{resume_command(self._config)}",
             soft_wrap=True,  # to be copied: a line break or markup would spoil it
             markup=False,
             highlight=False,

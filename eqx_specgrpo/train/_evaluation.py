@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from ..config import RunParts
+from ..config import NOTHING_GIVEN, Given, RunParts
 from ..errors import UserError
 from ..evaluation import Evaluation, EvaluationResult, evaluate, evaluation_line, make_evaluation
 from ..grpo import compute_copy
@@ -125,8 +125,12 @@ class HeldOutEvaluator(AbstractEvaluator):
 
 
 def make_evaluator(
-    parts: RunParts, policy: AbstractLanguageModel, folder: Path, progress: RunProgress
+    parts: RunParts,
+    policy: AbstractLanguageModel,
+    folder: Path,
+    progress: RunProgress,
+    given: Given = NOTHING_GIVEN,
 ) -> AbstractEvaluator:
-    """The evaluator of a run, as its configuration says."""
-    evaluation = make_evaluation(parts.config, parts.tokenizer, policy, parts.verifier, parts.length)
+    """The evaluator of a run, as its configuration says, and what a script has handed over."""
+    evaluation = make_evaluation(parts.config, parts.tokenizer, policy, parts.verifier, parts.length, given)
     return NoEvaluator() if evaluation is None else HeldOutEvaluator(parts, evaluation, folder, progress)

@@ -1,12 +1,14 @@
 """Completions of one prompt, for the command line."""
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax.random as jr
 
 from .._types import StopReason
 from ..config import load_policy, named_draft
-from ..decoding import decode
+from ..decoding import decode, make_stop
 from ..drafts import NoDraft
 from ..errors import UserError
 from ..sampling import make_sampling
@@ -16,27 +18,34 @@ def generate_text(
     prompt: str,
     *,
     model: str = "",
+    revision: str | None = None,
     adapter: str | None = None,
     chat: bool = False,
+    chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
     draft: str | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    max_new_tokens: int = 128,
-    num: int = 1,
+    max_completion_length: int = 128,
+    stop: Sequence[str] = (),
+    num_generations: int = 1,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Loads a model (and a draft), and completes a prompt.
+    """Loads a model (and a draft), and completes a prompt. What `[grpo]` says of rollouts has the same names.
 
     **Arguments:**
 
     - `prompt`: text; put into the chat template as a user's message if `chat`.
     - `model`: folder, `.gguf` file or `org/name`; the embedded default if empty.
+    - `revision`: branch, tag or commit of a model by name.
+    - `chat_template_kwargs`: what the chat template is told, such as `{"enable_thinking": False}`.
     - `draft`: folder of a saved draft, a kind, or a class as `file.py:Class`; `None` for plain decoding.
     - `adapter`: folder of an adapter in PEFT's format, to be merged into the model.
     - `temperature`, `top_k`, `top_p`, `min_p`: see `Sampling`; temperature 0 is greedy.
-    - `num`: completions.
+    - `max_completion_length`: the longest completion, in tokens.
+    - `stop`: texts that end a completion, at the first token that completes one of them.
+    - `num_generations`: completions.
 
     **Returns:**
 
@@ -44,7 +53,8 @@ def generate_text(
     `acceptance_length` and `target_forwards`.
     """
     sampling = make_sampling(temperature, top_k, top_p, min_p)
-    target, tokenizer = load_policy(model, adapter)
+    target, tokenizer = load_policy(model, adapter, revision)
+    tokenizer = tokenizer.with_chat_template_kwargs(chat_template_kwargs)
     chosen = NoDraft() if draft is None else named_draft(draft, target, tokenizer, seed)
     ids = tokenizer.encode_prompt([{"role": "user", "content": prompt}] if chat else prompt)
     if not ids:
@@ -56,14 +66,15 @@ def generate_text(
         sampling=sampling,
         key=jr.key(seed),
         # Room for more than the model's context holds would be of no use, and may be more than there is.
-        max_new_tokens=max(1, min(max_new_tokens, target.max_length - len(ids))),
+        max_new_tokens=max(1, min(max_completion_length, target.max_length - len(ids))),
         eos_ids=tokenizer.eos_ids,
-        samples=num,
+        stop=make_stop(stop, tokenizer),
+        samples=num_generations,
         smallest_bucket=2,  # one decoding does not earn what a batch of one row would cost to compile
     )
     statistics = rollouts.statistics
     completions = []
-    for row in range(num):
+    for row in range(num_generations):
         tokens = rollouts.completion(row)
         forwards = int(statistics.target_forwards[row])
         completions.append(

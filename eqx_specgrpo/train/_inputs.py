@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig, default_model_path, draft_spec
+from ..config import NOTHING_GIVEN, Given, RunConfig, default_model_path, draft_spec
 from ..errors import UserError
 from ..files import is_import_spec, user_path
 from ..models import locate
 from ..records import RunFolder, changed_inputs, checkpointed_steps, fingerprint_file
 from ..tasks import AbstractTask
+from ._given_inputs import GIVEN_WEIGHTS, given_inputs
 
 _TOKENIZER = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
@@ -27,10 +28,11 @@ class ChangedInputWarning(UserWarning):
 
 
 def run_inputs(
-    config: RunConfig, task: AbstractTask, held_out: AbstractTask | None = None
+    config: RunConfig, task: AbstractTask, held_out: AbstractTask | None = None, given: Given = NOTHING_GIVEN
 ) -> dict[str, dict[str, Any]]:
     """Fingerprints, by name, of the task, of the items that are measured on, of the files of reward functions and of a
-    draft class, and of the files of the starting model. What such a file imports is not among them."""
+    draft class, and of the files of the starting model. What such a file imports is not among them. Of what a script
+    has handed over: of the source of its functions, and of its model's tokenizer and weights."""
     inputs: dict[str, dict[str, Any]] = {
         "task": {"path": config.task.name, "items": task.size, "digest": task.fingerprint()}
     }
@@ -46,15 +48,20 @@ def run_inputs(
         source = _source(spec)
         if source is not None:
             inputs[name] = fingerprint_file(source)
-    place = locate(config.model.path) if config.model.path else default_model_path()
-    files = [place] if place.is_file() else sorted(place.iterdir())
-    for path in files:
-        if path == place or path.name in _TOKENIZER or path.suffix == _WEIGHTS:
-            inputs[_MODEL + path.name] = fingerprint_file(path)
+    inputs |= given_inputs(config, given)
+    for path in _model_files(config) if given.policy is None else []:
+        inputs[_MODEL + path.name] = fingerprint_file(path)
     if config.model.adapter is not None:
         for path in sorted(user_path(config.model.adapter).glob("adapter_*")):
             inputs[_MODEL + path.name] = fingerprint_file(path)
     return inputs
+
+
+def _model_files(config: RunConfig) -> list[Path]:
+    place = locate(config.model.path, config.model.revision) if config.model.path else default_model_path()
+    if place.is_file():
+        return [place]
+    return [path for path in sorted(place.iterdir()) if path.name in _TOKENIZER or path.suffix == _WEIGHTS]
 
 
 def check_inputs(folder: RunFolder, config: RunConfig, now: Mapping[str, Mapping[str, Any]], *, accept: bool) -> None:
@@ -121,7 +128,7 @@ def _explain(
     if not name.startswith(_MODEL):
         return f"the file of {name}, {place}, has changed {since}: from here on the new one counts", False
     how = "has changed" if then and now else "is new" if now else "is gone"
-    if not name.endswith(_WEIGHTS):
+    if not name.endswith((_WEIGHTS, GIVEN_WEIGHTS)):
         return f"{place}, of the starting model, {how} {since}: tokens or prompts may mean something else now", True
     if config.lora.rank > 0:
         return f"{place}, of the starting model, {how} {since}: the adapters would be put on another base", True

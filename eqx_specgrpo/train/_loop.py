@@ -1,21 +1,27 @@
 """A whole run: from a configuration to a trained policy, its draft, and a folder that tells the story."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
 from rich.console import Console
 
 from ..config import (
+    ConfigLike,
+    Given,
+    Policy,
+    RewardLike,
     RunConfig,
     RunParts,
     check_draft_options,
     check_resume,
     dtype_advice,
     dump_config,
+    given_and_named,
     learning_rate,
     load_config,
     load_held_out,
@@ -30,7 +36,7 @@ from ..config import (
     with_steps_of_epochs,
 )
 from ..decoding import FixedLength
-from ..drafts import remember
+from ..drafts import AbstractDraft, remember
 from ..errors import UserError
 from ..grpo import compute_copy
 from ..models import AbstractLanguageModel
@@ -46,6 +52,7 @@ from ..records import (
     step_times,
 )
 from ..runtime import Memory, device_memory, progress_console
+from ._callbacks import AbstractCallback, RunView, as_callback
 from ._ending import Keeper, on_stop, unless_urgent
 from ._evaluation import make_evaluator
 from ._finish import finish, sum_up
@@ -58,6 +65,7 @@ from ._out_of_memory import out_of_memory_advice
 from ._planner import UpdatePlanner
 from ._policy import whole_model
 from ._prompt_lengths import PromptLengths
+from ._result import RunResult, metric_columns
 from ._sample import learn_left_out, sample_step
 from ._segments import SegmentLog
 from ._state import RunState
@@ -67,20 +75,42 @@ from ._tracked import track_summary, tracked
 
 
 def run(
-    config: RunConfig, *, resume: bool = False, console: Console | None = None, accept_changes: bool = False
-) -> Path:
+    config: ConfigLike,
+    *,
+    task: Any = None,
+    rewards: RewardLike | Sequence[RewardLike] | None = None,
+    callbacks: AbstractCallback | Sequence[AbstractCallback] = (),
+    policy: Policy | None = None,
+    draft: AbstractDraft | str | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+    accept_changes: bool = False,
+) -> RunResult:
     """Trains a policy with GRPO, its rollouts decoded speculatively by a draft that keeps learning.
+
+    What is handed over as an object is used in place of what the configuration names. `config.toml` in the run folder
+    has its qualified name, by which it is not found again: a resume is handed it again. A function of a module that can
+    be imported is named so that it is found.
 
     **Arguments:**
 
-    - `config`: everything; see `RunConfig`.
+    - `config`: the path of a TOML file; a dictionary of keys, nested (`{"grpo": {"beta": 0.01}}`) or dotted
+        (`{"grpo.beta": 0.01}`), over the defaults of [`eqx_specgrpo.load_config`][] (with `resume`, over the
+        configuration of the run in its `out`); or what `load_config` returns.
+    - `task`: in TRL's convention a sequence of dictionaries, or a `datasets.Dataset`; a task; or a name, as
+        `task.name`. The options of `[task]` for files (`task.columns` and so on) apply to rows.
+    - `rewards`: functions with TRL's signature, `async` ones too, and names, one or several; weighted by
+        `reward.weights`.
+    - `callbacks`: called at the beginning, after each step and each evaluation, and at the end.
+    - `policy`: a model and its tokenizer, as [`eqx_specgrpo.load_pretrained`][] returns them. A copy is trained.
+    - `draft`: a draft module, of which a copy learns on, without a warm-up; or what `--draft` takes.
     - `resume`: go on from the newest checkpoint in the run folder.
     - `console`: where progress goes; by default standard output, and where that is closed or full, nowhere.
     - `accept_changes`: resume also where the task's data or the starting model is not what it was.
 
     **Returns:**
 
-    The run folder.
+    The run folder, the metrics of all steps as columns, and the trained policy and draft.
 
     **Raises:**
 
@@ -89,21 +119,24 @@ def run(
     """
     console = console or progress_console()
     progress = RunProgress(console)
+    config, given = given_and_named(config, task=task, rewards=rewards, policy=policy, draft=draft, resume=resume)
+    del task, rewards, policy, draft
+    callback = as_callback(callbacks)
     config = with_absolute_paths(config)  # what the run folder keeps is found again from anywhere
-    task, _ = load_task_and_rewards(config)
-    held_out = load_held_out(config)
-    config = with_steps_of_epochs(config, task)
+    prompts, _ = load_task_and_rewards(config, given)
+    held_out = load_held_out(config, given)
+    config = with_steps_of_epochs(config, prompts)
     check_draft_options(config.draft)
     check_trackers(config.tracking)
     with RunFolder(Path(config.out), resume) as folder, progress, stopped_at_once(), out_of_memory_advice():
         before = load_config(folder.config_path) if resume else config
-        inputs = run_inputs(config, task, None if held_out is None else held_out[0])
+        inputs = run_inputs(config, prompts, None if held_out is None else held_out[0], given)
         if resume:
             check_resume(before, config)
             check_inputs(folder, config, inputs, accept=accept_changes)
         with progress.timed("loading", f"loading {model_name(config)}"):
-            parts, state, reference = _load(config, resume, progress)
-            evaluator = make_evaluator(parts, state.policy, folder.path, progress)
+            parts, state, reference = _load(config, given, resume, progress)
+            evaluator = make_evaluator(parts, state.policy, folder.path, progress, given)
             start, state = _start_or_resume(folder, resume, state, config)
             progress.advise(rate_advice(before, config, start))
             folder.write_config(dump_config(config))
@@ -113,6 +146,7 @@ def run(
             folder.write_inputs(start, inputs)
         for line in [*header(parts, state, start), *evaluator.header()]:
             progress.say(line)
+        callback.begin(_view(parts, state, folder, start))
         with _times_written(folder, progress, start + 1), tracked(config, folder, progress, start) as trackers:
             saved: int | None = start
             is_new = latest_checkpoint(folder.path) is None
@@ -124,20 +158,31 @@ def run(
                 keeper = Keeper(folder, config, saved, progress, console, stop)
                 for done in range(start, config.steps + 1):
                     with keeper.before(done, state), out_of_memory_advice():  # here too: what is done is saved then
-                        trackers.step(done, evaluator.after(done, state, segments, stop))
+                        measured = evaluator.after(done, state, segments, stop)
+                        trackers.step(done, measured)
+                        if measured:
+                            callback.evaluate(_view(parts, state, folder, done), measured)
                     keeper.pause(done, state)
                     if done == config.steps:
                         break
                     with keeper.before(done, state), out_of_memory_advice():
-                        state = _one_step(
+                        state, metrics = _one_step(
                             parts, state, reference, done, folder, trackers, progress, segments, lengths, stop, planner
                         )
                     keeper.after(done + 1, state)
+                    with keeper.before(done + 1, state):
+                        callback.step(_view(parts, state, folder, done + 1), metrics)
             comparison = finish(parts, state, folder, progress, segments)
             track_summary(trackers, folder, progress, start, comparison)
         progress.close()
         sum_up(config, folder, comparison, console)
-    return folder.path
+        callback.end(_view(parts, state, folder, config.steps))
+        metrics = metric_columns(folder.metrics_path)
+    return RunResult(folder.path, metrics, state.policy, parts.tokenizer, state.draft)
+
+
+def _view(parts: RunParts, state: RunState, folder: RunFolder, done: int) -> RunView:
+    return RunView(parts.config, folder.path, done, state.policy, state.draft, parts.tokenizer)
 
 
 @contextmanager
@@ -154,18 +199,18 @@ def _times_written(folder: RunFolder, progress: RunProgress, from_step: int) -> 
 
 
 def _load(
-    config: RunConfig, resume: bool, progress: RunProgress
+    config: RunConfig, given: Given, resume: bool, progress: RunProgress
 ) -> tuple[RunParts, RunState, AbstractLanguageModel | None]:
     """The parts, the state before the first step, and the reference, which only some losses ask for.
 
     A reference that stands still is the policy as it begins, in the dtype of computation.
     """
-    policy, tokenizer = load_trained_policy(config)
+    policy, tokenizer = load_trained_policy(config, given)
     if not resume:  # A run goes on in the dtype, and at the rate, that it began with.
         progress.advise(dtype_advice(config.model.dtype, policy.hidden_size))
         progress.advise(lora_advice(config.lora, config.grpo.learning_rate))
-    draft = make_draft(config.draft, whole_model(policy), config.seed, tokenizer)
-    parts = make_parts(config, tokenizer, draft)
+    draft = make_draft(config.draft, whole_model(policy), config.seed, tokenizer, given.start_draft())
+    parts = make_parts(config, tokenizer, draft, given=given)
     reference = fixed_reference(parts, policy)
     state = RunState.fresh(policy, draft, parts.policy_optimizer, parts.draft_optimizer)
     state = dataclasses.replace(with_loss_state(parts, state), order=parts.order.init(parts.task))
@@ -238,8 +283,8 @@ def _one_step(
     lengths: PromptLengths,
     stop: StopRequest,
     planner: UpdatePlanner,
-) -> RunState:
-    """Prompts, rollouts, rewards, policy update, draft update, records.
+) -> tuple[RunState, dict[str, float | int]]:
+    """Prompts, rollouts, rewards, policy update, draft update, records; the state after it, and its metrics.
 
     **Arguments:**
 
@@ -300,4 +345,4 @@ def _one_step(
         folder.append_metrics(metrics)
         trackers.step(step, metrics, records)
         progress.stepped(step, config.steps, metrics, metrics["compile/seconds"] - compiled)
-    return state
+    return state, metrics

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..config import RunParts, default_model_path, model_name
+from ..config import RunParts, default_model_path, is_given, model_name
 from ..errors import UserError
 from ..models import AbstractLanguageModel, AdaptedTransformer, Transformer, locate, save_adapter, save_model
 
@@ -23,17 +23,25 @@ def save_policy(parts: RunParts, policy: AbstractLanguageModel, folder: Path) ->
     `UserError` if it can't be written.
     """
     config = parts.config
-    source = locate(config.model.path) if config.model.path else default_model_path()
+    source = _source(parts)
     if not isinstance(policy, AdaptedTransformer):
         _save_whole(parts, policy, folder, source)
         return
     if config.lora.save_merged:  # Before the adapter: it replaces the folder as a whole.
         _save_whole(parts, policy.merged("float32"), folder, source)
-    name = str(source) if not config.model.path else model_name(config)
+    name = model_name(config) if config.model.path else str(source)
     save_adapter(policy.adapters, folder / "adapter", policy.base, name)
 
 
-def _save_whole(parts: RunParts, model: AbstractLanguageModel, folder: Path, source: Path) -> None:
+def _source(parts: RunParts) -> Path | None:
+    """Where the model came from; `None` for one that a script has handed over."""
+    model = parts.config.model
+    if is_given(model.path):
+        return None
+    return locate(model.path, model.revision) if model.path else default_model_path()
+
+
+def _save_whole(parts: RunParts, model: AbstractLanguageModel, folder: Path, source: Path | None) -> None:
     if not isinstance(model, Transformer):
         raise UserError(f"policy/ is written for a Transformer, but the policy is a {type(model).__name__}")
-    save_model(model, folder, parts.tokenizer, source if source.is_dir() else None)
+    save_model(model, folder, parts.tokenizer, source if source is not None and source.is_dir() else None)

@@ -118,6 +118,7 @@ def roll_out(
         key=key,
         max_new_tokens=grpo.max_completion_length,
         eos_ids=parts.tokenizer.eos_ids,
+        stop=parts.stop,
         samples=grpo.num_generations,
         max_rows=grpo.max_rows,
         expected_lengths=expected_lengths,

@@ -31,7 +31,7 @@ def check_names(log: RewardLog, reward_names: Sequence[str]) -> None:
 def rollout_metrics(scored: ScoredRollouts, reward_names: tuple[str, ...]) -> dict[str, float]:
     """What the rollouts themselves say: rewards, lengths, acceptance. TRL's names where it has them."""
     rollouts, rewards = scored.rollouts, scored.rewards
-    lengths, ended = rollouts.lengths, rollouts.stop_reasons == StopReason.EOS
+    lengths, ended = rollouts.lengths, rollouts.stop_reasons != StopReason.LENGTH
     groups = len(rollouts.prompts.lengths)
     valid = ~np.isnan(rewards)
     per_group = [rewards[(rollouts.group == g) & valid] for g in range(groups)]
