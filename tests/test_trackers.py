@@ -410,7 +410,7 @@ def test_a_whole_run(nobody, tiny_folder, tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         train.run(config, console=said)
     monkeypatch.delenv("TINY_RUN_INTERRUPT_AT")
-    folder = train.run(config, resume=True, console=said)
+    folder = train.run(config, resume=True, console=said).folder
     metrics = read_records(folder / "metrics.jsonl")
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
