@@ -44,7 +44,11 @@ def load_split(config: RunConfig) -> tuple[AbstractTask, AbstractTask | None]:
 
     `UserError` if a task or one of its options cannot be found, one of the two is empty, or they overlap.
     """
-    task = load_task(config.task.name, config.seed, config.task.options)
+    return split_task(config, load_task(config.task.name, config.seed, config.task.options))
+
+
+def split_task(config: RunConfig, task: AbstractTask) -> tuple[AbstractTask, AbstractTask | None]:
+    """[`load_split`][], of a task that is there already."""
     if config.eval.holdout:
         return hold_out(task, config.eval.holdout)
     if config.eval.task:

@@ -10,7 +10,7 @@ from ..evaluation import Evaluation, EvaluationResult, evaluate, evaluation_line
 from ..grpo import compute_copy
 from ..models import AbstractLanguageModel
 from ..records import EvaluationRecords, RunProgress
-from ..tasks import TrainerState
+from ..tasks import AbstractTask, Rewards, TrainerState
 from ._ending import unless_urgent
 from ._interrupt import StopRequest
 from ._policy import save_policy
@@ -125,8 +125,14 @@ class HeldOutEvaluator(AbstractEvaluator):
 
 
 def make_evaluator(
-    parts: RunParts, policy: AbstractLanguageModel, folder: Path, progress: RunProgress
+    parts: RunParts,
+    held_out: tuple[AbstractTask, Rewards] | None,
+    policy: AbstractLanguageModel,
+    folder: Path,
+    progress: RunProgress,
 ) -> AbstractEvaluator:
-    """The evaluator of a run, as its configuration says."""
-    evaluation = make_evaluation(parts.config, parts.tokenizer, policy, parts.verifier, parts.length)
-    return NoEvaluator() if evaluation is None else HeldOutEvaluator(parts, evaluation, folder, progress)
+    """The evaluator of a run, with what it is to measure on, if anything."""
+    if held_out is None:
+        return NoEvaluator()
+    evaluation = make_evaluation(parts.config, held_out, parts.tokenizer, policy, parts.verifier, parts.length)
+    return HeldOutEvaluator(parts, evaluation, folder, progress)
