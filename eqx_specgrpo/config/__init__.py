@@ -6,6 +6,7 @@ from ._check import (
     load_held_out as load_held_out,
     load_split as load_split,
     load_task_and_rewards as load_task_and_rewards,
+    split_task as split_task,
     with_steps_of_epochs as with_steps_of_epochs,
 )
 from ._dtype_advice import dtype_advice as dtype_advice

@@ -46,7 +46,11 @@ def load_split(config: RunConfig, given: Given = NOTHING_GIVEN) -> tuple[Abstrac
     `UserError` if a task or one of its options cannot be found, one of the two is empty, or they overlap.
     """
     given.check(config)
-    task = given.load_task(config)
+    return split_task(config, given.load_task(config))
+
+
+def split_task(config: RunConfig, task: AbstractTask) -> tuple[AbstractTask, AbstractTask | None]:
+    """[`load_split`][], of a task that is there already."""
     if config.eval.holdout:
         return hold_out(task, config.eval.holdout)
     if config.eval.task:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from .._types import Prompts, Rollouts, StopReason
-from ..config import NOTHING_GIVEN, Given, RunConfig, check_prompt, load_held_out, pass_ks, rollout_sampling
+from ..config import RunConfig, check_prompt, pass_ks, rollout_sampling
 from ..decoding import (
     AbstractLengthController,
     AbstractStop,
@@ -25,7 +25,7 @@ from ..errors import UserError
 from ..files import json_line
 from ..models import AbstractLanguageModel, Tokenizer
 from ..sampling import AbstractSampling, GreedySampling
-from ..tasks import Example, RewardLog, Rewards, TrainerState, collate
+from ..tasks import AbstractTask, Example, RewardLog, Rewards, TrainerState, collate
 from ._metrics import ANSWER_COLUMN, NO_ANSWER, completion_metrics, function_metrics, reward_metrics
 
 _PROMPT_WIDTH = 32  # as a step's prompts are padded
@@ -82,31 +82,25 @@ class EvaluationResult(NamedTuple):
 
 def make_evaluation(
     config: RunConfig,
+    held_out: tuple[AbstractTask, Rewards],
     tokenizer: Tokenizer,
     target: AbstractLanguageModel,
     verifier: AbstractVerifier,
     length: AbstractLengthController,
-    given: Given = NOTHING_GIVEN,
-    *,
-    apart: bool = True,
-) -> Evaluation | None:
-    """What `[eval]` asks for; `None` if it asks for nothing.
+) -> Evaluation:
+    """What `[eval]` asks for.
 
     **Arguments:**
 
+    - `held_out`: the items, and what judges; see [`eqx_specgrpo.config.load_held_out`][].
     - `tokenizer`, `target`: the policy's; of `target` only the longest sequence counts.
     - `verifier`, `length`: of the run. At temperature 0 the verifier is `GreedyMatch`.
-    - `given`: what a script has handed over in place of names.
-    - `apart`: see [`eqx_specgrpo.config.load_held_out`][].
 
     **Raises:**
 
-    `UserError` if a task or a reward is not there, does not fit, or overlaps, or a prompt has no tokens or too many.
+    `UserError` if a prompt has no tokens or too many.
     """
-    found = load_held_out(config, given, apart=apart)
-    if found is None:
-        return None
-    task, rewards = found
+    task, rewards = held_out
     evaluation, grpo = config.eval, config.grpo
     tokenizer = tokenizer.with_chat_template_kwargs(grpo.chat_template_kwargs)
     samples = evaluation.num_samples(grpo.num_generations)

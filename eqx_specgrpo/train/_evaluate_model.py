@@ -74,11 +74,11 @@ def evaluate_model(
 
     `UserError` for whatever the user can mend.
     """
-    if not config.eval.enabled:
+    held_out = load_held_out(config, apart=apart)  # before the model, which may be large
+    if held_out is None:
         raise UserError(
             "there is nothing to measure on: name a task (--task), or set eval.holdout to a number of items"
         )
-    load_held_out(config, apart=apart)  # before the model, which may be large
     with RunProgress(Console(stderr=True) if console is None else console) as progress:
         with stopped_at_once(), out_of_memory_advice():
             progress.phase(f"loading {model_name(config)}")
@@ -87,8 +87,7 @@ def evaluate_model(
             guesses = NoDraft() if draft is None else named_draft(draft, policy, tokenizer, config.seed)
             length = FixedLength(min(config.draft.length, guesses.max_length))
             verifier = make_verifier(config.draft.verifier)
-            evaluation = make_evaluation(config, tokenizer, policy, verifier, length, apart=apart)
-            assert evaluation is not None
+            evaluation = make_evaluation(config, held_out, tokenizer, policy, verifier, length)
             count, samples = len(evaluation.examples), evaluation.samples
             progress.phase(f"measuring {count} prompts x {samples} completions")
             dtype = config.model.dtype

@@ -4,13 +4,13 @@ import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from ..config import NOTHING_GIVEN, Given, RunParts
+from ..config import RunParts
 from ..errors import UserError
 from ..evaluation import Evaluation, EvaluationResult, evaluate, evaluation_line, make_evaluation
 from ..grpo import compute_copy
 from ..models import AbstractLanguageModel
 from ..records import EvaluationRecords, RunProgress
-from ..tasks import TrainerState
+from ..tasks import AbstractTask, Rewards, TrainerState
 from ._ending import unless_urgent
 from ._interrupt import StopRequest
 from ._policy import save_policy
@@ -126,11 +126,13 @@ class HeldOutEvaluator(AbstractEvaluator):
 
 def make_evaluator(
     parts: RunParts,
+    held_out: tuple[AbstractTask, Rewards] | None,
     policy: AbstractLanguageModel,
     folder: Path,
     progress: RunProgress,
-    given: Given = NOTHING_GIVEN,
 ) -> AbstractEvaluator:
-    """The evaluator of a run, as its configuration says, and what a script has handed over."""
-    evaluation = make_evaluation(parts.config, parts.tokenizer, policy, parts.verifier, parts.length, given)
-    return NoEvaluator() if evaluation is None else HeldOutEvaluator(parts, evaluation, folder, progress)
+    """The evaluator of a run, with what it is to measure on, if anything."""
+    if held_out is None:
+        return NoEvaluator()
+    evaluation = make_evaluation(parts.config, held_out, parts.tokenizer, policy, parts.verifier, parts.length)
+    return HeldOutEvaluator(parts, evaluation, folder, progress)

@@ -136,7 +136,7 @@ def run(
             check_inputs(folder, config, inputs, accept=accept_changes)
         with progress.timed("loading", f"loading {model_name(config)}"):
             parts, state, reference = _load(config, given, resume, progress)
-            evaluator = make_evaluator(parts, state.policy, folder.path, progress, given)
+            evaluator = make_evaluator(parts, held_out, state.policy, folder.path, progress)
             start, state = _start_or_resume(folder, resume, state, config)
             progress.advise(rate_advice(before, config, start))
             folder.write_config(dump_config(config))
