@@ -98,7 +98,7 @@ def test_a_run_keeps_both_up_to_date_and_resumes(tiny_folder, tmp_path):
     config = tiny_config(
         tiny_folder, tmp_path / "run", "steps=3", "save_steps=2", "draft.vocabulary=40", "draft.fit_temperature=true"
     )
-    folder = run(config)
+    folder = run(config).folder
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 3
     for record in records:

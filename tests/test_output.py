@@ -156,6 +156,20 @@ def test_who_ends_the_program(capsys):
         assert info.value.code == code and capsys.readouterr().err == said
 
 
+def test_who_ends_the_program_where_its_exit_is_anothers(monkeypatch):
+    """As under wandb, which has a method `exit` in that place."""
+    leave = sys.exit
+
+    def exit(code=0):
+        leave(code)
+
+    monkeypatch.setattr(sys, "exit", exit)
+    with pytest.raises(UserError, match=r"test_output.py, line (\d+): sys.exit\(3\) was called there") as info:
+        with ending_on_our_terms("stopped"):
+            sys.exit(3)
+    assert "leave" not in str(info.value)
+
+
 def test_places_are_tried_and_left_as_they_were(tmp_path, monkeypatch):
     try_folder(tmp_path / "a" / "b")
     (tmp_path / "there").mkdir()

@@ -251,6 +251,10 @@ def leaves(config: RunConfig) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
+def _example(default: Any) -> str:
+    return '"none"' if default is None else toml_value(default)
+
+
 def _show(value: Any) -> str:
     return "unset" if value is None else toml_value(value)
 
@@ -322,7 +326,7 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
             raise ConfigError(_unknown(f"{key}.{next(iter(value))}" if isinstance(value, dict) and value else key))
         if key not in sections:
             if isinstance(value, dict):
-                raise ConfigError(f"{key} is a single value, not a section: write {key} = {toml_value(_default(key))}")
+                raise ConfigError(f"{key} is a single value, not a section: write {key} = {_example(_default(key))}")
             continue
         if not isinstance(value, dict):
             first = next(iter(sections[key].model_fields))

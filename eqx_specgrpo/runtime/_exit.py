@@ -41,7 +41,9 @@ def ending_on_our_terms(stopped_at_once: str) -> Iterator[None]:
         print(stopped_at_once, file=sys.stderr)
         sys.exit(_OF_CTRL_C)
     except SystemExit as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        # Trackers put functions of their own in the place of `sys.exit`: who called these is wanted.
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next((frame for frame in reversed(frames) if frame.name != "exit"), frames[-1])
         raise UserError(
             f"{frame.filename}, line {frame.lineno}: sys.exit({error.code!r}) was called there; raise an exception "
             "that says what is wrong instead"
