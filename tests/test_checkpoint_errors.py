@@ -70,6 +70,11 @@ def test_missing_files(folder, tmp_path):
     _fails(tmp_path / "nowhere", tmp_path / "nowhere", "does not exist")
     _fails("./a/typo", "does not exist")
     _fails("typo.gguf", "typo.gguf", "does not exist")
+    adapter = tmp_path / "lora" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    for place in (adapter.parent, adapter):
+        _fails(place, "an adapter and no model: give its base as --model", f"--adapter {adapter}")
     _fails(folder / "elsewhere", "is a file")
 
 

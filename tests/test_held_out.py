@@ -155,6 +155,9 @@ def test_steps_that_are_given_later_go_before_epochs(tmp_path):
     assert load_config(path).num_train_epochs == 2
     assert load_config(path, ["steps=30"]).num_train_epochs is None
     assert load_config(path, ["num_train_epochs=3"]).num_train_epochs == 3
+    assert load_config(None, ["num_train_epochs=3"], flags={"steps": 6}).num_train_epochs is None
+    assert load_config(None, ["num_train_epochs=3", "steps=6"]).num_train_epochs is None
+    assert load_config(None, ["steps=6", "num_train_epochs=3"]).num_train_epochs == 3
 
 
 def epochs(order, task: AbstractTask, rewards: Sequence[dict[int, float]], at_once: int) -> list[list[int]]:

@@ -275,6 +275,8 @@ def test_callbacks_are_instances():
     with pytest.raises(TypeError, match="abstract"):
         sg.AbstractCallback()  # pyright: ignore[reportAbstractUsage]
     assert isinstance(as_callback(()), NoCallback)
+    with pytest.raises(TypeError, match=r"callbacks is the class Told: give an instance, Told\(\)"):
+        as_callback(Told)
 
 
 @pytest.mark.parametrize(

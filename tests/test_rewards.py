@@ -580,7 +580,7 @@ def test_the_tasks_own_reward_is_the_default(tmp_path):
     assert rewards(["?"], ["2"], [[1]], {"answer": ["2"]})[1].tolist() == [3.0]
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a"}')
-    with pytest.raises(UserError, match="TableTask has no reward of its own: give one as --reward"):
+    with pytest.raises(UserError, match="the task has no reward of its own: give one as --reward"):
         load_rewards([], None, load_task(str(path), 0, {}))
 
 

@@ -93,6 +93,7 @@ def check(whole: Rollouts, stopped: Rollouts, stop: StopStrings) -> None:
         num_cut += end is not None
     assert 3 <= num_cut < len(whole.lengths)
     assert (stopped.statistics.emitted == stopped.lengths - 1).all()
+    assert (stopped.statistics.target_forwards <= stopped.statistics.emitted).all(), "no pass of what is cut counts"
 
 
 def test_speculative_and_plain_agree(whole, stop):

@@ -68,7 +68,8 @@ class EvalConfig(Section):
         for name, field in EvalConfig.model_fields.items():
             needs_task = name in of_task and not self.task
             if self.__dict__[name] != field.default and (needs_task or not self.enabled):
-                way_out = "eval.task" if needs_task else "eval.task or eval.holdout, the items to measure on"
+                either = "eval.task or eval.holdout, the items to measure on (specgrpo eval: --task)"
+                way_out = "eval.task" if needs_task else either
                 raise ValueError(f"eval.{name} = {self.__dict__[name]} has no effect without {way_out}")
         return self
 

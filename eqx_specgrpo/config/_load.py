@@ -88,16 +88,20 @@ def load_config(
 
     `ConfigError` with one line for each thing that is wrong.
     """
-    overlay: dict[str, Any] = {}
+    overlay, given = dict[str, Any](), list[str]()
     for text in overrides:
         key, equals, value = text.partition("=")
         key = key.strip()
         if not equals or not key:
             raise ConfigError(f"--set {text}: write it as key=value, such as --set grpo.learning_rate=1e-5")
         put(overlay, key, parse_toml_value(value.strip(), is_text=_is_text(key)))
+        given.append(key)
     for key, value in (flags or {}).items():
         if value is not None:
             put(overlay, key, value)
+            given.append(key)
+    if [key for key in given if key in ("steps", "num_train_epochs")][-1:] == ["steps"]:
+        overlay.pop("num_train_epochs", None)  # of the two the later one counts
     overlay = with_new_names(overlay)
     _check_keys(overlay)
     if path is not None:
@@ -251,10 +255,6 @@ def leaves(config: RunConfig) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _example(default: Any) -> str:
-    return '"none"' if default is None else toml_value(default)
-
-
 def _show(value: Any) -> str:
     return "unset" if value is None else toml_value(value)
 
@@ -326,7 +326,7 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
             raise ConfigError(_unknown(f"{key}.{next(iter(value))}" if isinstance(value, dict) and value else key))
         if key not in sections:
             if isinstance(value, dict):
-                raise ConfigError(f"{key} is a single value, not a section: write {key} = {_example(_default(key))}")
+                raise ConfigError(f"{key} is a single value, not a section: write {key} = {toml_value(_default(key))}")
             continue
         if not isinstance(value, dict):
             first = next(iter(sections[key].model_fields))
@@ -339,7 +339,7 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
 
 
 def _default(key: str) -> Any:
-    return RunConfig.model_fields[key].default
+    return "none" if (default := RunConfig.model_fields[key].default) is None else default
 
 
 def _unknown(key: str) -> str:

@@ -142,6 +142,9 @@ def commit(
 def cut(state: DecodeState, rows: Bool[np.ndarray, " rows"], ends: Int[np.ndarray, " rows"]) -> DecodeState:
     """The state with some rows ended, at tokens that they have emitted already. For the host.
 
+    Of a row's passes those count that its kept tokens took: all of them in proportion, rounded up, for which round
+    emitted which token is not known.
+
     **Arguments:**
 
     - `rows`: which.
@@ -151,4 +154,8 @@ def cut(state: DecodeState, rows: Bool[np.ndarray, " rows"], ends: Int[np.ndarra
     # The first token came of the prompt's pass, not of a round.
     emitted = jnp.where(rows, ends - 1, state.emitted)
     stop = jnp.where(rows, StopReason.STOP, state.stop)
-    return eqx.tree_at(lambda s: (s.num_new, s.emitted, s.stop), state, (num_new, emitted, stop))
+    whole = jnp.maximum(state.emitted, 1)
+    forwards = jnp.where(rows, -(-state.target_forwards * emitted // whole), state.target_forwards)
+    return eqx.tree_at(
+        lambda s: (s.num_new, s.emitted, s.stop, s.target_forwards), state, (num_new, emitted, stop, forwards)
+    )

@@ -56,12 +56,24 @@ def _local(path: str | Path, revision: str | None) -> Path | None:
                 f"model.revision = {revision!r} is of a model by name, which is downloaded, but {path} is here: leave "
                 "the revision out"
             )
+        _check_no_adapter(local, str(path))
         return local
     if local.is_file():
         raise CheckpointError(f"{path} is a file; give a Hugging Face folder, a .gguf file or org/name")
     if isinstance(path, Path) or not could_be_downloaded(path):
         raise CheckpointError(f"{path} does not exist; give a Hugging Face folder, a .gguf file or org/name")
     return None
+
+
+def _check_no_adapter(local: Path, path: str) -> None:
+    """Raises `CheckpointError` for a folder that holds an adapter and no model, such as a run with LoRA leaves."""
+    if not local.is_dir() or (local / "config.json").exists():
+        return
+    for folder, name in ((local, path), (local / "adapter", f"{path}/adapter")):
+        if (folder / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{path} holds an adapter and no model: give its base as --model, and --adapter {name}"
+            )
 
 
 @contextmanager

@@ -107,8 +107,8 @@ def load_rewards(
     own = dict(task.default_rewards())
     if not specs and not own:
         raise UserError(
-            f"{type(task).__name__} has no reward of its own: give one as --reward, such as think_format, "
-            "package.module:function or file.py:function"
+            "the task has no reward of its own: give one as --reward, such as think_format, package.module:function or "
+            "file.py:function (from Python, as rewards=)"
         )
     specs = list(specs) or list(own)
     for spec in specs:

@@ -101,5 +101,7 @@ def as_callback(callbacks: Any) -> AbstractCallback:
     """One callback of what `run` takes: one, several or none."""
     if isinstance(callbacks, AbstractCallback):
         return callbacks
+    if isinstance(callbacks, type):
+        raise TypeError(f"callbacks is the class {callbacks.__name__}: give an instance, {callbacks.__name__}()")
     every = tuple(callbacks)
     return Callbacks(every) if every else NoCallback()

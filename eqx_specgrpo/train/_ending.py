@@ -122,15 +122,17 @@ class Keeper:
         except Exception as error:  # a full disk, or a lost device: what ended the step is told all the same
             self._progress.note(f"the steps before could not be saved: {error}")
             return False
-        self._progress.note("the steps before are saved; once the cause is mended, go on with --resume")
+        kept = "the steps before are" if step > 0 else "the state before the first step is"
+        self._progress.note(f"{kept} saved; once the cause is mended, go on with: {resume_command(self._config)}")
         return True
 
     def _end(self, done: int) -> None:
         assert self._stop.number is not None
         self._progress.close()
+        left = " What is left is to write policy/ and draft/." if done == self._config.steps else ""
         self._console.print(
-            f"Stopped by {self._stop.name} after step {done} of {self._config.steps}; nothing is lost. Go on with: "
-            f"{resume_command(self._config)}",
+            f"Stopped by {self._stop.name} after step {done} of {self._config.steps}; nothing is lost.{left} Go on "
+            f"with: {resume_command(self._config)}",
             soft_wrap=True,  # to be copied: a line break or markup would spoil it
             markup=False,
             highlight=False,
