@@ -26,10 +26,12 @@ LIMITS = {"exactness": 90, "rollouts": 120, "runs": 210, "large": 60}
 
 def run_part(name: str, out: Path, tiny: bool) -> int:
     """In this process."""
-    from gpu_parts import PARTS, TINY, Sizes, about
+    from gpu_parts import PARTS, TINY, Sizes
+
+    from eqx_specgrpo.records import machine
 
     with tempfile.TemporaryDirectory() as folder:
-        record = {"about": about(), "seconds": time.perf_counter()}
+        record = {"about": machine(), "seconds": time.perf_counter()}
         record |= PARTS[name](TINY if tiny else Sizes(), Path(folder), lambda text: print(text, flush=True))
     record["seconds"] = time.perf_counter() - record["seconds"]
     (out / f"{name}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")

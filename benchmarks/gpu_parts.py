@@ -18,6 +18,7 @@ import jax.random as jr
 import numpy as np
 from gpu_plan import MODELS, of_update
 from gpu_policy import make_policy
+from gpu_target import bandwidth_of
 from many_sums import write_task
 
 import eqx_specgrpo as sg
@@ -34,13 +35,10 @@ from eqx_specgrpo.decoding import (
 from eqx_specgrpo.drafts import MedusaHeads, NoDraft, ReducedVocabulary
 from eqx_specgrpo.grpo import compute_copy
 from eqx_specgrpo.models import Transformer, TransformerConfig
-from eqx_specgrpo.records import machine
 from eqx_specgrpo.sampling import GreedySampling, Sampling
 from eqx_specgrpo.tasks import Arithmetic
 from eqx_specgrpo.testing import check_verifier
 
-# Bytes a second of memory, by what JAX calls the device (NVIDIA's data sheets).
-BANDWIDTH = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA A100-SXM4-80GB": 2.04e12}
 Say = Callable[[str], None]
 
 
@@ -150,7 +148,7 @@ def rollouts(sizes: Sizes, folder: Path, say: Say) -> dict[str, Any]:
     del folder
     target = _random_model(*sizes.model, "bfloat16")
     weights = sum(x.nbytes for x in jax.tree.leaves(eqx.filter(target, eqx.is_inexact_array)))
-    bandwidth, found = BANDWIDTH.get(jax.devices()[0].device_kind), []
+    bandwidth, found = bandwidth_of(jax.devices()[0].device_kind), []
     for rows in sizes.rows:
         for length in (0, 3):
             seconds = _round_seconds(target, rows, sizes.context, sizes.new, length)
@@ -236,10 +234,6 @@ PARTS: dict[str, Callable[[Sizes, Path, Say], dict[str, Any]]] = {
     "runs": runs,
     "large": large,
 }
-
-
-def about() -> dict[str, Any]:
-    return machine()
 
 
 def _shapes(name: str, layers: int | None, dtype: str) -> Transformer:

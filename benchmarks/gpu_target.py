@@ -65,6 +65,11 @@ def memory_of(name: str) -> int:
     return _TARGETS[name][5]
 
 
+def bandwidth_of(described: str) -> float | None:
+    """Bytes a second of a device's memory, by what JAX calls it; `None` for one that is no target."""
+    return next((target[4] for target in _TARGETS.values() if target[0] == described), None)
+
+
 def mesh_of(name: str, devices: int) -> Mesh:
     """So many devices of one host, none of which is there.
 
