@@ -21,6 +21,15 @@ class DraftError(UserError):
     """A draft and a target that do not fit; the message names both sides."""
 
 
+def check_heads(kind: str, hidden_size: int, target: AbstractLanguageModel) -> None:
+    """Raises `DraftError` if heads of this kind were made for hidden states of another size than the target's."""
+    if hidden_size != target.hidden_size:
+        raise DraftError(
+            f"these {kind} heads take hidden states of size {hidden_size}, but the target's have size "
+            f"{target.hidden_size}: use heads that were trained for this target, or fresh ones"
+        )
+
+
 class Proposal(eqx.Module):
     """Drafted tokens, and the distribution that each was drawn from.
 

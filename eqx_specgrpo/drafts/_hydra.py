@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from pydantic import Field
 
 from ..models import AbstractLanguageModel, Features, Linear, rms_normalize
-from ._base import AbstractDraft, DraftError, Proposal, pick_positions
+from ._base import AbstractDraft, Proposal, check_heads, pick_positions
 from ._kind import DraftKind
 from ._sampler import AbstractSampler
 from ._vocabulary import AbstractDraftVocabulary, FullVocabulary
@@ -88,12 +88,7 @@ class HydraHeads(AbstractDraft[HydraState]):
         return self.max_length
 
     def check(self, target: AbstractLanguageModel) -> None:
-        hidden_size = self.heads[0].down.weight.shape[0]
-        if hidden_size != target.hidden_size:
-            raise DraftError(
-                f"these Hydra heads take hidden states of size {hidden_size}, but the target's have size "
-                f"{target.hidden_size}: use heads that were trained for this target, or fresh ones"
-            )
+        check_heads("Hydra", self.heads[0].down.weight.shape[0], target)
         self.vocabulary.check(target)
 
     def init(self, target, features, tokens, lengths, capacity) -> HydraState:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from pydantic import Field
 
 from ..models import AbstractLanguageModel, Features, Linear, matmul, rms_normalize
-from ._base import AbstractDraft, DraftError, Proposal, pick_positions
+from ._base import AbstractDraft, Proposal, check_heads, pick_positions
 from ._kind import DraftKind
 from ._sampler import AbstractSampler
 from ._vocabulary import AbstractDraftVocabulary, FullVocabulary
@@ -79,12 +79,7 @@ class MarkovHeads(AbstractDraft[MarkovState]):
         return self.max_length
 
     def check(self, target: AbstractLanguageModel) -> None:
-        hidden_size = self.bias.shape[-1]
-        if hidden_size != target.hidden_size:
-            raise DraftError(
-                f"these Markov heads take hidden states of size {hidden_size}, but the target's have size "
-                f"{target.hidden_size}: use heads that were trained for this target, or fresh ones"
-            )
+        check_heads("Markov", self.bias.shape[-1], target)
         self.vocabulary.check(target)
 
     def init(self, target, features, tokens, lengths, capacity) -> MarkovState:

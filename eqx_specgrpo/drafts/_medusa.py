@@ -8,7 +8,7 @@ from equinox import field
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..models import AbstractLanguageModel, Features, matmul
-from ._base import AbstractDraft, DraftError, Proposal, pick_positions
+from ._base import AbstractDraft, Proposal, check_heads, pick_positions
 from ._kind import DraftKind
 from ._sampler import AbstractSampler
 from ._vocabulary import AbstractDraftVocabulary, FullVocabulary
@@ -63,12 +63,7 @@ class MedusaHeads(AbstractDraft[MedusaState]):
         return self.max_length
 
     def check(self, target: AbstractLanguageModel) -> None:
-        hidden_size = self.weight.shape[-1]
-        if hidden_size != target.hidden_size:
-            raise DraftError(
-                f"these Medusa heads take hidden states of size {hidden_size}, but the target's have size "
-                f"{target.hidden_size}: use heads that were trained for this target, or fresh ones"
-            )
+        check_heads("Medusa", self.weight.shape[-1], target)
         self.vocabulary.check(target)
 
     def init(self, target, features, tokens, lengths, capacity) -> MedusaState:
