@@ -23,7 +23,7 @@ INITS = [path for path in FILES if path.name == "__init__.py" and path.parent !=
 
 # What each station may import, besides itself. A folder and a file at the top of the package are both stations.
 BOTTOM = {"_types", "choices", "errors", "files", "runtime", "sampling"}
-STATIONS = {"models", "drafts", "decoding", "tasks", "grpo", "distill"}
+STATIONS = {"models", "layout", "drafts", "decoding", "tasks", "grpo", "distill"}
 ALLOWED = {
     "_types": {"errors"},
     "choices": {"errors"},
@@ -32,11 +32,12 @@ ALLOWED = {
     "runtime": {"errors"},
     "sampling": {"errors"},
     "models": BOTTOM,
+    "layout": BOTTOM | {"models"},
     "drafts": BOTTOM | {"models"},
-    "decoding": BOTTOM | {"models", "drafts"},
+    "decoding": BOTTOM | {"models", "layout", "drafts"},
     "tasks": BOTTOM,
-    "grpo": BOTTOM | {"models"},
-    "distill": BOTTOM | {"models", "drafts"},
+    "grpo": BOTTOM | {"models", "layout"},
+    "distill": BOTTOM | {"models", "layout", "drafts"},
     "records": BOTTOM | STATIONS,
     "config": BOTTOM | STATIONS | {"records"},
     "testing": BOTTOM | STATIONS | {"records", "config"},

@@ -45,6 +45,7 @@ from ._sampling import rollout_sampling as rollout_sampling
 from ._schedule import learning_rate as learning_rate, rate_advice as rate_advice, rate_schedule as rate_schedule
 from ._toml import toml_value as toml_value
 from ._tree import (
+    DevicesConfig as DevicesConfig,
     DraftConfig as DraftConfig,
     GRPOConfig as GRPOConfig,
     ModelConfig as ModelConfig,

@@ -200,6 +200,16 @@ class DraftConfig(_Section):
                 )
 
 
+class DevicesConfig(_Section):
+    """How a run is divided over devices. All that there are take part, those of other processes included."""
+
+    model: int = Field(
+        default=1,
+        ge=1,
+        description="devices that share one copy of the weights; rows are divided over the rest",
+    )
+
+
 class RunConfig(_Section):
     """All of a run. See the sections for what each key means. Defaults are TRL's where it has the option, mostly."""
 
@@ -243,6 +253,7 @@ class RunConfig(_Section):
     grpo: GRPOConfig = Field(default_factory=GRPOConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     draft: DraftConfig = Field(default_factory=DraftConfig)
+    devices: DevicesConfig = Field(default_factory=DevicesConfig)
 
     @model_validator(mode="after")
     def _best_can_be_told(self):

@@ -1,0 +1,26 @@
+"""Where arrays live when there are several devices: the mesh, and one table of rules by parameter path.
+
+Everything takes an [`eqx_specgrpo.layout.AbstractDeviceMesh`][]. With `OneDevice` its methods leave arrays as they are;
+with a `DeviceMesh` rows are divided over the axis `data` (`ROWS`), and parameters are in one of two layouts
+(`Layout.MASTER`, `Layout.COPY`). Models and drafts know nothing of it.
+"""
+
+from ._mesh import (
+    AbstractDeviceMesh as AbstractDeviceMesh,
+    DeviceMesh as DeviceMesh,
+    OneDevice as OneDevice,
+    make_mesh as make_mesh,
+    to_local as to_local,
+)
+from ._rules import (
+    DATA as DATA,
+    MODEL as MODEL,
+    ROWS as ROWS,
+    RULES as RULES,
+    WHOLE as WHOLE,
+    Layout as Layout,
+    Rule as Rule,
+    parameter_spec as parameter_spec,
+    parameter_specs as parameter_specs,
+    path_name as path_name,
+)
