@@ -19,6 +19,7 @@ from eqx_specgrpo.tasks import Arithmetic, ReasoningGymTask
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(inspect.getfile(eqx_specgrpo)).parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+DOCUMENTS = sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs" / "tutorials").glob("*.ipynb")])
 
 
 def page_name(path: Path) -> str:
@@ -102,8 +103,7 @@ torch_empty_cache_steps
 
 def test_every_field_of_trl_is_answered():
     """And what is said to have the same name has it."""
-    text = (ROOT / "docs" / "run.md").read_text(encoding="utf-8")
-    section = text.partition("## Coming from TRL\n")[2].partition("\n## ")[0]
+    section = (ROOT / "docs" / "from_trl.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(\w+)`", section))
     assert len(TRL_FIELDS) == 71 and not set(TRL_FIELDS) - named
     same = re.findall(r"`(\w+)`", section.partition("same meaning:**")[2].partition("\n\n")[0])
@@ -112,7 +112,7 @@ def test_every_field_of_trl_is_answered():
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_links_lead_somewhere(page):
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if link.startswith(("http://", "https://")):
             continue
@@ -120,8 +120,10 @@ def test_links_lead_somewhere(page):
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), f"{page_name(page)} links to {link}"
         if anchor:
-            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, link
+            there = target.read_text(encoding="utf-8")
+            titles = re.findall(r"^#+ (.*)$", there, re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in anchors or f"\n::: {anchor}\n" in there, link
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
@@ -131,9 +133,17 @@ def test_no_placeholder_is_left(page):
 
 
 def test_every_page_is_on_the_map():
-    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    for page in (ROOT / "docs").rglob("*.md"):
-        assert page.name == "index.md" or f"({page.relative_to(ROOT / 'docs').as_posix()})" in index, page
+    """`python docs/make_site.py` says so as well, and whether the links of the built site lead somewhere."""
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    named = set(re.findall(r"[\w/]+\.md$", navigation, re.MULTILINE))
+    pages = {page.relative_to(ROOT / "docs").with_suffix(".md").as_posix() for page in DOCUMENTS}
+    assert pages - named == set()
+
+
+def test_every_headline_name_is_in_the_reference():
+    text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
+    documented = {name.rpartition(".")[2] for name in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)}
+    assert set(eqx_specgrpo.__all__) - documented == set()
 
 
 @pytest.mark.parametrize(
@@ -183,7 +193,7 @@ def metric_patterns() -> set[str]:
 
 def test_table_of_metrics_is_complete():
     """Each name in the table is in the source, and each name with a slash in the source is in the table."""
-    text = (ROOT / "docs" / "run.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "run_folder.md").read_text(encoding="utf-8")
     section = text.partition("## Metrics\n")[2].partition("\n## ")[0]
     documented = {re.sub(r"\{\w+\}", "{}", name) for name in re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)}
     patterns = metric_patterns()
@@ -202,4 +212,4 @@ def test_table_of_metrics_is_complete():
     )
     named = {name for name in patterns if re.fullmatch(r"\w+(/[\w{}]+)+", name) and name.startswith(families)}
     assert len(named) > 20
-    assert named - documented == set(), "not in the table of docs/run.md"
+    assert named - documented == set(), "not in the table of docs/run_folder.md"

@@ -28,7 +28,7 @@ _MAY_CHANGE = frozenset(
     {"steps", "num_train_epochs", "out", "save_steps", "save_total_limit", "compare", "reward.timeout", "tracking"}
 ) | {"log_completions_steps"}
 _DATA = "set task.name to a file, a folder that datasets has saved, or org/name; from Python, run(..., task=dataset)"
-# Names of TRL's GRPOConfig that are not near what they are here; docs/run.md, "Coming from TRL", has them all.
+# Names of TRL's GRPOConfig that are not near what they are here; docs/from_trl.md has them all.
 _OF_TRL = {
     "steps_per_generation": "each batch of rollouts is one step, of grpo.num_iterations updates",
     "per_device_train_batch_size": "a step has grpo.prompts_per_step times grpo.num_generations completions",
