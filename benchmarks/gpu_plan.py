@@ -1,8 +1,9 @@
-"""What our programs need and do on a GPU, on a machine without one: they are compiled for it, and nothing is run.
+"""What our programs need and do on a GPU or TPU that is not there: they are compiled for it, and nothing is run.
 
     pip install --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2    # as your jax; half a gigabyte unpacked
     python benchmarks/gpu_plan.py --out results/gpu_plan
     python benchmarks/gpu_plan.py --out results/gpu_plan --models qwen3-8b --lora-rank 16 --devices 4
+    python benchmarks/gpu_plan.py --out results/gpu_plan --target v5e    # a TPU; after pip install --no-deps libtpu
     python benchmarks/gpu_plan.py --out results/gpu_plan --check    # two layers; exit code 1 if a promise is broken
 
 For each program: bytes a device; kernels that are launched once and a round (a turn of the outermost loop), and how
@@ -10,7 +11,8 @@ many of the latter a command buffer holds (a CUDA graph, replayed as one launch)
 arrays that are copied whole. Weights, prompts and rollouts are shapes: nothing of their size exists here. Rows are
 divided over `--devices`, weights are whole on each.
 
-What cannot be seen so: time, and which kernels of matrix products are best, which XLA tries on a device.
+What cannot be seen so: time, kernels of a TPU's program, and which kernels of matrix products are best, which XLA tries
+on a device.
 
 `--check` holds the programs to what they promise. No host is asked, and there is no collective on one device; a decode
 segment copies no cache, overwrites its state instead of keeping two, has all kernels of a round in command buffers, and
@@ -43,11 +45,11 @@ from gpu_target import (
 )
 
 from eqx_specgrpo.bench import whole_numbers
-from eqx_specgrpo.decoding import Block, FixedRounds, Sampling, decode_programs
+from eqx_specgrpo.decoding import Block, Sampling, decode_programs
 from eqx_specgrpo.distill import DraftBatch, ForwardKL, draft_gradients
 from eqx_specgrpo.drafts import MedusaHeads
 from eqx_specgrpo.grpo import LossNormalizer, LossSettings, UpdateBatch, compute_copy, policy_gradients
-from eqx_specgrpo.models import Adapters, Features, Program, Transformer, TransformerConfig
+from eqx_specgrpo.models import Adapters, Features, Program, Transformer, TransformerConfig, platform_of
 from eqx_specgrpo.records import machine
 
 
@@ -93,8 +95,9 @@ def of_update(target: Transformer, asked: argparse.Namespace) -> Program:
         prompt_of_row=ints,
         completion_lengths=ints,
     )
-    settings = LossSettings(gradient_checkpointing=not asked.keep_all)
-    normalizer, settings = eqx.filter_eval_shape(lambda: (LossNormalizer(1, 1, 1), settings))
+    normalizer, settings = eqx.filter_eval_shape(
+        lambda: (LossNormalizer(1, 1, 1), LossSettings(gradient_checkpointing=not asked.keep_all))
+    )
     options = {}
     if asked.lora_rank > 0:
         made = eqx.filter_eval_shape(
@@ -126,14 +129,12 @@ def programs(name: str, asked: argparse.Namespace) -> Iterator[Program]:
         target,
         draft,
         Block(),
-        Sampling(),
+        eqx.filter_eval_shape(Sampling),
         prompts=asked.devices,
         samples=asked.rows // asked.devices,
         prompt_length=asked.prompt,
         new_tokens=asked.new,
         lengths=asked.lengths,
-        loop=FixedRounds(),
-        cache_dtype="bfloat16",
     )
     yield of_update(target, asked)
     yield of_lesson(target, draft, asked)
@@ -154,10 +155,9 @@ def broken_promises(program: str, plan: Plan, asked: argparse.Namespace) -> list
         rows_of_cache = [shape for shape in plan.copies if _is_cache(shape, asked)]
         if rows_of_cache:
             found.append(f"copies a cache: {', '.join(rows_of_cache)}")
-        if plan.kernels_in_loop_buffered < plan.kernels_in_loop - 2:  # the loop's own counter and its condition
-            found.append(
-                f"has {plan.kernels_in_loop - plan.kernels_in_loop_buffered} kernels a round outside of buffers"
-            )
+        launched, buffered = plan.kernels_in_loop or 0, plan.kernels_in_loop_buffered or 0
+        if buffered < launched - 2:  # the loop's own counter and its condition
+            found.append(f"has {launched - buffered} kernels a round outside of buffers")
         if plan.alias_bytes < 0.99 * plan.output_bytes:
             found.append(f"keeps {plan.output_bytes - plan.alias_bytes} bytes of its state twice")
     if plan.bytes > memory_of(asked.target):
@@ -197,6 +197,8 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")  # the plugin looks for a driver where it may be the default
     mesh, broken, found = mesh_of(asked.target, asked.devices), [], []
     place = placed(mesh, asked.rows)
+    jax.config.update("jax_default_device", mesh.devices.flat[0])  # what is best there is then chosen, as in a run
+    is_gpu = platform_of(()) == "gpu"
     for name in asked.models.split(","):
         for program in programs(name, asked):
             if asked.only is not None and asked.only not in program.name:
@@ -204,7 +206,7 @@ def main() -> int:
             print(f"{name}, {program.name}: compiling ...", flush=True)
             began = time.perf_counter()
             try:
-                compiled, thunks = compile_with_thunks(lambda program=program: program.lower(place))
+                compiled, thunks = compile_with_thunks(lambda program=program: program.lower(place), is_gpu)
             except AsksTheHost as error:
                 broken.append(f"{name}, {program.name} {error}")
                 print(f"  BROKEN: {error}", flush=True)
@@ -214,10 +216,11 @@ def main() -> int:
             collectives = ", ".join(
                 f"{n} {kind}" for kind, n in {**plan.collectives, **plan.collectives_in_loop}.items()
             )
+            kernels = "" if plan.kernels is None else f"{plan.kernels} kernels and {plan.kernels_in_loop} a round, "
+            kernels += f"{plan.kernels_in_loop_buffered} of these in command buffers; " if kernels else ""
             print(
-                f"  {plan.bytes / 2**30:.2f} GiB, {plan.temporary_bytes / 2**30:.2f} of them temporary; {plan.kernels} "
-                f"kernels and {plan.kernels_in_loop} a round, {plan.kernels_in_loop_buffered} of these in command "
-                f"buffers; collectives: {collectives or 'none'}; large copies: {sum(plan.copies.values())}; "
+                f"  {plan.bytes / 2**30:.2f} GiB, {plan.temporary_bytes / 2**30:.2f} of them temporary; {kernels}"
+                f"collectives: {collectives or 'none'}; large copies: {sum(plan.copies.values())}; "
                 f"{plan.seconds:.0f} s",
                 flush=True,
             )

@@ -1,6 +1,6 @@
-"""GPUs that programs can be compiled for on a machine without one, and what a compiled program says of itself.
+"""GPUs and TPUs that programs can be compiled for on a machine without one, and what a compiled program says of itself.
 
-A target's properties are those that XLA reads (`stream_executor.GpuTargetConfigProto`); NVIDIA's data sheets and the
+A GPU's properties are those that XLA reads (`stream_executor.GpuTargetConfigProto`); NVIDIA's data sheets and the
 CUDA C++ Programming Guide's table of compute capabilities have them.
 """
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -20,7 +21,9 @@ _TARGETS = {
     "h100": ("NVIDIA H100 80GB HBM3", 9, 132, 1.98, 3_352e9, 85_017_755_648, 50),
     "h200": ("NVIDIA H200", 9, 132, 1.98, 4_800e9, 151_397_597_184, 50),
 }
-TARGETS = tuple(_TARGETS)
+# Name of a topology with eight devices, and bytes of a device, by Google Cloud's documentation of each version.
+_TPUS = {"v5e": ("v5e:2x4", 16 << 30), "v6e": ("v6e:2x4", 32 << 30)}
+TARGETS = (*_TARGETS, *_TPUS)
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 _HOST = re.compile(r"callback|infeed|outfeed|\bsend\b|\brecv\b|HostCompute", re.IGNORECASE)
 _SIZES = {
@@ -62,7 +65,7 @@ device_description_str: "{described}"
 
 def memory_of(name: str) -> int:
     """Bytes of one device."""
-    return _TARGETS[name][5]
+    return _TPUS[name][1] if name in _TPUS else _TARGETS[name][5]
 
 
 def bandwidth_of(described: str) -> float | None:
@@ -77,6 +80,8 @@ def mesh_of(name: str, devices: int) -> Mesh:
 
     `SystemExit` that says what to install.
     """
+    if name in _TPUS:
+        return _mesh_of_tpus(name, devices)
     try:
         described = topologies.get_topology_desc(
             platform="cuda", target_config=target_config(name), topology=f"1x1x{devices}"
@@ -88,6 +93,17 @@ def mesh_of(name: str, devices: int) -> Mesh:
             f"jax-cuda12-pjrt=={jax.__version__}"
         ) from None
     return Mesh(described.devices, ("data",))
+
+
+def _mesh_of_tpus(name: str, devices: int) -> Mesh:
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=_TPUS[name][0])
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        raise SystemExit(
+            f"JAX cannot compile for {name} here ({error}). Its compiler is all that is needed: pip install --no-deps "
+            "libtpu, in the version that `pip show --verbose jax` has for the extra `tpu`"
+        ) from None
+    return Mesh(np.asarray(described.devices[:devices]), ("data",))
 
 
 def placed(mesh: Mesh, rows: int) -> Callable[[jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
@@ -144,9 +160,10 @@ class Plan(NamedTuple):
     **Arguments:**
 
     - `argument_bytes`, `output_bytes`, `alias_bytes`, `temporary_bytes`: a device.
-    - `kernels`: launched once, and a turn of the outermost loop.
+    - `kernels`, `kernels_in_loop`: launched once, and a turn of the outermost loop; `None` on a TPU, whose compiler
+        does not say.
     - `kernels_in_loop_buffered`: those of the latter that a command buffer holds.
-    - `collectives`: by kind, once and a turn of the loop.
+    - `collectives`, `collectives_in_loop`: by kind, once and a turn of the loop.
     - `custom_calls`: by target.
     - `host_calls`: whatever asks the host.
     - `copies`: large arrays that are copied whole, with their sizes.
@@ -157,9 +174,9 @@ class Plan(NamedTuple):
     output_bytes: int
     alias_bytes: int
     temporary_bytes: int
-    kernels: int
-    kernels_in_loop: int
-    kernels_in_loop_buffered: int
+    kernels: int | None
+    kernels_in_loop: int | None
+    kernels_in_loop_buffered: int | None
     collectives: dict[str, int]
     collectives_in_loop: dict[str, int]
     custom_calls: dict[str, int]
@@ -173,23 +190,24 @@ class Plan(NamedTuple):
         return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temporary_bytes
 
 
-def read_plan(compiled: jax.stages.Compiled, thunks: str, seconds: float) -> Plan:
-    """Of a program that was compiled with its thunks written down."""
+def read_plan(compiled: jax.stages.Compiled, thunks: str | None, seconds: float) -> Plan:
+    """Of a program that was compiled with its thunks written down, or for a TPU, which has none."""
     needs: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
-    listed = list(read_thunks(thunks))
+    listed = list(read_thunks(thunks or ""))
     once, looped = ([one for one in listed if (one.loops > 0) == in_loop] for in_loop in (False, True))
+    collectives, in_loop = (_collectives(once), _collectives(looped)) if thunks is not None else collectives_of(text)
     custom_calls = Counter(re.findall(r'custom_call_target="([^"]+)"', text))
     return Plan(
         argument_bytes=needs.argument_size_in_bytes,
         output_bytes=needs.output_size_in_bytes,
         alias_bytes=needs.alias_size_in_bytes,
         temporary_bytes=needs.temp_size_in_bytes,
-        kernels=len(once),
-        kernels_in_loop=len(looped),
-        kernels_in_loop_buffered=sum(one.is_buffered for one in looped),
-        collectives=_collectives(once),
-        collectives_in_loop=_collectives(looped),
+        kernels=None if thunks is None else len(once),
+        kernels_in_loop=None if thunks is None else len(looped),
+        kernels_in_loop_buffered=None if thunks is None else sum(one.is_buffered for one in looped),
+        collectives=collectives,
+        collectives_in_loop=in_loop,
         custom_calls=dict(custom_calls),
         host_calls=tuple(sorted(name for name in custom_calls if _HOST.search(name)))
         + tuple(one.kind for one in listed if _HOST.search(one.kind)),
@@ -202,6 +220,25 @@ def _collectives(thunks: list[Thunk]) -> dict[str, int]:
     kinds = {name.replace("-", ""): name for name in COLLECTIVES}
     found = (re.sub(r"start$|done$", "", one.kind.lower()) for one in thunks if not one.kind.endswith("Done"))
     return dict(Counter(kinds[kind] for kind in found if kind in kinds))
+
+
+def collectives_of(text: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Of optimized HLO: by kind, outside of loops and within them."""
+    bodies = re.split(r"\n(?=(?:ENTRY )?%\S+ \()", text)
+    called = {
+        name[1]: (body, set(re.findall(r"(?:body|condition|calls|to_apply|branch_computations=\{)=?(%[\w.-]+)", body)))
+        for body in bodies
+        if (name := re.match(r"(?:ENTRY )?(%\S+) \(", body)) is not None
+    }
+    inside = set(re.findall(r"(?:body|condition)=(%[\w.-]+)", text))
+    while more := {name for one in inside & called.keys() for name in called[one][1]} - inside:
+        inside |= more
+    once: Counter[str] = Counter()
+    looped: Counter[str] = Counter()
+    for name, (body, _) in called.items():
+        found = re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", body)
+        (looped if name in inside else once).update(found)
+    return dict(once), dict(looped)
 
 
 def large_copies(text: str, least: int = 1 << 20) -> dict[str, int]:
@@ -220,8 +257,10 @@ class AsksTheHost(Exception):
     """A program calls Python. JAX lowers no such call for a device that is not there."""
 
 
-def compile_with_thunks(lower: Callable[[], jax.stages.Lowered]) -> tuple[jax.stages.Compiled, str]:
-    """The compiled program, and its list of thunks, which XLA says only in a file.
+def compile_with_thunks(
+    lower: Callable[[], jax.stages.Lowered], is_gpu: bool = True
+) -> tuple[jax.stages.Compiled, str | None]:
+    """The compiled program, and its list of thunks, which XLA says only in a file; `None` of a TPU's.
 
     **Raises:**
 
@@ -233,6 +272,8 @@ def compile_with_thunks(lower: Callable[[], jax.stages.Lowered]) -> tuple[jax.st
         if "Unknown backend" not in str(error):
             raise
         raise AsksTheHost(f"asks the host: {error}") from None
+    if not is_gpu:
+        return lowered.compile(), None
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
         # The second is there if the passes changed something.

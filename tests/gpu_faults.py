@@ -79,7 +79,9 @@ def main() -> int:
         asked = argparse.Namespace(
             layers=1, devices=devices, rows=16, prompt=256, new=2048, lengths=(3,), lora_rank=0, target="h200"
         )
-        place = placed(mesh_of(asked.target, devices), asked.rows)
+        mesh = mesh_of(asked.target, devices)
+        place = placed(mesh, asked.rows)
+        jax.config.update("jax_default_device", mesh.devices.flat[0])  # see gpu_plan.py
         sound = next(program for program in programs("smollm2-135m", asked) if program.name.startswith("segment"))
         before, after = complaints(sound, place, asked), complaints(*fault(sound, place), asked)
         is_right = not before and any(expected in what for what in after)

@@ -17,6 +17,7 @@ from eqx_specgrpo.decoding._segment import run_segment
 from eqx_specgrpo.drafts import MedusaHeads
 from eqx_specgrpo.models import KVCache, NoCache, _partial_attention, take_rows
 from eqx_specgrpo.models._attention import attention, causal_mask
+from eqx_specgrpo.models._cache import attend_to_all
 from eqx_specgrpo.models._partial_attention import PartialAttention
 
 ROWS, BLOCK, CAPACITY = 3, 4, 24
@@ -103,6 +104,18 @@ def test_pieces_are_read_under_shard_map():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("rows",))
     sharded = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=(rows,) * 4, out_specs=rows))(*arguments)
     np.testing.assert_allclose(sharded, attend(*arguments), atol=1e-6)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (20, None), (None, 2.0)])
+def test_attention_to_all_slots_is_attention_to_those_that_are_filled(window, softcap):
+    """The form for accelerators against the one for CPUs."""
+    rng = np.random.default_rng(3)
+    keys, values = (jnp.asarray(rng.normal(size=(2, 2, 300, 4)), jnp.float32) for _ in range(2))
+    cache, queries = KVCache(keys.swapaxes(2, 3), values), jnp.asarray(rng.normal(size=(2, 2, 9, 4)), jnp.float32)
+    positions = jnp.array([[140], [3]]) + jnp.arange(3)[None]
+    found = attend_to_all(cache, queries, positions, sliding_window=window, softcap=softcap)
+    expected = cache.attend_on(PartialAttention.of_nothing(queries), queries, positions, window, softcap).result()
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])

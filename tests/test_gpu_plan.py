@@ -61,6 +61,39 @@ def test_copies_of_large_arrays_are_counted():
     assert gpu_target.large_copies(text) == {"bf16[16,3,64,2304]": 2}
 
 
+HLO = """\
+HloModule jit_run, entry_computation_layout={()->f32[]}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%inner (p: f32[16]) -> f32[16] {
+  ROOT %gather = f32[16]{0} all-gather(%p), dimensions={0}
+}
+
+%body.1 (p: (f32[16])) -> (f32[16]) {
+  %one = f32[16]{0} all-reduce-start(%p), to_apply=%add
+  %two = f32[16]{0} all-reduce-done(%one)
+  ROOT %called = (f32[16]{0}) call(%two), to_apply=%inner
+}
+
+%condition.1 (p: (f32[16])) -> pred[] {
+  ROOT %less = pred[] constant(true)
+}
+
+ENTRY %main (p: f32[16]) -> (f32[16]) {
+  %before = f32[16]{0} all-reduce(%p), to_apply=%add
+  ROOT %while.1 = (f32[16]{0}) while(%before), condition=%condition.1, body=%body.1
+}
+"""
+
+
+def test_collectives_of_a_program_without_thunks_are_read_by_their_place():
+    once, looped = gpu_target.collectives_of(HLO)
+    assert (once, looped) == ({"all-reduce": 1}, {"all-reduce": 1, "all-gather": 1})
+
+
 PLAN = gpu_target.Plan(
     argument_bytes=3_000_000,
     output_bytes=1_000_000,
@@ -76,6 +109,14 @@ PLAN = gpu_target.Plan(
     copies={},
     seconds=1.0,
 )
+
+
+def test_a_plan_for_a_tpu_says_nothing_of_kernels():
+    asked = argparse.Namespace(devices=1, new=2048, target="v5e")
+    plan = PLAN._replace(kernels=None, kernels_in_loop=None, kernels_in_loop_buffered=None)
+    assert gpu_plan.broken_promises("segment of length 3", plan, asked) == []
+    too_large = gpu_plan.broken_promises("update", plan._replace(temporary_bytes=20 << 30), asked)
+    assert too_large == ["needs 20.0 GiB of 16.0"]
 
 
 @pytest.mark.parametrize(
@@ -97,13 +138,17 @@ def test_promises(fault, complaint):
     assert broken == [] if complaint is None else complaint in broken[0]
 
 
-def test_a_machine_without_the_plugin_is_told_what_to_install(monkeypatch):
+@pytest.mark.parametrize(
+    ("target", "advice"),
+    [("h200", "pip install --no-deps jax-cuda12-plugin=="), ("v5e", "pip install --no-deps libtpu, in the version")],
+)
+def test_a_machine_without_the_compiler_is_told_what_to_install(target, advice, monkeypatch):
     def unknown(**_):
         raise RuntimeError("Unknown backend cuda")
 
     monkeypatch.setattr(gpu_target.topologies, "get_topology_desc", unknown)
-    with pytest.raises(SystemExit, match="pip install --no-deps jax-cuda12-plugin=="):
-        gpu_target.mesh_of("h200", 1)
+    with pytest.raises(SystemExit, match=advice):
+        gpu_target.mesh_of(target, 1)
 
 
 def test_programs_of_a_decoding_lower_from_shapes_alone():

@@ -8,9 +8,11 @@ import subprocess
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from eqx_specgrpo.config import _dtype_advice
 from eqx_specgrpo.config._dtype_advice import dtype_advice, product_seconds
+from eqx_specgrpo.models import platform_of
 from eqx_specgrpo.records import _machine
 from eqx_specgrpo.records._machine import machine, stolen_seconds
 from eqx_specgrpo.runtime import _version
@@ -56,7 +58,7 @@ def test_products_of_the_models_size_are_measured(hidden_size, measured):
 
 
 def test_nothing_is_measured_where_another_device_computes(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(_dtype_advice, "platform_of", lambda tree: "gpu")
     sizes = []
     assert dtype_advice("float32", 576, made_up({16: 3.0, 512: 3.0}, sizes)) is None and sizes == []
 
@@ -114,3 +116,21 @@ def test_stolen_time_is_what_linux_counts(tmp_path, monkeypatch):
     assert stolen_seconds() is None
     file.unlink()
     assert stolen_seconds() is None
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("cuda", "gpu"), ("gpu", "gpu"), ("tpu", "tpu"), ("cpu", "cpu")])
+def test_the_platform_is_that_of_the_arrays_and_else_the_default_one(platform, expected, monkeypatch):
+    here, shape = jnp.zeros(2), jax.ShapeDtypeStruct((2,), jnp.float32)
+    placed = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=SingleDeviceSharding(jax.devices("cpu")[0]))
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert platform_of({"weight": here}) == platform_of((None, 3, placed, shape)) == "cpu"
+    assert platform_of(shape) == platform_of(()) == expected
+    seen = []
+    jax.make_jaxpr(lambda x: seen.append(platform_of(x)) or x)(here)
+    assert seen == [expected], "an array that is traced lies nowhere"
+
+
+def test_the_default_device_is_the_platform_of_what_lies_nowhere(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert platform_of(()) == "cpu"

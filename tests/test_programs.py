@@ -25,7 +25,7 @@ from eqx_specgrpo.decoding._segment import UntilRowsFinish, run_segment
 from eqx_specgrpo.drafts import MedusaHeads
 from eqx_specgrpo.grpo import LossNormalizer, LossSettings, UpdateBatch, compute_copy, policy_gradients
 from eqx_specgrpo.grpo.losses import DAPO
-from eqx_specgrpo.models import Transformer, default_cache_dtype
+from eqx_specgrpo.models import Transformer, _dtype, default_cache_dtype
 
 # Sizes that no activation has: a weight is recognised by its shape.
 SIZES = dict(hidden_size=20, intermediate_size=28, vocab_size=37)
@@ -150,9 +150,9 @@ def test_an_adaptive_length_drafts_under_either_loop(loop, monkeypatch):
     assert expected > 0, "what a segment will yield is predicted once something has been measured"
 
 
-@pytest.mark.parametrize(("backend", "expected"), [("cpu", "float32"), ("gpu", "bfloat16")])
-def test_a_cache_has_the_dtype_of_the_model_but_on_cpu(backend, expected, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+@pytest.mark.parametrize(("platform", "expected"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")])
+def test_a_cache_has_the_dtype_of_the_model_but_on_cpu(platform, expected, monkeypatch):
+    monkeypatch.setattr(_dtype, "platform_of", lambda model: platform)
     model = tiny_transformer(**SIZES)
     assert default_cache_dtype(model) == jnp.float32
     assert default_cache_dtype(compute_copy(model, "bfloat16")) == jnp.dtype(expected)

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from helpers import quick_compilation, randomise, tiny_transformer
 
-from eqx_specgrpo.decoding import Coupled, FixedLength, _decode as decode_module, decode, teacher_forced_logprobs
+from eqx_specgrpo.decoding import (
+    Coupled,
+    FixedLength,
+    _decode as decode_module,
+    _prompts as prompts_module,
+    decode,
+    teacher_forced_logprobs,
+)
 from eqx_specgrpo.drafts import HydraHeads, NoDraft
 from eqx_specgrpo.models import KVCache, PrefixPass, SharedPromptCache, _partial_attention, sequence_features
 from eqx_specgrpo.sampling import Sampling
@@ -41,7 +48,7 @@ def test_tokens_are_those_of_rows_with_prompts_of_their_own(window, length, hydr
     # Rows end at different times: the batch was shrunk on the way, which gives the rest prompts of their own.
     assert len(set(shared.lengths)) > 4 and np.sort(shared.lengths)[-4] > np.sort(shared.lengths)[4]
     asked = []
-    monkeypatch.setattr(decode_module, "can_share", lambda *args: bool(asked.append(args)))
+    monkeypatch.setattr(decode_module, "share_prompts", lambda *args, **sizes: bool(asked.append(sizes)))
     own = decode(target, PROMPTS, **common)
     assert len(asked) == 1
     np.testing.assert_array_equal(shared.tokens, own.tokens)
@@ -55,13 +62,31 @@ def test_tokens_are_those_of_rows_with_prompts_of_their_own(window, length, hydr
 def test_when_prompts_are_shared(monkeypatch):
     """Not where rows wait for their turn: those that take their places follow other prompts."""
     target, answers = tiny_transformer(), []
-    ask = decode_module.can_share
-    monkeypatch.setattr(decode_module, "can_share", lambda *args: answers.append(ask(*args)) or answers[-1])
+    ask = decode_module.share_prompts
+
+    def asked(**sizes):
+        answers.append(ask(target, **sizes))
+        return answers[-1]
+
+    monkeypatch.setattr(decode_module, "share_prompts", lambda target, **sizes: asked(**sizes))
     common = dict(key=jr.key(0), max_new_tokens=4)
     decode(target, PROMPTS, samples=2, expected_lengths=[1.0, 3.0, 2.0], **common)
     decode(target, PROMPTS, samples=2, max_rows=4, **common)
     decode(target, PROMPTS, samples=1, **common)
     assert answers == [True, False, False]
+
+
+def test_on_an_accelerator_prompts_are_shared_where_copies_are_large(monkeypatch):
+    """16 MiB a layer are the limit; a CPU shares them always."""
+    target = tiny_transformer()
+    config = target.config
+    position = 2 * config.num_kv_heads * config.head_dim * 4
+    few = dict(prompts=1, width=(16 << 20) // (15 * position), samples=16, waiting=0, cache_dtype="float32")
+    more = few | dict(samples=17)
+    assert prompts_module.share_prompts(target, **few)
+    monkeypatch.setattr(prompts_module, "platform_of", lambda tree: "gpu")
+    assert not prompts_module.share_prompts(target, **few)
+    assert prompts_module.share_prompts(target, **more)
 
 
 @pytest.mark.parametrize("window", [None, 4])

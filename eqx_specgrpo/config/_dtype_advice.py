@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
-from ..models import matmul
+from ..models import matmul, platform_of
 from ..runtime import SMALL_HIDDEN_SIZE
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
@@ -68,7 +68,7 @@ def product_seconds(rows: int, size: int) -> dict[Dtype, float]:
 
 def dtype_advice(dtype: Dtype, hidden_size: int, measure: Measure = product_seconds) -> str | None:
     """What to say to whoever computes in one dtype where the other one would make a step faster; `None` if there is
-    nothing to say. Measures for a second, where the CPU computes; elsewhere nothing is said.
+    nothing to say. Measures for a second where the default device is a CPU; elsewhere nothing is said.
 
     **Arguments:**
 
@@ -76,7 +76,7 @@ def dtype_advice(dtype: Dtype, hidden_size: int, measure: Measure = product_seco
     - `hidden_size`: the model's; products of this size are measured, none for a very small one.
     - `measure`: seconds of products.
     """
-    if jax.default_backend() != "cpu" or hidden_size <= SMALL_HIDDEN_SIZE:
+    if platform_of(()) != "cpu" or hidden_size <= SMALL_HIDDEN_SIZE:
         return None
     other: Dtype = "float32" if dtype == "bfloat16" else "bfloat16"
     measured = [measure(rows, min(hidden_size, _LARGEST_SIZE)) for rows in (_FEW_ROWS, _MANY_ROWS)]

@@ -1,9 +1,8 @@
 """The batches that rows are shrunk to as others finish: powers of two, so that few programs are compiled."""
 
-import jax
 import jax.numpy as jnp
 
-from ..models import AbstractLanguageModel, matrix_dtype
+from ..models import AbstractLanguageModel, matrix_dtype, platform_of
 from ..runtime import SMALL_HIDDEN_SIZE
 
 
@@ -19,7 +18,7 @@ def default_smallest_bucket(target: AbstractLanguageModel) -> int:
     cores: 0.22 ms a token when shrunk down to 2, to 8 or not at all, 0.24 to 16), and each program takes seconds to
     compile.
     """
-    if jax.default_backend() != "cpu":
+    if platform_of(target) != "cpu":
         return 2
     if target.hidden_size <= SMALL_HIDDEN_SIZE:
         return 16

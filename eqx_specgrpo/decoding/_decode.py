@@ -23,7 +23,7 @@ from ._greedy_match import GreedyMatch
 from ._length import AbstractLengthController, FixedLength, SegmentObservation
 from ._order import StartOrder
 from ._output import Output
-from ._prompts import AbstractPromptStore, PromptsInRows, PromptsOnce, can_share
+from ._prompts import AbstractPromptStore, PromptsInRows, PromptsOnce, share_prompts
 from ._room import Room, RoomKeeper, grown, room_ladder, with_room
 from ._segment import AbstractSegmentLoop, SegmentQueue, default_loop
 from ._start import Modules, PromptState, prompt_pass, start_rows
@@ -149,14 +149,17 @@ def decode(
     smallest_bucket = default_smallest_bucket(target) if smallest_bucket is None else smallest_bucket
     if cache_dtype is None:
         cache_dtype = default_cache_dtype(target)
-    loop = default_loop() if loop is None else loop
+    loop = default_loop(target) if loop is None else loop
     rooms = room_ladder(prompts.tokens.shape[1], max_new_tokens + block, can_grow=caches_can_grow(target))
     keeper = RoomKeeper(rooms, block, loop)
     at_once = num_rows if max_rows is None else min(max_rows, num_rows)
     waiting = StartOrder(expected_lengths, len(prompts.lengths), samples)
     output = Output(num_rows, max_new_tokens, draft.max_length)
     row_ids = waiting.take(at_once, output.lengths, output.ended)
-    share = can_share(target, samples, len(waiting))
+    num_prompts, width = prompts.tokens.shape
+    share = share_prompts(
+        target, prompts=num_prompts, width=width, samples=samples, waiting=len(waiting), cache_dtype=cache_dtype
+    )
     if share:
         row_ids = np.arange(num_rows)
     state, store, prompt_state = _prefill(

@@ -9,12 +9,12 @@ import jax.random as jr
 from jaxtyping import DTypeLike
 
 from ..drafts import AbstractDraft
-from ..models import AbstractLanguageModel, Program, caches_can_grow
+from ..models import AbstractLanguageModel, Program, caches_can_grow, default_cache_dtype
 from ..sampling import AbstractSampling
 from ._decode import _prefill, _take_rows
-from ._prompts import can_share
+from ._prompts import share_prompts
 from ._room import room_ladder
-from ._segment import AbstractSegmentLoop, run_segment
+from ._segment import AbstractSegmentLoop, default_loop, run_segment
 from ._verify import AbstractVerifier
 
 
@@ -29,8 +29,8 @@ def decode_programs(
     prompt_length: int,
     new_tokens: int,
     lengths: Sequence[int],
-    loop: AbstractSegmentLoop,
-    cache_dtype: DTypeLike,
+    loop: AbstractSegmentLoop | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> list[Program]:
     """What `decode` compiles for one batch in one room: the prompts' pass, a segment of each draft length, and the step
     to half as many rows.
@@ -45,12 +45,16 @@ def decode_programs(
     - `lengths`: tokens drafted a round; one segment each.
     """
     rows = prompts * samples
+    loop = default_loop(target) if loop is None else loop
+    cache_dtype = default_cache_dtype(target) if cache_dtype is None else cache_dtype
     target, draft = eqx.filter_eval_shape(lambda: (target, draft))
     modules = (target, draft, verifier, sampling, _ints(1))
     ladder = room_ladder(prompt_length, target.max_length, can_grow=caches_can_grow(target))
     room = next((room for room in ladder if room.new >= new_tokens + draft.max_length + 1), ladder[-1])
     key = eqx.filter_eval_shape(jr.key, 0)
-    share = can_share(target, samples, waiting=0)
+    share = share_prompts(
+        target, prompts=prompts, width=prompt_length, samples=samples, waiting=0, cache_dtype=cache_dtype
+    )
     begin = Program(
         "prefill",
         _prefill,

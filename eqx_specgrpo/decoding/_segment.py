@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from ..models import AbstractLanguageModel, platform_of
 from ..runtime import CompileCounter
 from ._length import SegmentObservation, SegmentPlan
 from ._prompts import AbstractPromptStore
@@ -109,9 +110,9 @@ def _check_ahead(ahead: int) -> None:
         raise ValueError(f"ahead is {ahead}, but it is a number of segments, from 0")
 
 
-def default_loop() -> AbstractSegmentLoop:
-    """The one for the device that computes."""
-    return UntilRowsFinish() if jax.default_backend() == "cpu" else FixedRounds()
+def default_loop(target: AbstractLanguageModel) -> AbstractSegmentLoop:
+    """The one for the device that the target is on."""
+    return UntilRowsFinish() if platform_of(target) == "cpu" else FixedRounds()
 
 
 class SegmentReport(eqx.Module):

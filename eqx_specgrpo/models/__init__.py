@@ -44,6 +44,7 @@ from ._lora import (
     with_low_rank_gradients as with_low_rank_gradients,
 )
 from ._norm import RMSNorm as RMSNorm, rms_normalize as rms_normalize
+from ._platform import Platform as Platform, platform_of as platform_of
 from ._prefix import NoCache as NoCache, PrefixCache as PrefixCache, PrefixPass as PrefixPass
 from ._program import Program as Program
 from ._prompt_pass import fill_cache as fill_cache

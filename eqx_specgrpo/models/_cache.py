@@ -10,6 +10,7 @@ operand as it lies.
 """
 
 from abc import abstractmethod
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from ._attention import fold_queries, unfold_heads
+from ._attention import causal_mask, fold_queries, masked_scores, soft_capped, unfold_heads
 from ._partial_attention import PartialAttention, attend_to_filled
 
 
@@ -88,8 +89,14 @@ class KVCache(AbstractLayerCache):
     def attend(self, queries, keys, values, positions, sliding_window, softcap=None):
         cache = self.write(keys, values, positions)
         folded = fold_queries(queries, keys.shape[1]).astype(cache.values.dtype)
-        sums = cache.attend_on(PartialAttention.of_nothing(folded), folded, positions, sliding_window, softcap)
-        return unfold_heads(sums.result(), positions.shape[1]), cache
+        mixed = lax.platform_dependent(
+            cache,
+            folded,
+            positions,
+            cpu=partial(_attend_to_filled, sliding_window=sliding_window, softcap=softcap),
+            default=partial(attend_to_all, sliding_window=sliding_window, softcap=softcap),
+        )
+        return unfold_heads(mixed, positions.shape[1]), cache
 
     def attend_on(
         self,
@@ -102,6 +109,34 @@ class KVCache(AbstractLayerCache):
         """Adds what is in the cache, the block included, to what queries have seen elsewhere."""
         keys, values = self.transposed_keys, self.values
         return attend_to_filled(before, folded_queries, keys, values, positions, sliding_window, softcap)
+
+
+def _attend_to_filled(cache, folded_queries, positions, *, sliding_window, softcap):
+    nothing = PartialAttention.of_nothing(folded_queries)
+    return cache.attend_on(nothing, folded_queries, positions, sliding_window, softcap).result()
+
+
+def attend_to_all(
+    cache: KVCache,
+    folded_queries: Float[Array, "batch kv_heads folded head_dim"],
+    positions: Int[Array, "batch block"],
+    *,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Float[Array, "batch kv_heads folded head_dim"]:
+    """Attention to all slots of a cache, by one plain softmax, which XLA makes one kernel of on a GPU.
+
+    **Arguments:**
+
+    - `positions`: of the queries.
+    - `sliding_window`, `softcap`: see [`eqx_specgrpo.models.AbstractLayerCache`][].
+    """
+    keys, values = cache.transposed_keys, cache.values
+    place = jnp.arange(values.shape[2], dtype=positions.dtype)[None]
+    scores = jnp.einsum("bkqd,bkds->bkqs", folded_queries, keys, preferred_element_type=jnp.float32)
+    scores = masked_scores(soft_capped(scores, softcap), causal_mask(positions, place, sliding_window))
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("bkqs,bksd->bkqd", weights, values, preferred_element_type=jnp.float32)
 
 
 def write_rows(

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
+from ._platform import platform_of
+
 
 def matrix_dtype(model: eqx.Module) -> DTypeLike:
     """Of the largest matrix; float32 if there is none. Norms and biases stay float32 whatever the rest is in."""
@@ -15,4 +17,4 @@ def matrix_dtype(model: eqx.Module) -> DTypeLike:
 def default_cache_dtype(model: eqx.Module) -> DTypeLike:
     """Of keys and values: that of the model's matrices, or on CPU float32, since a bfloat16 write would convert a whole
     cache. Never less precise than the model: else decoding and training would differ by more than its rounding."""
-    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else matrix_dtype(model)
+    return jnp.dtype(jnp.float32) if platform_of(model) == "cpu" else matrix_dtype(model)

@@ -7,7 +7,7 @@ import jax
 
 from ..config import RunParts
 from ..grpo import UpdateBatch, UpdateBudget, UpdateChoice, choose_update, num_prompts, padded_width
-from ..models import AbstractLanguageModel
+from ..models import AbstractLanguageModel, platform_of
 from ..runtime import Memory
 
 # A micro-batch of more tokens is no faster on a CPU, and takes more memory.
@@ -40,7 +40,7 @@ class UpdatePlanner:
         longest = new if batch.completion_lengths is None else int(batch.completion_lengths.max())
         width = min(padded_width(longest), new) if is_divided else new
         prompts = num_prompts(min(alone, len(batch.prompt_rows)), len(batch.prompt_rows))
-        usual = _TOKENS_ON_CPU if jax.default_backend() == "cpu" else None
+        usual = _TOKENS_ON_CPU if platform_of(policy) == "cpu" else None
         auto = grpo.gradient_checkpointing == "auto"
         choice = choose_update(
             policy,
