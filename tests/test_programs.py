@@ -156,3 +156,5 @@ def test_a_cache_has_the_dtype_of_the_model_but_on_cpu(platform, expected, monke
     model = tiny_transformer(**SIZES)
     assert default_cache_dtype(model) == jnp.float32
     assert default_cache_dtype(compute_copy(model, "bfloat16")) == jnp.dtype(expected)
+    shapes = eqx.filter_eval_shape(lambda: compute_copy(model, "bfloat16"))
+    assert default_cache_dtype(shapes) == jnp.dtype(expected), "where a program is compiled from shapes alone"
