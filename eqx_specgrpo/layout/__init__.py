@@ -3,14 +3,24 @@
 Everything takes an [`eqx_specgrpo.layout.AbstractDeviceMesh`][]. With `OneDevice` its methods leave arrays as they are;
 with a `DeviceMesh` rows are divided over the axis `data` (`ROWS`), and parameters are in one of two layouts
 (`Layout.MASTER`, `Layout.COPY`). Models and drafts know nothing of it.
+
+Where there are several processes, an [`eqx_specgrpo.layout.AbstractProcesses`][] keeps them in step.
 """
 
+from ._coordinated import AbstractStore as AbstractStore, ManyProcesses as ManyProcesses
+from ._join import ProcessPlace as ProcessPlace, join_processes as join_processes, process_place as process_place
 from ._mesh import (
     AbstractDeviceMesh as AbstractDeviceMesh,
     DeviceMesh as DeviceMesh,
     OneDevice as OneDevice,
     make_mesh as make_mesh,
     to_local as to_local,
+)
+from ._processes import (
+    AbstractProcesses as AbstractProcesses,
+    NotInStepError as NotInStepError,
+    OneProcess as OneProcess,
+    OtherProcessError as OtherProcessError,
 )
 from ._rules import (
     DATA as DATA,
