@@ -265,7 +265,7 @@ def test_full_disk(refused, specgrpo, monkeypatch, tiny_folder, tmp_path):
     resume = ["run", "--resume", "--out", out, "--steps", 2]
     for place, failure, words in (
         ("records._folder._write_all", full, ("completions.jsonl could not be written", "--resume")),
-        ("records._checkpoint.save_file", full_in_rust, ("the checkpoint of step 2 could not be written", "--resume")),
+        ("records._checkpoint.write_tensor_file", full, ("the checkpoint of step 2 could not be written", "--resume")),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(f"eqx_specgrpo.{place}", failure)

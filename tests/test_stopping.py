@@ -169,7 +169,7 @@ def test_what_can_not_be_saved_is_told_with_what_ended_the_step(kept, state, mon
     def full(*_):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(_checkpoint, "save_file", full)
+    monkeypatch.setattr(_checkpoint, "write_tensor_file", full)
     with pytest.raises(UserError, match="a reward"):
         run.fail(4, UserError("a reward"), state)
     assert "the steps before could not be saved" in run.printed.getvalue()

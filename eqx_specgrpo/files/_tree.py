@@ -2,7 +2,7 @@
 
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import equinox as eqx
 import jax
@@ -24,9 +24,9 @@ def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
     """
     named = {}
     for path, leaf in jtu.tree_leaves_with_path(tree):
-        if not _is_array(leaf):
+        if not is_array(leaf):
             continue
-        name = _name(path)
+        name = array_name(path)
         if name in named:
             raise ValueError(f"two arrays of this PyTree are both called {name!r}: rename a dictionary key")
         named[name] = _to_host(leaf)
@@ -47,71 +47,78 @@ def read_tree(path: Path, template: PyTree, way_out: str) -> tuple[PyTree, int]:
     `CheckpointError` if the file cannot be read, or holds other arrays; it names them.
     """
     leaves, treedef = jtu.tree_flatten_with_path(template)
-    wanted = {_name(place): leaf for place, leaf in leaves if _is_array(leaf)}
+    wanted = {array_name(place): leaf for place, leaf in leaves if is_array(leaf)}
     try:
         with safe_open(path, framework="numpy") as file:
             names = set(file.keys())
-            _check_names(path, names, set(wanted), way_out)
+            check_names(path, names, set(wanted), way_out)
             found = {}
             checksum = 0
             for name in sorted(names):
                 value = file.get_tensor(name)
-                _check_shape(path, name, value, wanted[name], way_out)
+                check_shape(path, name, value, wanted[name], way_out)
                 checksum = zlib.crc32(value.tobytes(), checksum)
-                found[name] = _like(wanted[name], value)
+                found[name] = like(wanted[name], value)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing. {way_out}") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or corrupt ({error}). {way_out}") from error
-    return treedef.unflatten([found[_name(place)] if _is_array(leaf) else leaf for place, leaf in leaves]), checksum
+    return treedef.unflatten([found[array_name(place)] if is_array(leaf) else leaf for place, leaf in leaves]), checksum
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Whether it is kept: arrays of JAX and numpy, and numpy's scalars."""
     return eqx.is_array(leaf) or isinstance(leaf, np.ndarray | np.generic)
 
 
-def _is_key(leaf: Any) -> bool:
+def is_key(leaf: Any) -> TypeGuard[jax.Array]:
+    """Whether it is a typed PRNG key."""
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def array_name(path: tuple[Any, ...]) -> str:
+    """Of an array, by its place in a PyTree."""
     return jtu.keystr(path, simple=True, separator=".") or "value"
 
 
 def _to_host(leaf: Any) -> np.ndarray:
     # Not `ascontiguousarray`, which makes scalars one-dimensional.
-    return np.asarray(jr.key_data(leaf) if _is_key(leaf) else leaf, order="C")
+    return np.asarray(jr.key_data(leaf) if is_key(leaf) else leaf, order="C")
 
 
-def _like(leaf: Any, value: np.ndarray) -> Any:
+def like(leaf: Any, value: np.ndarray) -> Any:
+    """What was stored, as the kind of array that the template has."""
     if isinstance(leaf, np.ndarray):
         return value
     if isinstance(leaf, np.generic):
         return value[()]
-    if _is_key(leaf):
+    if is_key(leaf):
         return jr.wrap_key_data(jnp.array(value), impl=jr.key_impl(leaf))
     # A weakly typed array must come back as one, else what follows promotes (and compiles) differently.
     return leaf.at[...].set(value) if leaf.weak_type else jnp.array(value)
 
 
-def _check_names(path: Path, found: set[str], wanted: set[str], way_out: str) -> None:
+def check_names(path: Path, found: set[str], wanted: set[str], way_out: str) -> None:
+    """Raises `CheckpointError` if other tensors are there than were wanted; it names them."""
     missing, unexpected = sorted(wanted - found), sorted(found - wanted)
     if missing or unexpected:
         lists = [f"{word} {_few(names)}" for word, names in (("missing", missing), ("unexpected", unexpected)) if names]
         raise CheckpointError(f"{path} holds other tensors than were expected: {'; '.join(lists)}. {way_out}")
 
 
-def _check_shape(path: Path, name: str, value: np.ndarray, leaf: Any, way_out: str) -> None:
-    expected = _key_struct(leaf) if _is_key(leaf) else leaf
-    if value.shape != expected.shape or value.dtype != expected.dtype:
+def check_shape(path: Path, name: str, found: Any, leaf: Any, way_out: str) -> None:
+    """Raises `CheckpointError` if what was found, which has a shape and a dtype, is not as the template's array."""
+    expected = stored_struct(leaf)
+    if tuple(found.shape) != tuple(expected.shape) or np.dtype(found.dtype) != np.dtype(expected.dtype):
         raise CheckpointError(
-            f"{path}: tensor {name} is {value.dtype}{list(value.shape)}, this run needs "
+            f"{path}: tensor {name} is {found.dtype}{list(found.shape)}, this run needs "
             f"{expected.dtype}{list(expected.shape)}. {way_out}"
         )
 
 
-def _key_struct(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.eval_shape(jr.key_data, leaf)
+def stored_struct(leaf: Any) -> Any:
+    """Has the shape and dtype in which an array is stored; of a typed PRNG key those of its data."""
+    return jax.eval_shape(jr.key_data, leaf) if is_key(leaf) else leaf
 
 
 def _few(names: list[str]) -> str:

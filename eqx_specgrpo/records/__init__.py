@@ -7,16 +7,16 @@ from ._checkpoint import (
 from ._evaluations import EvaluationRecords as EvaluationRecords
 from ._fingerprint import changed_inputs as changed_inputs, fingerprint_file as fingerprint_file
 from ._folder import (
+    FollowedRunFolder as FollowedRunFolder,
     RunFolder as RunFolder,
     check_unused as check_unused,
-    read_records as read_records,
-    read_steps as read_steps,
     replace_file as replace_file,
     try_folder as try_folder,
 )
 from ._machine import machine as machine, stolen_seconds as stolen_seconds
 from ._plot import new_figure as new_figure, plot_run as plot_run, save_figure as save_figure
 from ._progress import RunProgress as RunProgress
+from ._record_lines import read_records as read_records, read_steps as read_steps
 from ._report import (
     first_to_last as first_to_last,
     phase_times as phase_times,
@@ -24,6 +24,7 @@ from ._report import (
     summary_table as summary_table,
     summary_text as summary_text,
 )
+from ._run_folder import AbstractRunFolder as AbstractRunFolder
 from ._speculation import (
     Balance as Balance,
     Comparison as Comparison,

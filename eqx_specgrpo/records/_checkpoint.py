@@ -1,7 +1,9 @@
 """Checkpoints of a run: everything that resuming needs, written aside and renamed, so that a kill leaves a whole one.
 
 `checkpoints/step-000003` is the state after three steps: one safetensors file a named PyTree, and `meta.json`, which
-is written last and says what belongs to it.
+is written last and says what belongs to it. Of several processes each writes what its devices have into files of its
+own (`policy.1.safetensors`); `meta.json` says which parts make up an array, so that any number of processes and devices
+reads it.
 """
 
 import errno
@@ -9,27 +11,32 @@ import json
 import os
 import re
 import shutil
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 from jaxtyping import PyTree
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from ..errors import CheckpointError, UserError
-from ..files import named_arrays, read_tree
+from ..files import PieceReader, StoredArray, StoredPiece, own_pieces, write_tensor_file
+from ..layout import AbstractProcesses, OneProcess
 from ..runtime import package_version
+from ._old_checkpoint import old_arrays
 
 _STEP = re.compile(r"step-(\d{6,})")
 _REPLACED = re.compile(r"\.replaced-step-(\d{6,})")
-_FORMAT = 1
+_FORMAT = 2
 
 
 def save_checkpoint(
-    run_folder: Path, step: int, trees: Mapping[str, PyTree], meta: Mapping[str, Any], keep: int | None = 2
+    run_folder: Path,
+    step: int,
+    trees: Mapping[str, PyTree],
+    meta: Mapping[str, Any],
+    keep: int | None = 2,
+    processes: AbstractProcesses | None = None,
 ) -> Path:
     """Writes `checkpoints/step-NNNNNN` of a run folder; a checkpoint of the same step is replaced.
 
@@ -43,6 +50,7 @@ def save_checkpoint(
     - `trees`: PyTrees by name. Their arrays are kept bit for bit, PRNG keys included; all else is the template's.
     - `meta`: what else resuming needs, as JSON can hold it.
     - `keep`: how many checkpoints are left in place, this one included; `None`: all.
+    - `processes`: of the run, all of which call this together.
 
     **Returns:**
 
@@ -50,44 +58,101 @@ def save_checkpoint(
 
     **Raises:**
 
-    `UserError` where the disk is full or not writable. The earlier checkpoints are as they were.
+    `UserError` where the disk is full or not writable, in this process or another. The earlier checkpoints are as they
+    were.
     """
+    processes = OneProcess() if processes is None else processes
     root = run_folder / "checkpoints"
     name = f"step-{step:06d}"
-    aside = root / f".tmp-{name}-{os.getpid()}"
+    aside, phase = root / f".tmp-{name}", f"checkpoint of step {step}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        _tidy(root)
-        aside.mkdir()
-        summaries = {tree_name: _write_tree(aside, tree_name, tree) for tree_name, tree in trees.items()}
-        about = {
-            "format": _FORMAT,
-            "step": step,
-            "jax": jax.__version__,
-            "eqx_specgrpo": package_version(),
-            "trees": summaries,
-            "meta": dict(meta),
-        }
-        with open(aside / "meta.json", "w", encoding="utf-8") as file:
-            json.dump(about, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_folder(aside)
-        final = root / name
-        if final.exists():
-            os.rename(final, root / f".replaced-{name}")
-        os.rename(aside, final)
-        _sync_folder(root)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        with _told(processes, f"{phase}: begun", run_folder, step):
+            if processes.is_first:
+                root.mkdir(parents=True, exist_ok=True)
+                _tidy(root)
+                aside.mkdir()
+        processes.exchange(f"{phase}: begun", b"")
+        with _told(processes, f"{phase}: written", run_folder, step):
+            own = {name: _write_pieces(aside, name, tree, processes) for name, tree in trees.items()}
+            _sync_folder(aside)
+        parts = processes.gather(f"{phase}: written", own)
+        with _told(processes, f"{phase}: whole", run_folder, step):
+            if processes.is_first:
+                _commit(aside, root / name, step, {name: _joined(name, parts) for name in trees}, meta)
+        processes.exchange(f"{phase}: whole", b"")
+    except BaseException:
+        if processes.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if processes.is_first:
+        _prune(root, step, keep)
+    return root / name
+
+
+@contextmanager
+def _told(processes: AbstractProcesses, phase: str, run_folder: Path, step: int) -> Iterator[None]:
+    """Around a part of saving: what the system says of the disk is an error in all processes."""
+    try:
+        yield
+    except OSError as error:
         whole = latest_checkpoint(run_folder)
         kept = f"nothing saved before is lost, {whole} is whole" if whole else "there was no earlier checkpoint"
-        raise UserError(
-            f"the checkpoint of step {step} could not be written to {root}: {_reason(error)}; {kept}. Make room there, "
-            "then run again with --resume"
-        ) from error
-    _prune(root, step, keep)
-    return final
+        message = (
+            f"the checkpoint of step {step} could not be written to {run_folder / 'checkpoints'}: {_reason(error)}; "
+            f"{kept}. Make room there, then run again with --resume"
+        )
+        processes.exchange(phase, b"", error=message)
+        raise UserError(message) from error
+
+
+def _write_pieces(folder: Path, name: str, tree: PyTree, processes: AbstractProcesses) -> dict[str, Any]:
+    """Writes what this process has of a tree; where each part of its arrays is, as `meta.json` says it."""
+    pieces = own_pieces(tree, is_first=processes.is_first)
+    if not pieces and not processes.is_first:
+        return {}
+    file = f"{name}.safetensors" if processes.is_first else f"{name}.{processes.index}.safetensors"
+    checksums = write_tensor_file(folder / file, [piece.tensor for piece in pieces])
+    arrays: dict[str, Any] = {}
+    for piece in pieces:
+        about = arrays.setdefault(
+            piece.of, {"dtype": piece.tensor.dtype.name, "shape": list(piece.shape), "pieces": []}
+        )
+        place = {"file": file, "name": piece.tensor.name, "start": list(piece.start)}
+        about["pieces"].append(place | {"crc32": checksums[piece.tensor.name]})
+    return arrays
+
+
+def _joined(name: str, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all processes have of a tree."""
+    arrays: dict[str, Any] = {}
+    for part in parts:
+        for array, about in part[name].items():
+            if array in arrays:
+                arrays[array]["pieces"] += about["pieces"]
+            else:
+                arrays[array] = dict(about)
+    return arrays
+
+
+def _commit(aside: Path, final: Path, step: int, trees: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    """Says what belongs to the checkpoint, and puts it in place."""
+    about = {
+        "format": _FORMAT,
+        "step": step,
+        "jax": jax.__version__,
+        "eqx_specgrpo": package_version(),
+        "trees": trees,
+        "meta": dict(meta),
+    }
+    with open(aside / "meta.json", "w", encoding="utf-8") as file:
+        json.dump(about, file)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(aside)
+    if final.exists():
+        os.rename(final, final.with_name(f".replaced-{final.name}"))
+    os.rename(aside, final)
+    _sync_folder(final.parent)
 
 
 def latest_checkpoint(run_folder: Path) -> Path | None:
@@ -102,12 +167,13 @@ def checkpointed_steps(run_folder: Path) -> int:
 
 
 def load_checkpoint(folder: Path, templates: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], dict[str, Any]]:
-    """Reads named PyTrees of a checkpoint.
+    """Reads named PyTrees of a checkpoint, whichever processes and devices wrote it.
 
     **Arguments:**
 
     - `folder`: as [`latest_checkpoint`][] returns it.
-    - `templates`: for each tree that is wanted, one of the same structure, shapes and dtypes; its arrays are replaced.
+    - `templates`: for each tree that is wanted, one of the same structure, shapes and dtypes; its arrays are replaced,
+        and are on the same devices.
 
     **Returns:**
 
@@ -124,33 +190,29 @@ def load_checkpoint(folder: Path, templates: Mapping[str, PyTree]) -> tuple[dict
         version = about["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / 'meta.json'} cannot be read: {error}. {_way_out(folder)}") from error
-    if version != _FORMAT:
+    if version not in (1, _FORMAT):
         raise CheckpointError(
-            f"{folder} is in format {version}, this version of eqx_specgrpo reads {_FORMAT}: update it"
+            f"{folder} is in format {version}, this version of eqx_specgrpo reads 1 and {_FORMAT}: update it"
         )
-    trees = {}
+    trees, way_out = {}, _way_out(folder)
+    reader = PieceReader(folder, way_out)
     for name, template in templates.items():
         if name not in summaries:
-            raise CheckpointError(f"{folder} holds no {name!r}, only {', '.join(summaries)}. {_way_out(folder)}")
-        trees[name], checksum = read_tree(folder / f"{name}.safetensors", template, _way_out(folder))
-        if checksum != summaries[name]["crc32"]:
-            raise CheckpointError(
-                f"{folder / name}.safetensors is corrupt: its contents do not match the checksum they were saved with. "
-                f"{_way_out(folder)}"
-            )
+            raise CheckpointError(f"{folder} holds no {name!r}, only {', '.join(summaries)}. {way_out}")
+        path = folder / f"{name}.safetensors"
+        if version == 1:
+            arrays = old_arrays(path, summaries[name]["crc32"], way_out)
+        else:
+            arrays = {array: _stored(about) for array, about in summaries[name].items()}
+        trees[name] = reader.read_tree(path, template, arrays)
     return trees, {**meta, "step": step}
 
 
-def _write_tree(folder: Path, name: str, tree: PyTree) -> dict[str, int]:
-    arrays = named_arrays(tree)
-    path = folder / f"{name}.safetensors"
-    save_file(dict(arrays), path)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    checksum = 0
-    for key in sorted(arrays):
-        checksum = zlib.crc32(arrays[key].tobytes(), checksum)
-    return {"tensors": len(arrays), "bytes": sum(array.nbytes for array in arrays.values()), "crc32": checksum}
+def _stored(about: Mapping[str, Any]) -> StoredArray:
+    pieces = [
+        StoredPiece(piece["file"], piece["name"], tuple(piece["start"]), piece["crc32"]) for piece in about["pieces"]
+    ]
+    return StoredArray(about["dtype"], tuple(about["shape"]), pieces)
 
 
 def _sync_folder(folder: Path) -> None:

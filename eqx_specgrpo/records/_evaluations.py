@@ -7,7 +7,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import json_line
-from ._folder import read_records, replace_file
+from ._folder import replace_file
+from ._record_lines import read_records
 
 
 class EvaluationRecords:

@@ -1,7 +1,6 @@
-"""The folder of a run: its configuration, its records, and the guard that one process at a time writes there."""
+"""Writing to the folder of a run: its configuration, its records, and the guard that one process at a time does so."""
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,8 @@ from typing import IO, Any
 from ..choices import TRACKERS
 from ..errors import UserError
 from ..files import json_line
+from ._record_lines import counted_from_one, records_of, starts_of, step_of
+from ._run_folder import AbstractRunFolder
 
 if sys.platform == "win32":
     import msvcrt
@@ -24,21 +25,8 @@ _AS_IT_WAS = (
 )
 
 
-class RunFolder:
-    """Opens a run's folder for writing, and holds it until `close` (or the end of a `with` block, or of the process).
-
-    - `config.toml`: the resolved configuration.
-    - `metrics.jsonl`: one object a step, with its `step`, counted from 1.
-    - `completions.jsonl`: one object a completion, with its `step`.
-    - `machine.jsonl`: one object a start, of what the steps from `from_step` on were computed on.
-    - `inputs.jsonl`: one object a start, of what they were computed from: fingerprints by name.
-    - `times.jsonl`: one object a start, of where its wall-clock time went.
-    - `comparison.json`: what was measured against plain decoding at the end.
-    - `trackers.json`: what trackers need to go on; some write in folders of their own names.
-    - `eval.jsonl`, `eval_completions.jsonl`, `best.json`: see [`EvaluationRecords`][].
-    - `checkpoints/`, `policy/`, `draft/`: written by others.
-
-    Older folders count steps from 0. They are counted anew when a run goes on there.
+class RunFolder(AbstractRunFolder):
+    """A run's folder, open for writing: held until `close` (or the end of a `with` block, or of the process).
 
     **Arguments:**
 
@@ -51,10 +39,8 @@ class RunFolder:
     `resume` is true.
     """
 
-    path: Path
-
     def __init__(self, path: Path, resume: bool = False):
-        self.path = path
+        super().__init__(path)
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file, not a folder: choose another run folder with --out")
         if resume and not self.config_path.exists():
@@ -75,129 +61,43 @@ class RunFolder:
             self._lock.close()
             raise
 
-    @property
-    def config_path(self) -> Path:
-        return self.path / "config.toml"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def completions_path(self) -> Path:
-        return self.path / "completions.jsonl"
-
-    @property
-    def machine_path(self) -> Path:
-        return self.path / "machine.jsonl"
-
-    @property
-    def inputs_path(self) -> Path:
-        return self.path / "inputs.jsonl"
-
-    @property
-    def times_path(self) -> Path:
-        return self.path / "times.jsonl"
-
-    @property
-    def comparison_path(self) -> Path:
-        return self.path / "comparison.json"
-
-    @property
-    def policy_path(self) -> Path:
-        return self.path / "policy"
-
-    @property
-    def draft_path(self) -> Path:
-        return self.path / "draft"
-
     def write_config(self, text: str) -> None:
-        """Writes `config.toml`, aside and renamed."""
         replace_file(self.config_path, text.encode())
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Adds one line to `metrics.jsonl`. JSON has no NaN and no infinity: both become `null`."""
         self._append(self.metrics_path, [metrics])
 
     def write_machine(self, done: int, machine: Mapping[str, Any]) -> None:
-        """Says in `machine.jsonl` what the steps after `done` of them are computed on. Starts whose steps are all done
-        again are forgotten."""
         self._write_start(self.machine_path, done, machine)
 
-    def read_machine(self, done: int) -> dict[str, Any] | None:
-        """What the first `done` steps were computed on, the last of it if it changed; `None` if nothing says so."""
-        kept = _starts_of(self.machine_path, done)
-        return kept[-1] if kept else None
-
     def write_inputs(self, done: int, inputs: Mapping[str, Any]) -> None:
-        """Says in `inputs.jsonl` what the steps after `done` of them are computed from, in the same way."""
         self._write_start(self.inputs_path, done, {"inputs": dict(inputs)})
 
-    def read_inputs(self, done: int) -> dict[str, dict[str, Any]] | None:
-        """What the first `done` steps were computed from, the last of them if it changed; `None` if nothing says so.
-
-        **Raises:**
-
-        `UserError` if the record is damaged.
-        """
-        kept = _starts_of(self.inputs_path, done)
-        if not kept:
-            return None
-        inputs = kept[-1].get("inputs")
-        if not isinstance(inputs, dict) or not all(isinstance(value, dict) for value in inputs.values()):
-            raise UserError(f"{self.inputs_path} has a line without inputs: remove it")
-        return inputs
-
-    def times(self) -> list[dict[str, Any]]:
-        """The objects of `times.jsonl`, one a start; none in an older folder, which has no such file."""
-        return read_records(self.times_path) if self.times_path.exists() else []
-
     def write_times(self, starts: Iterable[Mapping[str, Any]]) -> None:
-        """Writes `times.jsonl` anew."""
         self._replace(self.times_path, starts)
 
-    def comparison(self) -> dict[str, Any] | None:
-        """What `comparison.json` holds, if it is there."""
-        if not self.comparison_path.exists():
-            return None
-        try:
-            return json.loads(self.comparison_path.read_bytes())
-        except (OSError, ValueError):
-            return None  # it can be measured again
-
     def write_comparison(self, comparison: Mapping[str, Any]) -> None:
-        """Writes `comparison.json`."""
         self._replace(self.comparison_path, [comparison])
 
     def append_completions(self, completions: Iterable[Mapping[str, Any]]) -> None:
-        """Adds lines to `completions.jsonl`."""
         self._append(self.completions_path, completions)
 
     def rewind(self, done: int) -> None:
-        """Drops the records of the steps after the first `done`: a run resumed from there writes them again. To be
-        called after each resume: a last line that a kill left half-written goes as well."""
         self._close_files()
         for path in (self.metrics_path, self.completions_path):
             if path.exists():
-                lines = _records(path)
-                steps = [_step(path, number, record) for number, _, record in lines]
+                lines = records_of(path)
+                steps = [step_of(path, number, record) for number, _, record in lines]
                 if steps[:1] == [0]:
-                    anew = _counted_from_one([record for _, _, record in lines])
+                    anew = counted_from_one([record for _, _, record in lines])
                     self._replace(path, [record for record in anew if record["step"] <= done])
                 else:  # what is kept stays as it is, to the byte
                     kept = [line for step, (_, line, _) in zip(steps, lines, strict=True) if step <= done]
                     replace_file(path, b"".join(line + b"\n" for line in kept))
 
     def close(self) -> None:
-        """Closes the files, and lets other processes have the folder."""
         self._close_files()
         self._lock.close()
-
-    def __enter__(self) -> "RunFolder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _close_files(self) -> None:
         for file in self._files.values():
@@ -208,7 +108,7 @@ class RunFolder:
         replace_file(path, _as_lines(records))
 
     def _write_start(self, path: Path, done: int, about: Mapping[str, Any]) -> None:
-        self._replace(path, [*_starts_of(path, done), {"from_step": done + 1} | dict(about)])
+        self._replace(path, [*starts_of(path, done), {"from_step": done + 1} | dict(about)])
 
     def _append(self, path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         lines = _as_lines(records)
@@ -221,70 +121,46 @@ class RunFolder:
             raise _write_error(path, error) from error
 
 
-def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The objects of a `metrics.jsonl` or `completions.jsonl`, with steps counted from 1, whichever version wrote it.
+class FollowedRunFolder(AbstractRunFolder):
+    """A run's folder, of a run of several processes, in those that do not write to it: what would be written is not.
 
-    **Raises:**
+    **Arguments:**
 
-    As `read_records`.
+    - `path`: the folder, on a file system that the process which writes sees as well.
     """
-    return _counted_from_one(read_records(path))
 
+    def write_config(self, text):
+        del text
 
-def _counted_from_one(records: list[dict[str, Any]], key: str = "step") -> list[dict[str, Any]]:
-    """Records as they are written now: older ones begin with step 0."""
-    if not records or records[0].get(key) != 0:
-        return records
-    return [record | {key: record[key] + 1} for record in records]
+    def append_metrics(self, metrics):
+        del metrics
+
+    def write_machine(self, done, machine):
+        del done, machine
+
+    def write_inputs(self, done, inputs):
+        del done, inputs
+
+    def write_times(self, starts):
+        del starts
+
+    def write_comparison(self, comparison):
+        del comparison
+
+    def append_completions(self, completions):
+        del completions
+
+    def rewind(self, done):
+        del done
+
+    def close(self):
+        pass
 
 
 def _as_lines(records: Iterable[Mapping[str, Any]]) -> bytes:
     lines = (json_line(record) + "\n" for record in records)
     # A lone surrogate, half of a character that a completion broke off in, has no UTF-8.
     return "".join(lines).encode("utf-8", "replace")
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a `metrics.jsonl` or `completions.jsonl`; a half-written last line is left out.
-
-    **Raises:**
-
-    `UserError` if the file is missing, or has a line that is no JSON object.
-    """
-    return [record for _, _, record in _records(path)]
-
-
-def _records(path: Path) -> list[tuple[int, bytes, dict[str, Any]]]:
-    try:
-        *lines, _ = path.read_bytes().split(b"\n")  # What follows the last newline is nothing, or half a line.
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; is it the folder of a run?") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise UserError(f"line {number} of {path} is not a JSON object: remove it")
-        records.append((number, line, record))
-    return records
-
-
-def _step(path: Path, number: int, record: Mapping[str, Any], name: str = "step") -> int:
-    step = record.get(name)
-    if not isinstance(step, int):
-        raise UserError(f"line {number} of {path} has no {name}: remove it")
-    return step
-
-
-def _starts_of(path: Path, done: int) -> list[dict[str, Any]]:
-    """The records of the starts that the first `done` steps are of: what came of the others is done again."""
-    starts = _records(path) if path.exists() else []
-    for number, _, start in starts:
-        _step(path, number, start, "from_step")
-    anew = _counted_from_one([start for _, _, start in starts], "from_step")
-    return [start for start in anew if start["from_step"] <= done]
 
 
 def check_unused(path: Path) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ._folder import read_steps, replace_file
+from ._folder import replace_file
+from ._record_lines import read_steps
 from ._times import STEP_PHASES
 
 _WINDOW = 5

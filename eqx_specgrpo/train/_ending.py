@@ -11,7 +11,8 @@ from rich.console import Console
 from ..config import RunConfig, resume_command
 from ..decoding import DecodeProgress
 from ..errors import Stopped, UserError
-from ..records import RunFolder, RunProgress, save_checkpoint
+from ..layout import AbstractProcesses, OneProcess
+from ..records import AbstractRunFolder, RunProgress, save_checkpoint
 from ._interrupt import StopRequest
 from ._state import RunState
 
@@ -20,15 +21,25 @@ class StepLeft(Exception):
     """A step was left in its rollouts, because a kill may come before they are done: it is done again on resuming."""
 
 
-def unless_urgent(stop: StopRequest, decoding: Callable[[DecodeProgress], None]) -> Callable[[DecodeProgress], None]:
-    """`decoding`, the callback of a rollout, that raises [`StepLeft`][] once a stop is urgent."""
+def unless_urgent(
+    stop: StopRequest, decoding: Callable[[DecodeProgress], None], processes: AbstractProcesses | None = None
+) -> Callable[[DecodeProgress], None]:
+    """`decoding`, the callback of a rollout, that raises [`StepLeft`][] once a stop is urgent, in any of the processes,
+    and `OtherProcessError` once another has failed."""
 
     def callback(progress: DecodeProgress) -> None:
-        if stop.is_urgent:
-            raise StepLeft
+        leave_if_urgent(stop)
+        if processes is not None:
+            processes.check()
         decoding(progress)
 
     return callback
+
+
+def leave_if_urgent(stop: StopRequest) -> None:
+    """Raises [`StepLeft`][] once a stop is urgent."""
+    if stop.is_urgent:
+        raise StepLeft
 
 
 class Keeper:
@@ -39,19 +50,22 @@ class Keeper:
     - `folder`, `config`: of the run.
     - `saved`: the step whose state is in a checkpoint, or costs nothing to make again; `None` if there is none such.
     - `stop`: who asks for an end.
+    - `processes`: of the run. What is saved is saved by all of them together.
     """
 
     def __init__(
         self,
-        folder: RunFolder,
+        folder: AbstractRunFolder,
         config: RunConfig,
         saved: int | None,
         progress: RunProgress,
         console: Console,
         stop: StopRequest,
+        processes: AbstractProcesses | None = None,
     ):
         self._folder, self._config, self._saved = folder, config, saved
         self._progress, self._console, self._stop = progress, console, stop
+        self._processes = OneProcess() if processes is None else processes
 
     @contextmanager
     def before(self, step: int, state: RunState) -> Iterator[None]:
@@ -68,9 +82,13 @@ class Keeper:
         except Stopped:
             raise  # a second signal: who sent it does not want to wait
         except StepLeft:
+            self._stop.learn()
             self._save(step, state)
             self._end(step)
         except BaseException as error:
+            if isinstance(error, jax.errors.JaxRuntimeError):  # of a collective, as when another process has gone
+                self._processes.blame(error)
+            self._processes.fail(one_line(error))
             is_kept = self._keep(step, state)
             if is_kept and self._stop.asked:
                 self._progress.note(f"step {step + 1} was not finished: {error}")
@@ -90,16 +108,20 @@ class Keeper:
         config = self._config
         if done == config.steps or done % config.save_steps == 0:
             self._save(done, state)
-        self.pause(done, state)
+        self.pause(done, state, "done")
 
-    def pause(self, done: int, state: RunState) -> None:
+    def pause(self, done: int, state: RunState, where: str) -> None:
         """Between two steps, or behind an evaluation.
+
+        **Arguments:**
+
+        - `where`: a word for it, another one for each pause after so many steps.
 
         **Raises:**
 
         `Stopped` if a signal has asked for it, with the state saved.
         """
-        if self._stop.asked:
+        if self._stop.agree(f"step {done}: {where}"):
             self._save(done, state)
             self._end(done)
 
@@ -107,14 +129,19 @@ class Keeper:
         if self._saved != step:
             with self._progress.timed("checkpoints", "writing the checkpoint"):
                 keep = self._config.save_total_limit
-                save_checkpoint(self._folder.path, step, state.trees(), state.numbers(), keep)
+                save_checkpoint(self._folder.path, step, state.trees(), state.numbers(), keep, self._processes)
             self._saved = step
 
     def _keep(self, step: int, state: RunState) -> bool:
         """Saves the state before a step that failed, if it can, and says so; whether the steps before are kept."""
         if self._saved == step:
             return True
-        if is_donated(state):
+        try:
+            whole = self._processes.gather(f"step {step}: what can be kept", not is_donated(state))
+        except UserError as error:
+            self._progress.note(f"the steps since the last checkpoint could not be saved: {error}")
+            return False
+        if not all(whole):
             self._progress.note("an update of this step had been made: --resume goes on from the last checkpoint")
             return False
         try:
@@ -138,6 +165,12 @@ class Keeper:
             highlight=False,
         )
         raise Stopped(self._stop.number, at_once=False)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, for other processes to tell."""
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())
 
 
 def is_donated(tree: PyTree) -> bool:

@@ -5,7 +5,7 @@ from rich.console import Console
 from ..config import DraftConfig, RunConfig, RunParts, draft_spec, model_name
 from ..drafts import save_draft
 from ..grpo import compute_copy
-from ..records import Comparison, RunFolder, RunProgress, read_steps, summary_table
+from ..records import AbstractRunFolder, Comparison, RunProgress, read_steps, summary_table
 from ._compare import compare_with_plain
 from ._lessons import COMPARE
 from ._policy import save_policy
@@ -17,7 +17,7 @@ from ._step import step_key
 def finish(
     parts: RunParts,
     state: RunState,
-    folder: RunFolder,
+    folder: AbstractRunFolder,
     progress: RunProgress,
     segments: SegmentLog,
 ) -> Comparison | None:
@@ -52,7 +52,7 @@ def finish(
     return comparison
 
 
-def sum_up(config: RunConfig, folder: RunFolder, comparison: Comparison | None, console: Console) -> None:
+def sum_up(config: RunConfig, folder: AbstractRunFolder, comparison: Comparison | None, console: Console) -> None:
     """Prints what the run has come to.
 
     **Arguments:**

@@ -11,7 +11,7 @@ from ..config import NOTHING_GIVEN, Given, RunConfig, default_model_path, draft_
 from ..errors import UserError
 from ..files import is_import_spec, user_path
 from ..models import locate
-from ..records import RunFolder, changed_inputs, checkpointed_steps, fingerprint_file
+from ..records import AbstractRunFolder, changed_inputs, checkpointed_steps, fingerprint_file
 from ..tasks import AbstractTask
 from ._given_inputs import GIVEN_WEIGHTS, given_inputs
 
@@ -64,7 +64,9 @@ def _model_files(config: RunConfig) -> list[Path]:
     return [path for path in sorted(place.iterdir()) if path.name in _TOKENIZER or path.suffix == _WEIGHTS]
 
 
-def check_inputs(folder: RunFolder, config: RunConfig, now: Mapping[str, Mapping[str, Any]], *, accept: bool) -> None:
+def check_inputs(
+    folder: AbstractRunFolder, config: RunConfig, now: Mapping[str, Mapping[str, Any]], *, accept: bool
+) -> None:
     """Compares what a resumed run would be computed from with what its steps up to now were.
 
     **Arguments:**

@@ -8,12 +8,18 @@ from types import FrameType
 from typing import Any
 
 from ..errors import Stopped
+from ..layout import AbstractProcesses, OneProcess
 
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is what a closed terminal sends; Windows has none
+_TOPIC = "stop"  # of what processes tell one another
 
 
 class StopRequest:
-    """Whether a signal has asked for an end.
+    """Whether a signal has asked for an end; of several processes, any of them.
+
+    **Arguments:**
+
+    - `processes`: of the run.
 
     **Attributes:**
 
@@ -22,8 +28,10 @@ class StopRequest:
 
     number: signal.Signals | None
 
-    def __init__(self):
+    def __init__(self, processes: AbstractProcesses | None = None):
         self.number = None
+        self._processes = OneProcess() if processes is None else processes
+        self._whose = self._processes.index
 
     @property
     def asked(self) -> bool:
@@ -32,29 +40,58 @@ class StopRequest:
     @property
     def is_urgent(self) -> bool:
         """Whether a kill may follow in seconds, as after SIGTERM. Who presses Ctrl-C waits."""
-        return self.number is not None and self.number != signal.SIGINT
+        numbers = [signal.Signals[name] for name in self._processes.told(_TOPIC).values()]
+        return any(number not in (None, signal.SIGINT) for number in (self.number, *numbers))
 
     @property
     def name(self) -> str:
         """For messages."""
         assert self.number is not None
-        return "Ctrl-C" if self.number == signal.SIGINT else self.number.name
+        name = "Ctrl-C" if self.number == signal.SIGINT else self.number.name
+        return name if self._processes.count == 1 else f"{name} in process {self._whose}"
+
+    def ask(self, number: signal.Signals) -> None:
+        """A signal has come. All processes are told."""
+        self.number = number
+        self._processes.tell(_TOPIC, number.name)
+
+    def agree(self, phase: str) -> bool:
+        """Whether a signal has asked for an end in any process: the same answer in all of them.
+
+        **Arguments:**
+
+        - `phase`: see [`eqx_specgrpo.layout.AbstractProcesses`][].
+        """
+        names = self._processes.gather(phase, self.number.name if self.number is not None else None)
+        for index, name in enumerate(names):
+            if name is not None:
+                self.number, self._whose = signal.Signals[name], index
+                return True
+        return False
+
+    def learn(self) -> None:
+        """Takes over a signal that another process has had."""
+        for index, name in sorted(self._processes.told(_TOPIC).items()):
+            if self.number is None:
+                self.number, self._whose = signal.Signals[name], index
 
 
 @contextmanager
-def stop_requests(tell: Callable[[StopRequest], None]) -> Iterator[StopRequest]:
+def stop_requests(
+    tell: Callable[[StopRequest], None], processes: AbstractProcesses | None = None
+) -> Iterator[StopRequest]:
     """Within the `with` block the first of SIGINT, SIGTERM and SIGHUP is noted in the `StopRequest`, and `tell` called.
 
     **Raises:**
 
     `Stopped` wherever the program is when the second one comes.
     """
-    request = StopRequest()
+    request = StopRequest(processes)
 
     def ask(number: signal.Signals) -> None:
         if request.asked:
             raise Stopped(number, at_once=True)
-        request.number = number
+        request.ask(number)
         tell(request)
 
     with _handled(ask):

@@ -41,6 +41,7 @@ from ..errors import UserError
 from ..grpo import compute_copy
 from ..models import AbstractLanguageModel
 from ..records import (
+    AbstractRunFolder,
     EvaluationRecords,
     RunFolder,
     RunProgress,
@@ -162,7 +163,7 @@ def run(
                         trackers.step(done, measured)
                         if measured:
                             callback.evaluate(_view(parts, state, folder, done), measured)
-                    keeper.pause(done, state)
+                    keeper.pause(done, state, "evaluated")
                     if done == config.steps:
                         break
                     with keeper.before(done, state), out_of_memory_advice():
@@ -181,12 +182,12 @@ def run(
     return RunResult(folder.path, metrics, state.policy, parts.tokenizer, state.draft)
 
 
-def _view(parts: RunParts, state: RunState, folder: RunFolder, done: int) -> RunView:
+def _view(parts: RunParts, state: RunState, folder: AbstractRunFolder, done: int) -> RunView:
     return RunView(parts.config, folder.path, done, state.policy, state.draft, parts.tokenizer)
 
 
 @contextmanager
-def _times_written(folder: RunFolder, progress: RunProgress, from_step: int) -> Iterator[None]:
+def _times_written(folder: AbstractRunFolder, progress: RunProgress, from_step: int) -> Iterator[None]:
     """Leaves in `times.jsonl` where the time went, however the `with` block ends."""
     earlier = folder.times()
     try:
@@ -217,7 +218,9 @@ def _load(
     return parts, state, reference
 
 
-def _start_or_resume(folder: RunFolder, resume: bool, state: RunState, config: RunConfig) -> tuple[int, RunState]:
+def _start_or_resume(
+    folder: AbstractRunFolder, resume: bool, state: RunState, config: RunConfig
+) -> tuple[int, RunState]:
     """How many steps are done, and the state after them."""
     if not resume:
         return 0, state
@@ -238,7 +241,7 @@ def _start_or_resume(folder: RunFolder, resume: bool, state: RunState, config: R
     return meta["step"], dataclasses.replace(state.with_trees(trees), position=position)
 
 
-def _memory_at_start(folder: RunFolder, start: int, state: RunState) -> Memory | None:
+def _memory_at_start(folder: AbstractRunFolder, start: int, state: RunState) -> Memory | None:
     """What the first start of the run had: what is computed depends on it, and goes on as it began."""
     if start > 0:
         before = folder.read_machine(start)
@@ -276,7 +279,7 @@ def _one_step(
     state: RunState,
     reference: AbstractLanguageModel | None,
     done: int,
-    folder: RunFolder,
+    folder: AbstractRunFolder,
     trackers: Trackers,
     progress: RunProgress,
     segments: SegmentLog,

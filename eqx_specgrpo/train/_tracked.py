@@ -5,8 +5,8 @@ from contextlib import ExitStack, contextmanager
 
 from ..config import RunConfig
 from ..records import (
+    AbstractRunFolder,
     Comparison,
-    RunFolder,
     RunProgress,
     TrackedRun,
     Trackers,
@@ -18,7 +18,7 @@ from ..records import (
 
 
 @contextmanager
-def tracked(config: RunConfig, folder: RunFolder, progress: RunProgress, done: int) -> Iterator[Trackers]:
+def tracked(config: RunConfig, folder: AbstractRunFolder, progress: RunProgress, done: int) -> Iterator[Trackers]:
     """The trackers that the configuration names, for the length of a `with` block.
 
     **Arguments:**
@@ -39,7 +39,7 @@ def tracked(config: RunConfig, folder: RunFolder, progress: RunProgress, done: i
 
 
 def track_summary(
-    trackers: Trackers, folder: RunFolder, progress: RunProgress, start: int, comparison: Comparison | None
+    trackers: Trackers, folder: AbstractRunFolder, progress: RunProgress, start: int, comparison: Comparison | None
 ) -> None:
     """Tells the trackers what the run has come to.
 
