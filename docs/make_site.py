@@ -32,6 +32,7 @@ DOCS, SOURCE, SITE = ROOT / "docs", ROOT / "build" / "site_source", ROOT / "buil
 COPIED = (".md", ".png", ".webp", ".svg", ".css")
 # Files outside of docs/ that are pages of the site.
 OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+OUTSIDE |= {"benchmarks/results/README.md": "results.md"}
 SECONDS_PER_NOTEBOOK = 600
 
 
@@ -54,6 +55,8 @@ def main() -> int:
         else:
             (SOURCE / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, SOURCE / name)
+    # Progress bars of other libraries ask for a package that a page has no use for.
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
     for path in sorted((DOCS / "tutorials").glob("*.ipynb")):
         _tutorial(path, execute=not options.no_execute, keep=options.keep)
     start = time.perf_counter()
@@ -81,7 +84,10 @@ def _tutorial(path: Path, *, execute: bool, keep: Path | None) -> None:
         shutil.rmtree(workplace, ignore_errors=True)
         workplace.mkdir(parents=True)
         place = {"metadata": {"path": str(workplace)}}
-        NotebookClient(notebook, timeout=SECONDS_PER_NOTEBOOK, resources=place).execute()
+        NotebookClient(notebook, timeout=SECONDS_PER_NOTEBOOK, resources=place, coalesce_streams=True).execute()
+        for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+            if output.output_type == "stream":
+                output.text = _without_places(output.text)
         print(f"{path.name}: executed in {time.perf_counter() - start:.0f} s", flush=True)
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
@@ -92,8 +98,7 @@ def _tutorial(path: Path, *, execute: bool, keep: Path | None) -> None:
         if cell.cell_type == "markdown":
             pieces.append(cell.source)
         elif cell.cell_type == "code" and cell.source.strip():
-            language, source = ("bash", cell.source[1:]) if cell.source.startswith("!") else ("python", cell.source)
-            pieces.append(_fenced(source, language))
+            pieces.append(_code(cell.source))
             pieces += _printed(cell.outputs, f"{path.stem}_files/{number}", pictures)
     for name, content in pictures.items():
         target = SOURCE / "tutorials" / name
@@ -101,6 +106,25 @@ def _tutorial(path: Path, *, execute: bool, keep: Path | None) -> None:
         target.write_bytes(content)
     text = "\n\n".join(pieces) + "\n"
     _write(f"tutorials/{path.stem}.md", _prepared(text, f"docs/tutorials/{path.name}", made={*pictures}))
+
+
+def _without_places(text: str) -> str:
+    """What is printed, without the places of the machine that it was printed on."""
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    known = {str(ROOT): ".", str(Path.home()): "~"} | ({cache: "~/.cache/eqx_specgrpo"} if cache else {})
+    for place in sorted(known, key=len, reverse=True):
+        text = text.replace(place, known[place])
+    return text
+
+
+def _code(source: str) -> str:
+    """A cell's code, without the magic words at its top."""
+    magic, _, rest = source.partition("\n")
+    if magic.startswith("%%bash"):
+        return _fenced(rest, "bash")
+    if magic.startswith("%%writefile"):
+        return _fenced(rest, f'python title="{magic.split()[1]}"')
+    return _fenced(source, "python")
 
 
 def _printed(outputs: list[Any], stem: str, pictures: dict[str, bytes]) -> list[str]:

@@ -33,6 +33,7 @@ from .runtime import (
     keep_compiled_programs,
     keep_freed_memory,
     package_version,
+    plain_lines_in_notebooks,
     plain_messages,
 )
 
@@ -49,6 +50,7 @@ app = typer.Typer(
 def main() -> None:
     """Runs the command line."""
     hold_standard_descriptors()
+    plain_lines_in_notebooks()
     keep_compiled_programs()
     keep_freed_memory()
     with guarded_streams(), plain_messages():

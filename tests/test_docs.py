@@ -18,7 +18,7 @@ from eqx_specgrpo.tasks import Arithmetic, ReasoningGymTask
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(inspect.getfile(eqx_specgrpo)).parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "results" / "README.md"])
 DOCUMENTS = sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs" / "tutorials").glob("*.ipynb")])
 
 
@@ -150,6 +150,7 @@ def test_every_headline_name_is_in_the_reference():
     "script, line",
     [
         ("make_configuration", "| `draft.fraction` | a number greater than 0 and at most 1 | `0.25` |"),
+        ("make_benchmarks", "## Rollouts by rows"),
         ("make_checkpoints", "| `is_causal` | refused unless `true` | attention would see later tokens |"),
     ],
 )

@@ -23,6 +23,7 @@ from eqx_specgrpo.runtime import (
     check_output_arrived,
     ending_on_our_terms,
     guarded_streams,
+    plain_lines_in_notebooks,
     progress_console,
 )
 
@@ -81,6 +82,18 @@ def test_progress_in_a_notebook_is_lines_of_text(monkeypatch):
     with progress_console().status("live"):
         progress_console().print("[red]step 1")
     assert told.getvalue() == "step 1\n"
+
+
+@pytest.mark.parametrize("in_notebook", [True, False])
+def test_a_command_in_a_notebook_is_not_at_a_terminal(monkeypatch, in_notebook):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("JPY_PARENT_PID", raising=False)
+    if in_notebook:
+        monkeypatch.setenv("JPY_PARENT_PID", "1")
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    plain_lines_in_notebooks()
+    assert Console(file=io.StringIO()).is_terminal is not in_notebook
 
 
 def test_results_that_did_not_arrive_are_an_error(monkeypatch):

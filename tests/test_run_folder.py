@@ -46,7 +46,7 @@ def test_records_round_trip(tmp_path):
         assert json.loads(lines[0]) == expected | {"flag": True, "none": None}
         with pytest.raises(TypeError, match="cannot be written as JSON"):
             folder.append_metrics({"step": object()})
-        assert read_records(folder.metrics_path) == [json.loads(lines[0])]
+        assert read_records(folder.metrics_path) == [json.loads(lines[0])] == read_records(str(folder.metrics_path))
 
 
 def test_lone_surrogates_do_not_stop_a_run(tmp_path):
@@ -284,7 +284,7 @@ def test_older_folders_are_counted_from_one(tmp_path):
             folder.append_metrics({"step": step, "reward": step / 4})
             folder.append_completions([{"step": step}, {"step": step}])
         folder.machine_path.write_text('{"from_step": 0, "device": "a"}\n{"from_step": 2, "device": "b"}\n')
-    assert [record["step"] for record in read_steps(folder.metrics_path)] == [1, 2, 3]
+    assert [record["step"] for record in read_steps(str(folder.metrics_path))] == [1, 2, 3]
     for _ in range(2):
         with RunFolder(tmp_path, resume=True) as folder:
             folder.rewind(2)

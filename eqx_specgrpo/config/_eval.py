@@ -12,34 +12,40 @@ _Count = Annotated[int, Field(ge=1)]
 
 
 class EvalConfig(Section):
-    """Measuring on items that are never trained on; see `docs/evaluation.md`. Off unless `task` or `holdout` is set."""
+    """Evaluation on items that are never trained on; see `docs/evaluation.md`. Off unless `task` or `holdout` is "
+    "set."""
 
-    task: str = Field(default="", description="a task of its own: a file or a name, as for task.name; empty: none")
+    task: str = Field(default="", description="task of the evaluation: a file or a name, as for task.name; empty: none")
     options: dict[str, Any] = Field(
-        default={}, description="of that task, as they would stand in [task]; where it is the run's own, beside those"
+        default={},
+        description="options of that task, as they would stand in [task]; they are added to those of [task] where the "
+        "two tasks have the same name",
     )
     seed: Annotated[Annotated[int, Field(ge=0, lt=2**32)] | None, NoneWord] = Field(
-        default=None, description="of the items of that task; none: the run's"
+        default=None, description="seed of the items of that task; none: that of the run"
     )
-    holdout: int = Field(default=0, ge=0, description="or so many items of the run's task, kept from training")
+    holdout: int = Field(
+        default=0, ge=0, description="number of items of the run's own task that are kept from training and measured on"
+    )
     limit: Annotated[_Count | None, NoneWord] = Field(
-        default=None, description="items of eval.task that are measured on, at most; none: all"
+        default=None, description="the most items of eval.task that are measured on; none: all"
     )
     every: int = Field(default=10, ge=1, description="steps between two evaluations; there is one at the end as well")
-    at_start: bool = Field(default=False, description="also before the first step")
+    at_start: bool = Field(default=False, description="evaluate before the first step as well")
     samples: Annotated[Annotated[int, Field(ge=1, le=2**16)] | None, NoneWord] = Field(
-        default=None, description="completions of each prompt; none: grpo.num_generations, or 1 at temperature 0"
+        default=None,
+        description="number of completions of each prompt; none: grpo.num_generations, or 1 at temperature 0",
     )
     temperature: Annotated[Annotated[float, Field(ge=0)] | None, NoneWord] = Field(
-        default=None, description="of sampling; 0: greedy; none: grpo.temperature"
+        default=None, description="temperature of sampling; 0: greedy; none: grpo.temperature"
     )
     max_completion_length: Annotated[_Count | None, NoneWord] = Field(
-        default=None, description="longest completion, in tokens; none: grpo.max_completion_length"
+        default=None, description="length of the longest completion, in tokens; none: grpo.max_completion_length"
     )
     functions: list[str] = Field(
-        default=[], description="reward functions that judge, each with a weight of 1; empty: those of the run"
+        default=[], description="reward functions of the evaluation, each with a weight of 1; empty: those of the run"
     )
-    threshold: float = Field(default=1.0, description="a completion is right if its reward is at least so much")
+    threshold: float = Field(default=1.0, description="reward from which on a completion counts as right")
 
     @property
     def enabled(self) -> bool:

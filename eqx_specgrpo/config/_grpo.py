@@ -25,131 +25,168 @@ def _of_bool(value: Any) -> Any:
 
 
 class _Keys(Section):
-    num_generations: int = Field(default=8, ge=2, description="completions of each prompt: the group")
-    prompts_per_step: int = Field(default=4, ge=1, description="prompts of a step")
+    num_generations: int = Field(
+        default=8, ge=2, description="number of completions of each prompt, which are its group"
+    )
+    prompts_per_step: int = Field(default=4, ge=1, description="number of prompts of a step")
     max_sample_batches: int = Field(
         default=1,
         ge=0,
-        description="dynamic sampling: as many batches of prompts_per_step prompts, at most, until each prompt of the "
-        "step has completions that differ in their rewards; 0 or 1: off",
+        description="dynamic sampling: the most batches of prompts_per_step prompts that a step may take to find "
+        "prompts whose completions differ in their rewards; 0 or 1: off",
     )
-    max_completion_length: int = Field(default=160, ge=1, description="longest completion, in tokens")
+    max_completion_length: int = Field(default=160, ge=1, description="length of the longest completion, in tokens")
     max_rows: Annotated[Annotated[int, Field(ge=1)] | None, NoneWord] = Field(
         default=None,
-        description="completions decoded at a time; when some finish, waiting ones take their places; none: all",
+        description="number of completions that are decoded at a time; waiting ones take the places of finished ones; "
+        "none: all of a step",
     )
-    temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the log-probabilities in the loss")
+    temperature: float = Field(
+        default=1.0,
+        gt=0,
+        description="temperature of sampling; the loss uses log-probabilities at the same temperature",
+    )
     top_p: float = Field(
-        default=1.0, gt=0, le=1, description="draw from the likeliest tokens that have this probability together"
+        default=1.0,
+        gt=0,
+        le=1,
+        description="sample among the likeliest tokens whose probabilities add up to this; 1: among all",
     )
-    top_k: int = Field(default=0, ge=0, description="draw from so many of the likeliest tokens; 0: all")
+    top_k: int = Field(default=0, ge=0, description="sample among this number of likeliest tokens; 0: among all")
     min_p: Annotated[Annotated[float, Field(gt=0, le=1)] | None, NoneWord] = Field(
         default=None,
-        description="draw from tokens that have this share of the likeliest one's probability; none: all",
+        description="sample among tokens with at least this share of the likeliest token's probability; none: among "
+        "all",
     )
     max_support: int = Field(
         default=128,
         ge=1,
-        description="with top_p, top_k or min_p: the most tokens kept at a position, the likeliest of them; the kept "
-        "ones are recorded, 4 bytes each, and the loss is of the probabilities among them",
+        description="with top_p, top_k or min_p: the most tokens kept at a position, the likeliest ones; kept tokens "
+        "are recorded (4 bytes each), and the loss uses the probabilities among them",
     )
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
-        default=[], description="texts that end a completion, at the first token that completes one of them"
+        default=[], description="texts that end a completion, at the first token with which one of them is complete"
     )
     chat_template_kwargs: dict[str, Any] = Field(
-        default={}, description="what the chat template is told, such as {enable_thinking = false}"
+        default={}, description="arguments of the chat template, such as {enable_thinking = false}"
     )
-    learning_rate: float = Field(default=1e-6, ge=0, description="the optimizer's, at its height")
+    learning_rate: float = Field(default=1e-6, ge=0, description="highest learning rate of the policy's optimizer")
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
-        default="linear", description="linear and cosine fall to 0 at the last step; each takes grpo.warmup_steps"
+        default="linear",
+        description="schedule of the learning rate; linear and cosine fall to 0 at the last step; each warms up for "
+        "grpo.warmup_steps",
     )
-    warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate rises from 0")
+    warmup_steps: int = Field(default=0, ge=0, description="number of steps over which the learning rate rises from 0")
     optim: OptimizerName = Field(
         default="adamw",
-        description="; ".join(f"{name}: {kind.summary}" for name, kind in OPTIMIZERS.items()),
+        description="the policy's optimizer; "
+        + "; ".join(f"{name}: {kind.summary}" for name, kind in OPTIMIZERS.items()),
     )
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment; lion's as well")
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of the second moment; lion's as well")
-    adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
-    weight_decay: float = Field(default=0.0, ge=0, description="decoupled, times the learning rate; not of vectors")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="the policy's gradient is clipped to this norm")
-    loss_type: str = Field(default="dapo", description="what the policy minimises; see docs/losses.md")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="decay rate of the first moment, for adamw and lion")
+    adam_beta2: float = Field(
+        default=0.999, ge=0, lt=1, description="decay rate of the second moment, for adamw and lion"
+    )
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="epsilon of AdamW")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="decoupled weight decay, multiplied by the learning rate; vectors have none"
+    )
+    max_grad_norm: float = Field(default=1.0, gt=0, description="norm to which the policy's gradient is clipped")
+    loss_type: str = Field(default="dapo", description="loss of the policy; see docs/losses.md")
     importance_sampling_level: Level = Field(
-        default="token", description="a ratio for each token, or one for a completion (GSPO, with loss_type grpo)"
+        default="token", description="one importance ratio per token, or one per completion (GSPO, with loss_type grpo)"
     )
     beta: float = Field(
-        default=0.0, ge=0, description="weight of the KL to the starting policy; 0: no reference is held"
+        default=0.0,
+        ge=0,
+        description="weight of the KL divergence from the starting policy; 0: no reference model is held",
     )
-    kl_estimator: KLEstimator = Field(default="k3", description="how the KL is estimated from a token's probabilities")
+    kl_estimator: KLEstimator = Field(default="k3", description="estimator of the KL from the probabilities of a token")
     use_bias_correction_kl: bool = Field(
-        default=True, description="multiply the estimate by the ratio, which makes the gradient of k1 and k3 unbiased"
+        default=True,
+        description="multiply the estimate of the KL by the importance ratio, which makes the gradient of k1 and k3 "
+        "unbiased",
     )
     use_kl_in_reward: bool = Field(
-        default=False, description="take the KL off the rewards, summed over the completion, and not into the loss"
+        default=False,
+        description="subtract the KL, summed over the completion, from the rewards, in place of adding it to the loss",
     )
-    sync_ref_model: bool = Field(default=False, description="let the reference follow the policy")
+    sync_ref_model: bool = Field(
+        default=False, description="move the reference model towards the policy every ref_model_sync_steps"
+    )
     ref_model_mixup_alpha: float = Field(
-        default=0.6, gt=0, le=1, description="share of the policy in the new reference; the rest is the old one"
+        default=0.6, gt=0, le=1, description="share of the policy in the new reference model; the rest is the old one"
     )
-    ref_model_sync_steps: int = Field(default=512, ge=1, description="steps between two such moves")
+    ref_model_sync_steps: int = Field(default=512, ge=1, description="steps between two moves of the reference model")
     advantage_estimator: AdvantageEstimator = Field(
-        default="group", description="how rewards become advantages; see docs/losses.md"
+        default="group", description="estimator of the advantages from the rewards; see docs/losses.md"
     )
     scale_rewards: Annotated[ScaleRewards, BeforeValidator(_of_bool)] = Field(
         default="group",
-        description="whose standard deviation divides the advantages of group and pass_at_k; true: group, false: none",
+        description="standard deviation by which advantages are divided (estimators group and pass_at_k): that of the "
+        "group, of the batch, or none; true: group, false: none",
     )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
-        default="sum_then_normalize", description="of several reward functions; normalize_then_sum: GDPO"
+        default="sum_then_normalize", description="how several reward functions are joined; normalize_then_sum: GDPO"
     )
-    num_iterations: int = Field(default=1, ge=1, description="updates on each batch of rollouts")
+    num_iterations: int = Field(default=1, ge=1, description="number of updates on each batch of rollouts")
     mask_truncated_completions: bool = Field(
-        default=False, description="leave completions without an end out of the loss"
+        default=False, description="leave completions that were cut off out of the loss"
     )
     off_policy_mask_threshold: Annotated[Annotated[float, Field(gt=0)] | None, NoneWord] = Field(
         default=None,
-        description="completions with a negative advantage whose mean log(sampler/policy) is larger are left out; "
-        "none: off",
+        description="leave completions with a negative advantage out of the loss if their mean log(sampler/policy) is "
+        "above this; none: off",
     )
     top_entropy_quantile: float = Field(
-        default=1.0, ge=0, le=1, description="share of the tokens that teach: those of the highest entropy in the step"
+        default=1.0,
+        ge=0,
+        le=1,
+        description="share of the step's tokens that count in the loss, those with the highest entropy; 1: all",
     )
-    entropy_coef: float = Field(default=0.0, ge=0, description="weight of the mean entropy, which the loss rewards")
+    entropy_coef: float = Field(default=0.0, ge=0, description="weight of the mean entropy as a bonus in the loss")
     use_adaptive_entropy: bool = Field(
         default=False,
-        description="raise entropy_coef by a step while the entropy is at or below entropy_target, else lower it",
+        description="raise entropy_coef by entropy_coef_delta after a step whose entropy is at or below "
+        "entropy_target, and lower it after others",
     )
-    entropy_target: float = Field(default=0.2, ge=0, description="nats a token; above it there is no bonus")
-    entropy_coef_delta: float = Field(default=0.005, gt=0, description="that step")
+    entropy_target: float = Field(
+        default=0.2, ge=0, description="entropy in nats per token, above which there is no bonus"
+    )
+    entropy_coef_delta: float = Field(default=0.005, gt=0, description="change of entropy_coef after a step")
     entropy_coef_min: float = Field(default=0.0, ge=0, description="lower bound of entropy_coef while it adapts")
-    entropy_coef_max: float = Field(default=1.0, ge=0, description="upper bound")
+    entropy_coef_max: float = Field(default=1.0, ge=0, description="upper bound of entropy_coef while it adapts")
     importance_sampling_correction: bool = Field(
         default=False,
-        description="weigh tokens by the trainer's probability over the decoder's: for bfloat16, where the two differ",
+        description="weigh tokens by the ratio of the trainer's and the decoder's probability; of use in bfloat16, "
+        "where the two differ",
     )
     importance_sampling_mode: CorrectionMode = Field(
         default="sequence_mask",
-        description="a weight for each token or for a completion; beyond the bounds it is cut to them, or 0",
+        description="one weight per token or per completion; a weight beyond the bounds is clipped (truncate) or 0 "
+        "(mask)",
     )
     importance_sampling_clip_max: Annotated[Annotated[float, Field(gt=0)] | None, NoneWord] = Field(
-        default=3.0, description="upper bound of the weight; none: none"
+        default=3.0, description="upper bound of the weight; none: no bound"
     )
     importance_sampling_clip_min: Annotated[Annotated[float, Field(gt=0)] | None, NoneWord] = Field(
-        default=None, description="lower bound of the weight; none: none"
+        default=None, description="lower bound of the weight; none: no bound"
     )
-    gradient_accumulation_steps: int = Field(default=1, ge=1, description="micro-batches a step is split into")
+    gradient_accumulation_steps: int = Field(
+        default=1, ge=1, description="number of micro-batches that a step is split into"
+    )
     max_tokens_per_micro_batch: Annotated[Annotated[int, Field(ge=1)] | None, NoneWord] = Field(
         default=None,
-        description="divide the rows further, until no micro-batch of several rows holds more tokens, padding "
-        "included; none: by an estimate of what the memory holds, at most 2048 on a CPU (not with bnpo), and further "
-        "where keeping short rows, or rows without a gradient, apart saves a tenth",
+        description="the most tokens of a micro-batch, padding included; a single row is never cut; none: chosen by an "
+        "estimate of the memory, at most 2048 on a CPU (not with bnpo), and divided further where keeping short rows, "
+        "or rows without a gradient, apart saves a tenth",
     )
     gradient_checkpointing: Literal["auto", True, False] = Field(
         default="auto",
-        description="keep only the layers' inputs for the backward pass: less memory, more arithmetic; auto: where, by "
-        "an estimate, keeping all takes more than there is, or on a CPU more than an eighth of the machine's memory",
+        description="keep only the layers' inputs for the backward pass, which takes less memory and more arithmetic; "
+        "auto: where keeping all would, by an estimate, take more memory than is free, or on a CPU more than an eighth "
+        "of the machine's memory",
     )
-    logprob_chunk: int = Field(default=512, ge=1, description="tokens unembedded at a time")
+    logprob_chunk: int = Field(default=512, ge=1, description="number of tokens whose logits are computed at a time")
 
 
 def _option_fields() -> dict[str, Any]:
@@ -185,7 +222,7 @@ _WithLosses: type[_Keys] = create_model(
 
 
 class GRPOConfig(_WithLosses):  # pyright: ignore[reportGeneralTypeIssues]
-    """The policy's side. Names follow TRL where it has the option, and so do most defaults."""
+    """Sampling, loss and optimizer of the policy. Names and most defaults are TRL's, where TRL has the option."""
 
     @property
     def loss(self) -> type[AbstractPolicyLoss]:

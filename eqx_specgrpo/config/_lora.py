@@ -28,18 +28,24 @@ _FULL_RATE, _RATIO = 1e-6, 10
 
 
 class LoRAConfig(Section):
-    """Adapters of low rank, trained in place of the model's own weights; see `docs/lora.md`. Names are PEFT's."""
+    """Low-rank adapters, which are trained in place of the model's weights; see `docs/lora.md`. Names are PEFT's."""
 
-    rank: int = Field(default=0, ge=0, description="of the adapters; 0: off, the model's own weights are trained")
-    alpha: float = Field(default=32.0, gt=0, description="an adapter counts alpha / rank")
+    rank: int = Field(default=0, ge=0, description="rank of the adapters; 0: no adapters, all weights are trained")
+    alpha: float = Field(
+        default=32.0, gt=0, description="scale of the adapters: their product is multiplied by alpha / rank"
+    )
     targets: str | list[Annotated[str, Field(min_length=1)]] = Field(
         default=ALL_LINEAR,
-        description='which layers: "all-linear", a list such as ["q_proj", "v_proj"], or a regular expression for '
+        description='layers with adapters: "all-linear", a list such as ["q_proj", "v_proj"], or a regular expression '
+        "for "
         "whole names",
     )
-    dropout: float = Field(default=0.0, description="only 0: rollouts and updates have the same weights")
+    dropout: float = Field(
+        default=0.0, description="only 0 is supported, because rollouts and updates use the same weights"
+    )
     save_merged: bool = Field(
-        default=False, description="also write the merged model into policy/, as a folder that loads by itself"
+        default=False,
+        description="write the merged model into policy/ as well, as a folder that loads without its base",
     )
 
     @field_validator("dropout")
@@ -60,7 +66,7 @@ class LoRAConfig(Section):
         return targets
 
     def fresh(self, config: TransformerConfig, *, key: PRNGKeyArray) -> Adapters:
-        """Adapters for a base of this configuration, that change nothing yet.
+        """Makes new adapters. Their product is zero, so that the model computes what it computes without them.
 
         **Raises:**
 
@@ -138,7 +144,7 @@ def _as_set(value: Any) -> Any:
 
 
 def lora_advice(lora: LoRAConfig, learning_rate: float) -> str | None:
-    """What to say to whoever trains adapters at a learning rate for full weights; `None` if there is nothing to say.
+    """Returns a note for a run that trains adapters at the default learning rate of full weights; else `None`.
 
     ??? cite
 

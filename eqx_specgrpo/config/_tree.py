@@ -23,21 +23,26 @@ _VERIFIERS = tuple(name for name, kind in VERIFIER_KINDS.items() if not kind.gre
 
 
 class ModelConfig(_Section):
-    """The target, which is the policy."""
+    """The model that is trained, the policy."""
 
-    path: str = Field(default="", description="folder, .gguf file or org/name; empty: the embedded default model")
+    path: str = Field(
+        default="", description="folder, .gguf file or org/name of the model; empty: the embedded default model"
+    )
     revision: Annotated[str | None, _NoneWord] = Field(
         default=None, description="branch, tag or commit of a model by name; none: the main branch"
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of the weights in computation; master weights and optimizer are float32"
+        default="float32",
+        description="dtype of the weights in computation; master weights and optimizer states are float32",
     )
     base_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of the weights that stand still while adapters learn (lora.rank)"
+        default="float32",
+        description="dtype in which the frozen weights are held while adapters learn (with a lora.rank)",
     )
     adapter: Annotated[str | None, _NoneWord] = Field(
         default=None,
-        description="folder of an adapter in PEFT's format to start from: trained on, or, with lora.rank = 0, merged",
+        description="folder of an adapter in PEFT's format to start from; it is trained further, or merged into the "
+        "weights with lora.rank = 0",
     )
 
 
@@ -61,13 +66,15 @@ class TaskConfig(_Section):
 
 
 class RewardConfig(_Section):
-    """What is rewarded."""
+    """The functions that judge completions."""
 
-    functions: list[str] = Field(default=[], description="built-in names, package.module:function or file.py:function; "
-                                 "empty: the task's own")  # fmt: skip
-    weights: Annotated[list[float] | None, _NoneWord] = Field(default=None, description="one a function, none: all 1")
+    functions: list[str] = Field(default=[], description="reward functions: built-in names, package.module:function or "
+                                 "file.py:function; empty: the task's own")  # fmt: skip
+    weights: Annotated[list[float] | None, _NoneWord] = Field(
+        default=None, description="one weight per function; none: all 1"
+    )
     timeout: Annotated[Annotated[float, Field(gt=0)] | None, _NoneWord] = Field(
-        default=300.0, description="seconds that each function has for the completions of a step; none: no limit"
+        default=300.0, description="seconds that each function may take for the completions of a step; none: no limit"
     )
 
     @model_validator(mode="after")
@@ -80,55 +87,68 @@ class RewardConfig(_Section):
 
 
 class DraftConfig(_Section):
-    """The draft's side: what guesses, how far ahead, and how it keeps learning."""
+    """The draft: which kind it is, how many tokens it guesses, and how it learns."""
 
     kind: str = Field(
         default="medusa",
-        description=f"{', '.join(DRAFT_KINDS)}, or {OWN_CLASS}; none: plain decoding",
+        description=f"kind of draft: {', '.join(DRAFT_KINDS)}, or {OWN_CLASS}; none: plain decoding",
     )
     options: dict[str, Any] = Field(
-        default={}, description="of a fresh draft of this kind, and of ngram where draft.ngram = true; see below"
+        default={},
+        description="options of a fresh draft of this kind, and of ngram where draft.ngram = true; see below",
     )
     path: Annotated[str | None, _NoneWord] = Field(
-        default=None, description="a saved draft to start from, which says its kind and max_length; none: a fresh one"
+        default=None,
+        description="folder of a saved draft to start from, which knows its kind and max_length; none: a fresh draft",
     )
     ngram: bool = Field(
-        default=False, description="where an n-gram matches, take what followed it before; else the draft guesses"
+        default=False,
+        description="in rows where an n-gram matches, guess what followed it before; in others the draft guesses",
     )
     mode: Literal["online", "frozen", "off"] = Field(
-        default="online", description="online: distilled at every step; frozen: only warmed up; off: plain decoding"
+        default="online",
+        description="online: the draft learns at every step; frozen: in the warm-up only; off: plain decoding",
     )
-    length: int = Field(default=3, ge=0, le=8, description="tokens guessed ahead in a round; 0: plain decoding")
+    length: int = Field(
+        default=3, ge=0, le=8, description="tokens guessed in a round (with draft.adaptive, at most); 0: plain decoding"
+    )
     adaptive: bool = Field(
         default=True,
-        description="guess as many tokens, up to draft.length, as measured times and acceptance say pays, or none; "
-        "false: always draft.length, and a run can be repeated to the bit",
+        description="choose the number of guesses, from 0 to draft.length, by measured speed and acceptance; false: "
+        "always guess draft.length tokens, so that a run can be repeated to the bit",
     )
     max_length: int = Field(
-        default=4, ge=1, le=8, description="the longest draft that it can make: how many heads it has, for instance"
+        default=4,
+        ge=1,
+        le=8,
+        description="the most tokens that the draft can guess in a round: its number of heads, for instance",
     )
     verifier: Annotated[str, Among(_VERIFIERS)] = Field(
         default="block",
         description="the lossless rule that checks the guesses: "
         + ", ".join(f"{name} ({VERIFIER_KINDS[name].summary})" for name in _VERIFIERS),
     )
-    learning_rate: float = Field(default=1e-3, ge=0, description="of the draft's own optimizer")
+    learning_rate: float = Field(default=1e-3, ge=0, description="learning rate of the draft's own optimizer")
     loss: Annotated[str, Among(tuple(DRAFT_LOSS_KINDS))] = Field(
         default="kl",
-        description="; ".join(f"{name}: {kind.summary}" for name, kind in DRAFT_LOSS_KINDS.items()),
+        description="what the draft minimises; "
+        + "; ".join(f"{name}: {kind.summary}" for name, kind in DRAFT_LOSS_KINDS.items()),
     )
-    fraction: float = Field(default=0.25, gt=0, le=1, description="share of the rollouts that the draft learns from")
+    fraction: float = Field(
+        default=0.25, gt=0, le=1, description="share of a step's completions that the draft learns from"
+    )
     warmup: int = Field(
-        default=20, ge=0, description="updates of a fresh draft on the first rollouts, before the first step"
+        default=20, ge=0, description="updates that a fresh draft makes on the first rollouts, before the first step"
     )
     max_grad_norm: float = Field(default=1.0, gt=0, description="the draft's gradient is clipped to this norm")
     vocabulary: Annotated[Annotated[int, Field(ge=0)] | None, _NoneWord] = Field(
         default=None,
-        description="guess only so many tokens, those that the policy's completions use most, kept up to date; 0: all; "
-        "none: as a saved draft has it; a fresh one 8192 if the model has more than twice as many, else all",
+        description="size of the draft's vocabulary, which holds the tokens that the policy's completions use most; "
+        "0: the whole vocabulary; none: that of a saved draft, and for a fresh draft 8192 if the model has more than "
+        "16384 tokens",
     )
     fit_temperature: bool = Field(
-        default=False, description="follow the temperature of each draft position that is accepted most"
+        default=False, description="fit a temperature for each draft position, at which most guesses are accepted"
     )
 
     @property
@@ -211,40 +231,43 @@ class DevicesConfig(_Section):
 
 
 class RunConfig(_Section):
-    """All of a run. See the sections for what each key means. Defaults are TRL's where it has the option, mostly."""
+    """The configuration of a run. Most defaults are TRL's, where TRL has the option."""
 
-    steps: int = Field(default=60, ge=1, description="steps in all, those before a resume included")
-    seed: int = Field(default=0, ge=0, lt=2**32, description="of everything random")
+    steps: int = Field(default=60, ge=1, description="number of steps in all, including those before a resume")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of every random number of the run")
     num_train_epochs: Annotated[Annotated[float, Field(gt=0)] | None, _NoneWord] = Field(
         default=None,
-        description="how often to go through a task with an end: steps follows from it; none: steps as it stands",
+        description="passes over a task that has an end, from which steps follows; none: steps is taken as it is",
     )
     curriculum: Literal["none", "easiest_first"] = Field(
         default="none",
-        description="none: each epoch in an order of its own, by seed; easiest_first: from the second epoch on, first "
-        "what had the highest mean reward in the one before",
+        description="order of the items; none: each epoch is shuffled by seed; easiest_first: from the second epoch "
+        "on, items with the highest mean reward in the epoch before come first",
     )
-    save_steps: int = Field(default=10, ge=1, description="a checkpoint every so many steps, and at the end")
+    save_steps: int = Field(
+        default=10, ge=1, description="steps between two checkpoints; there is one at the end as well"
+    )
     save_total_limit: Annotated[Annotated[int, Field(ge=1)] | None, _NoneWord] = Field(
-        default=2, description="the newest checkpoints that are kept; none: all"
+        default=2, description="number of checkpoints that are kept, the newest ones; none: all"
     )
     save_best: Annotated[str | None, _NoneWord] = Field(
         default=None,
-        description='keep the policy with the highest value of an evaluation\'s metric in best/, such as "eval/pass@1"',
+        description='metric of the evaluation by which the best policy is kept in best/, such as "eval/pass@1"; none: '
+        "off",
     )
     out: str = Field(default="runs/default", min_length=1, description="the run folder")
     compare: bool = Field(
-        default=True, description="at the end, measure decoding with the draft against plain decoding"
+        default=True, description="measure decoding with the draft against plain decoding at the end of the run"
     )
     tracking: _TrackerNames = Field(
-        default=[], description=f"where metrics go besides metrics.jsonl: {listed(TRACKERS, 'and')}, any of them"
+        default=[], description=f"trackers that get the metrics besides metrics.jsonl: any of {listed(TRACKERS, 'and')}"
     )
-    project: str = Field(default="eqx_specgrpo", min_length=1, description="what trackers file the run under")
+    project: str = Field(default="eqx_specgrpo", min_length=1, description="project under which trackers file the run")
     run_name: Annotated[str | None, _NoneWord] = Field(
-        default=None, description="what trackers call the run; none: as its folder"
+        default=None, description="name of the run in trackers; none: the name of its folder"
     )
     log_completions_steps: int = Field(
-        default=10, ge=0, description="trackers get a table of completions every so many steps; 0: never"
+        default=10, ge=0, description="steps between two tables of completions for trackers; 0: none"
     )
     model: ModelConfig = Field(default_factory=ModelConfig)
     task: TaskConfig = Field(default_factory=TaskConfig)

@@ -16,6 +16,7 @@ from ._output import (
     check_output_arrived as check_output_arrived,
     guarded_streams as guarded_streams,
     hold_standard_descriptors as hold_standard_descriptors,
+    plain_lines_in_notebooks as plain_lines_in_notebooks,
     progress_console as progress_console,
 )
 from ._process import (

@@ -127,6 +127,16 @@ def progress_console() -> Console:
     return Console(file=guarded, force_jupyter=False, force_terminal=False if in_notebook else None)
 
 
+def plain_lines_in_notebooks() -> None:
+    """Lets rich look at the streams themselves where a notebook has started this process, by `%%bash` for instance.
+
+    A kernel asks all processes that it starts for colours (`FORCE_COLOR`). Rich takes that for a terminal, and would
+    print a live line again and again into a stream that keeps every copy of it.
+    """
+    if "JPY_PARENT_PID" in os.environ and not (sys.stdout.isatty() or sys.stderr.isatty()):
+        os.environ.pop("FORCE_COLOR", None)
+
+
 def hold_standard_descriptors() -> None:
     """Opens the null device where a standard stream was closed from the start. Else the next file that is opened, a
     checkpoint perhaps, would get its number, and whatever a library written in C prints would land in that file."""
