@@ -8,12 +8,20 @@ from typing import Any
 from ..errors import UserError
 
 
-def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The objects of a `metrics.jsonl` or `completions.jsonl`, with steps counted from 1, whichever version wrote it.
+def read_steps(path: Path | str) -> list[dict[str, Any]]:
+    """Reads a `metrics.jsonl` or `completions.jsonl`, with steps counted from 1, whichever version wrote it.
+
+    **Arguments:**
+
+    - `path`: of the file.
+
+    **Returns:**
+
+    One dictionary per line.
 
     **Raises:**
 
-    As `read_records`.
+    `UserError` as [`eqx_specgrpo.records.read_records`][] does.
     """
     return counted_from_one(read_records(path))
 
@@ -25,14 +33,22 @@ def counted_from_one(records: list[dict[str, Any]], key: str = "step") -> list[d
     return [record | {key: record[key] + 1} for record in records]
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a `metrics.jsonl` or `completions.jsonl`; a half-written last line is left out.
+def read_records(path: Path | str) -> list[dict[str, Any]]:
+    """Reads a `metrics.jsonl` or `completions.jsonl`. A last line that is half written is left out.
+
+    **Arguments:**
+
+    - `path`: of the file.
+
+    **Returns:**
+
+    One dictionary per line.
 
     **Raises:**
 
     `UserError` if the file is missing, or has a line that is no JSON object.
     """
-    return [record for _, _, record in records_of(path)]
+    return [record for _, _, record in records_of(Path(path))]
 
 
 def records_of(path: Path) -> list[tuple[int, bytes, dict[str, Any]]]:
