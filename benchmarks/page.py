@@ -58,7 +58,7 @@ class Place:
                 model, task = self.policy(policy)
                 keys = ("draft.learning_rate=2e-3", "grpo.num_generations=4", f"model.dtype={self.dtype}")
                 _call(
-                    [*SPECGRPO, "distill", f"--model={model}", f"--task={task}", "--draft=hydra", "--minutes=5"]
+                    [*SPECGRPO, "distill", f"--model={model}", f"--task={task}", "--draft=hydra", "--steps=120"]
                     + ["--prompts=4", "--max-completion-length=128", *(f"--set={key}" for key in keys)]
                     + [f"--out={folder}"]
                 )
@@ -86,7 +86,7 @@ def step(place: Place) -> dict[str, Any]:
     place.prepare()
     command = [sys.executable, str(HERE / "against_trl.py"), str(HERE / "sums.toml"), f"--out={place.out / 'step'}"]
     command += [f"--model={place.tuned / 'policy'}", f"--draft={place.drafts['tuned']}", f"--dtype={place.dtype}"]
-    command += ["--steps=5", "--arms=speculative,plain,trl-bfloat16,trl-float32", f"--set=task.name={place.sums}"]
+    command += ["--steps=5", "--skip=2", "--arms=speculative,plain,trl-bfloat16,trl-float32", f"--set=task.name={place.sums}"]
     return _measured(command, place.out / "step" / "runs.json")
 
 

@@ -21,6 +21,7 @@ class _Page(HTMLParser):
         super().__init__()
         self.anchors: set[str] = {"", "__toc", "top"}
         self.links: list[str] = []
+        self.loads: set[str] = set()  # what a browser fetches by itself
         self.paragraphs: list[str] = []
         self._in_paragraph = False
         self.feed(text)
@@ -29,6 +30,11 @@ class _Page(HTMLParser):
         values = dict(attrs)
         self.anchors |= {value for name in ("id", "name") if (value := values.get(name))}
         self.links += [value for name in ("href", "src") if (value := values.get(name)) and tag != "base"]
+        kinds = (values.get("rel") or "").split()
+        if tag == "link" and {"stylesheet", "icon", "preload", "preconnect"} & {*kinds}:
+            self.loads.add(values.get("href") or "")
+        elif source := values.get("src"):
+            self.loads.add(source)
         if tag == "p":
             self._in_paragraph = True
             self.paragraphs.append("")
@@ -51,6 +57,8 @@ def problems(site: Path) -> list[str]:
         for link in page.links:
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:
+                if link in page.loads:
+                    found.append(f"{name} loads {link}: the site would not work without a network")
                 continue
             base = site if parts.path.startswith("/") else path.parent
             target = (base / unquote(parts.path).lstrip("/")).resolve() if parts.path else path

@@ -29,7 +29,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, SOURCE, SITE = ROOT / "docs", ROOT / "build" / "site_source", ROOT / "build" / "site"
-COPIED = (".md", ".png", ".webp", ".svg", ".css")
+COPIED = (".md", ".png", ".webp", ".svg", ".css", ".js")
 # Files outside of docs/ that are pages of the site.
 OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 OUTSIDE |= {"benchmarks/results/README.md": "results.md"}
