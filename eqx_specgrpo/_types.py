@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 
 class StopReason(IntEnum):
-    """Why a row stopped. `RUNNING` only occurs while decoding goes on."""
+    """The reason why a row stopped. `RUNNING` occurs only while the row is being decoded."""
 
     RUNNING = 0
     EOS = 1
@@ -23,11 +23,11 @@ class StopReason(IntEnum):
 
 
 class Prompts(eqx.Module):
-    """Right-padded prompts, one a row.
+    """Right-padded prompts, one per row.
 
     **Arguments:**
 
-    - `tokens`: token ids, shape `[prompts, seq]`; what lies at or beyond a row's length is padding.
+    - `tokens`: token ids, shape `[prompts, seq]`; positions from a row's length on are padding.
     - `lengths`: number of tokens of each prompt, at least 1.
     """
 
@@ -36,7 +36,8 @@ class Prompts(eqx.Module):
 
     @staticmethod
     def from_lists(rows: Sequence[Sequence[int]], multiple_of: int = 16) -> "Prompts":
-        """Pads to a multiple of `multiple_of`, so that few widths (and so few compilations) exist."""
+        """Makes prompts of lists of token ids, padded to a multiple of `multiple_of`, so that there are few widths to
+        compile."""
         if not rows:
             raise ValueError("no prompts: give at least one list of token ids")
         for index, row in enumerate(rows):
@@ -52,7 +53,7 @@ class Prompts(eqx.Module):
         return Prompts(tokens, np.array([len(row) for row in rows], np.int32))
 
     def parts(self, count: int) -> tuple["Prompts", ...]:
-        """So many at a time, all padded alike; the last part may be smaller."""
+        """Splits the prompts into parts of this size, all with the same padding; the last part may be smaller."""
         starts = range(0, len(self.lengths), count)
         return tuple(Prompts(self.tokens[i : i + count], self.lengths[i : i + count]) for i in starts)
 
@@ -80,24 +81,24 @@ class DecodeStatistics(eqx.Module):
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted over drafted tokens."""
+        """Number of accepted tokens divided by the number of drafted tokens."""
         return float(self.accepted.sum() / max(self.drafted.sum(), 1))
 
     @property
     def acceptance_rate_by_position(self) -> list[float]:
-        """For each draft position: how often it was accepted, among all rounds in which it was drafted."""
+        """For each draft position, the share of the rounds that drafted it in which it was accepted."""
         drafted = self.drafted.sum(0)
         return [float(a / max(d, 1)) for a, d in zip(self.accepted.sum(0), drafted, strict=True)]
 
 
 class Support(eqx.Module):
-    """The tokens that truncated sampling kept, position by position: what was drawn from, and what the log-probability
-    of the token drawn is normalised over.
+    """The tokens that truncated sampling kept at each position. The token was drawn from these, and its log-probability
+    is normalised over them.
 
     **Arguments:**
 
-    - `ids`: likeliest first; what lies at or beyond a position's count is not meant.
-    - `counts`: how many were kept; 0 where there is no token.
+    - `ids`: token ids, likeliest first; entries from a position's count on are unused.
+    - `counts`: number of tokens kept; 0 where there is no token.
     """
 
     ids: Int[Array | np.ndarray, "*batch kept"]
@@ -105,11 +106,11 @@ class Support(eqx.Module):
 
 
 class Rollouts(eqx.Module):
-    """Completions of prompts, with what is needed to learn from them.
+    """Completions of prompts, with the data that learning from them needs.
 
     **Arguments:**
 
-    - `prompts`: one prompt a *group*.
+    - `prompts`: one prompt per *group*, which is the completions of one prompt.
     - `group`: for each row, the index of its prompt.
     - `tokens`: completion tokens, an end-of-sequence token included if one was emitted; right-padded.
     - `lengths`: completion lengths.
@@ -117,7 +118,7 @@ class Rollouts(eqx.Module):
         temperature and truncation; at temperature 0, the untempered distribution).
     - `stop_reasons`: `StopReason` values.
     - `statistics`: of the decoder.
-    - `support`: what truncated sampling kept at each token; `None`: the whole vocabulary, or it was not recorded
+    - `support`: the tokens that truncated sampling kept at each token; `None`: all of them, or it was not recorded
         (see [`eqx_specgrpo.sampling.TruncatedSampling`][]).
     """
 
@@ -136,14 +137,14 @@ class Rollouts(eqx.Module):
 
 
 class ScoredRollouts(eqx.Module):
-    """Rollouts with what the reward functions and the group made of them.
+    """Rollouts with their rewards and advantages.
 
     **Arguments:**
 
     - `rollouts`: the completions.
-    - `rewards_per_function`: one column a reward function; NaN where a function did not apply.
+    - `rewards_per_function`: one column per reward function; NaN where a function did not apply.
     - `rewards`: the weighted sum over the functions that applied.
-    - `advantages`: one a row.
+    - `advantages`: one per row.
     """
 
     rollouts: Rollouts

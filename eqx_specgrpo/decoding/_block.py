@@ -11,9 +11,9 @@ from ._verify import AbstractAcceptanceRule
 class Block(AbstractAcceptanceRule):
     """Block verification (Sun et al. 2024, "Block verification accelerates speculative decoding", algorithm 2).
 
-    The drafted tokens are judged together: a token that is likelier under the target makes up for one before it that is
-    less likely. Never keeps fewer tokens on average than `Rejection`, and no valid rule for one chain keeps more. For
-    point-mass drafts the two are the same.
+    The drafted tokens are judged together: a token that is likelier under the target makes up for an earlier one that
+    is less likely. On average this keeps at least as many tokens as `Rejection`, and no lossless rule for one chain
+    keeps more. For point-mass drafts the two are the same.
 
     With `P_0 = 1` and `P_i = min(1, P_{i-1} target_i / draft_i)` along the drafted chain, position `i` passes with
     probability `h_i = s_i / (s_i + 1 - P_i)`, where `s_i` is the mass of the positive part of

@@ -11,10 +11,11 @@ class Coupled(AbstractVerifier):
     """Shared noise (Daliri, Musco and Suresh 2024, "Coupling without communication and drafter-invariant speculative
     decoding", section 4).
 
-    The target's token at a position is the winner of a race whose clocks are a function of the row and the position
-    alone. The draft runs its own race with the same clocks, and what it drew is kept as long as the target drew the
-    same. So every token is the one that plain decoding would have drawn: with any draft, any length, or none, the
-    output is the same but for rounding, where two tokens are as good as tied.
+    The target draws its token at a position with exponential random numbers, one per token of the vocabulary, that
+    depend on the row and the position only: the token with the largest ratio of probability to random number is drawn.
+    The draft draws with the same random numbers, and a guess is kept if the target draws the same token. So every token
+    is the one that plain decoding would have drawn, with any draft and any length. Only rounding can change a token,
+    where two tokens are all but tied.
 
     A drafted token is kept with probability at least `(1 - TV) / (1 + TV)`, against `1 - TV` for `Rejection`. The
     draft's distribution is not needed, only its tokens.

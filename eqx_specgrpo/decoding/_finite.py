@@ -8,11 +8,11 @@ from ._state import DecodeState
 
 
 class NonFiniteLogits(UserError):
-    """Logits that are not finite numbers, from which no token can be drawn.
+    """Raised where logits are not finite numbers, so that no token can be drawn from them.
 
     **Attributes:**
 
-    - `of_draft`: whether they are the draft's, else the model's.
+    - `of_draft`: whether the logits are the draft's; else they are the model's.
     - `what`: which of them.
     """
 

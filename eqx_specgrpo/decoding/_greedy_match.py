@@ -9,9 +9,10 @@ from ._verify import AbstractAcceptanceRule
 
 
 class GreedyMatch(AbstractAcceptanceRule):
-    """Keeps drafted tokens as long as they are the target's most likely ones. For `GreedySampling` only.
+    """Keeps drafted tokens as long as they are the target's most likely ones. It is lossless with `GreedySampling`
+    only.
 
-    The same tokens as `Rejection` gives for a point-mass target, without a division or a uniform number.
+    It gives the same tokens as `Rejection` for a point-mass target, without a division or a random number.
     """
 
     def survival(self, target: Categorical, proposal: Proposal) -> Float[Array, " draft"]:

@@ -16,12 +16,12 @@ LONGEST = 8
 
 
 class Expectation(eqx.Module):
-    """What a controller expects of a segment.
+    """The speed that a length controller expects of a segment.
 
     **Arguments:**
 
-    - `tokens_per_round`: acceptance length, a row.
-    - `seconds_per_round`: wall-clock time.
+    - `tokens_per_round`: acceptance length.
+    - `seconds_per_round`: wall-clock time of a round.
     """
 
     tokens_per_round: float
@@ -29,14 +29,14 @@ class Expectation(eqx.Module):
 
 
 class SegmentPlan(eqx.Module):
-    """What the next segment is to do.
+    """A plan for the next segment of rounds.
 
     **Arguments:**
 
-    - `length`: tokens drafted a round; 0 is plain decoding.
+    - `length`: tokens drafted per round; 0 is plain decoding.
     - `max_rounds`: the segment ends after so many rounds, or earlier when rows can be shrunk away or refilled. (A
         [`eqx_specgrpo.decoding.FixedRounds`][] loop always runs its own number.)
-    - `expected`: what is expected of it, or `None`.
+    - `expected`: the expected speed, or `None`.
     """
 
     length: int
@@ -45,12 +45,12 @@ class SegmentPlan(eqx.Module):
 
 
 class SegmentObservation(eqx.Module):
-    """What the host saw of one decoding segment.
+    """Counts and times of one decoding segment, as the host saw it.
 
     **Arguments:**
 
     - `rows`: rows of the compiled program, finished ones included.
-    - `plan`: what was asked for.
+    - `plan`: the plan that it followed.
     - `rounds`: rounds run.
     - `seconds`: wall-clock time, or `None` if a program was compiled within it.
     - `compile_seconds`: of compilation within it.
@@ -70,24 +70,24 @@ class SegmentObservation(eqx.Module):
 
 
 class AbstractLengthController(eqx.Module, Generic[State]):
-    """Chooses the draft length of each segment, on the host. What it learns is a state of its own, which may be carried
-    from one call of `decode` to the next."""
+    """A length controller, which chooses the draft length of each segment, on the host. What it learns is a separate
+    state, which may be carried from one call of `decode` to the next."""
 
     @abstractmethod
     def init(self, max_length: int) -> State:
-        """The state before the first segment; `max_length` is the draft's, and no longer plan may be made."""
+        """Returns the state before the first segment. `max_length` is the draft's, and no plan may be longer."""
 
     @abstractmethod
     def choose(self, state: State, rows: int) -> SegmentPlan:
-        """The plan for the next segment with so many rows."""
+        """Chooses the plan for the next segment, with this number of rows."""
 
     @abstractmethod
     def update(self, state: State, observation: SegmentObservation) -> State:
-        """Learns from a segment."""
+        """Returns the state after a segment."""
 
     @abstractmethod
     def after_training(self, state: State, expected_acceptance: Sequence[float] | None) -> State:
-        """The target or the draft has other weights from here on.
+        """Returns the state after an update of the target or of the draft.
 
         **Arguments:**
 
@@ -97,11 +97,11 @@ class AbstractLengthController(eqx.Module, Generic[State]):
 
 
 class FixedLength(AbstractLengthController[int]):
-    """Always the same length, or the draft's greatest if that is smaller.
+    """A length controller that always drafts the same number of tokens, or the draft's most if that is smaller.
 
     **Arguments:**
 
-    - `length`: tokens to draft a round, 0 to 8.
+    - `length`: tokens to draft per round, 0 to 8.
     """
 
     length: int = eqx.field(static=True)

@@ -14,10 +14,11 @@ from ..sampling import AbstractSampling, Categorical, TruncatedSampling, restric
 def teacher_forced_logprobs(
     target: AbstractLanguageModel, sampling: AbstractSampling, rollouts: Rollouts
 ) -> Float[np.ndarray, "rows new"]:
-    """The target's log-probabilities of the completions, from one plain forward without a cache.
+    """Computes the target's log-probabilities of the completions, with one plain forward pass without a cache.
 
-    What the decoder reported must agree with this to rounding: the smoke alarm of losslessness. Where the rollouts have
-    a `support` it is the one normalised over: found again, it might differ by a token at its edge.
+    The decoder's log-probabilities must agree with these to rounding: this is the smoke alarm of losslessness. If the
+    rollouts have a `support`, probabilities are normalised over it. It is not computed again, because it might then
+    differ by a token at its edge.
     """
     sequences, before = whole_sequences(rollouts)
     tokens, support = jnp.asarray(rollouts.tokens), jax.tree.map(jnp.asarray, rollouts.support)
@@ -42,7 +43,7 @@ def _score(
 
 
 def whole_sequences(rollouts: Rollouts) -> tuple[Int[Array, "rows seq"], Int[Array, "rows new"]]:
-    """Prompts with their completions, right-padded, and the place before each token of the completions."""
+    """Joins prompts and completions, right-padded, and returns the position before each token of the completions."""
     prompts, group = rollouts.prompts, rollouts.group
     rows, new = rollouts.tokens.shape
     sequences = np.zeros((rows, prompts.tokens.shape[1] + new), np.int32)
@@ -56,6 +57,6 @@ def whole_sequences(rollouts: Rollouts) -> tuple[Int[Array, "rows seq"], Int[Arr
 def completion_logits(
     target: AbstractLanguageModel, sequences: Int[Array, "rows seq"], before: Int[Array, "rows new"]
 ) -> Float[Array, "rows new vocab"]:
-    """What the target says of each token of the completions, from one plain forward without a cache."""
+    """Computes the target's logits at each token of the completions, with one plain forward pass without a cache."""
     features = sequence_features(target, sequences)
     return target.unembed(jnp.take_along_axis(features.last, before[:, :, None], axis=1))

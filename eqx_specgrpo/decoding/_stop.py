@@ -15,7 +15,7 @@ _ROUNDS = 8
 
 
 class AbstractStop(eqx.Module):
-    """What ends a row, besides an end-of-sequence token and the longest length.
+    """A condition that ends a row, besides an end-of-sequence token and the length limit.
 
     It is a function of the row's tokens alone, and a row's random numbers are functions of its positions alone. So a
     row that is found to have ended some rounds ago is cut to what it would have been, and whether it was decoded
@@ -32,7 +32,7 @@ class AbstractStop(eqx.Module):
 
 
 class NoStop(AbstractStop):
-    """Nothing else ends a row."""
+    """The condition that never ends a row."""
 
     most_rounds: int | None = None
 
@@ -42,7 +42,7 @@ class NoStop(AbstractStop):
 
 
 class StopStrings(AbstractStop):
-    """A row ends at the first token whose decoded text completes one of these.
+    """Ends a row at the first token with which its decoded text contains one of these strings.
 
     **Arguments:**
 
@@ -76,7 +76,7 @@ class StopStrings(AbstractStop):
 
 
 def make_stop(strings: Sequence[str], tokenizer: Tokenizer) -> AbstractStop:
-    """What ends a row at one of these texts."""
+    """Makes the condition that ends a row at one of these texts; `NoStop` without any."""
     return StopStrings(tokenizer, strings) if strings else NoStop()
 
 

@@ -7,13 +7,13 @@ from ._verify import AbstractVerifier
 
 @dataclass(frozen=True)
 class VerifierKind:
-    """A verifier that a configuration can name. It stands as `VERIFIER` at the end of the verifier's file.
+    """Description of a verifier, by which a configuration can name it. Each verifier's file ends with one, `VERIFIER`.
 
     **Arguments:**
 
-    - `verifier`: it itself.
+    - `verifier`: the verifier.
     - `summary`: how it checks guesses, in a few words.
-    - `greedy_only`: it is lossless at temperature 0 alone, so that no run can choose it, only a measurement.
+    - `greedy_only`: it is lossless at temperature 0 only, so that measurements can choose it, but runs cannot.
     - `draft_invariant`: the tokens are those of plain decoding, whatever was drafted; `None` where it claims neither.
     """
 

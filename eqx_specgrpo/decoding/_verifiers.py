@@ -12,7 +12,7 @@ VERIFIER_KINDS: Mapping[str, VerifierKind] = described(__package__ or "", VERIFI
 
 
 def make_verifier(name: str) -> AbstractVerifier:
-    """The verifier of a name; `greedy` keeps only the likeliest tokens, and is lossless at temperature 0 alone.
+    """Returns the verifier with this name. `greedy` is lossless at temperature 0 only.
 
     **Raises:**
 

@@ -13,7 +13,7 @@ from ..sampling import AbstractSampling, Categorical, sample_weights
 
 
 class Verdict(eqx.Module):
-    """The outcome of one row's round: keep so many drafted tokens, then emit this one.
+    """The outcome of a round for one row: how many drafted tokens are kept, and the token after them.
 
     **Arguments:**
 
@@ -26,29 +26,30 @@ class Verdict(eqx.Module):
 
 
 class AbstractVerifier(eqx.Module):
-    """A rule that keeps exactly the target's distribution, whatever the draft's.
+    """A verifier: a rule under which the output has exactly the target's distribution, whatever the draft guesses.
 
-    A rule says how drafted tokens are drawn, and what becomes of them. It is given a key for each row's whole
-    completion and an absolute position, and derives all its random numbers from them: nothing depends on the order of
-    rows or on how they are batched.
+    A verifier says how drafted tokens are drawn, and how many of them are kept. It derives all its random numbers from
+    a key for each row's whole completion and an absolute position, so that nothing depends on the order of rows or on
+    how they are batched.
     """
 
     @abstractmethod
     def sampler(
         self, sampling: AbstractSampling, keys: Key[Array, " rows"], positions: Int[Array, " rows"]
     ) -> AbstractSampler:
-        """What draws the tokens of one round's drafts.
+        """Makes the sampler that draws the drafted tokens of one round.
 
         **Arguments:**
 
         - `sampling`: temperature and truncation.
-        - `keys`: one a row.
+        - `keys`: one per row.
         - `positions`: absolute position of each row's first drafted token.
         """
 
     @abstractmethod
     def verify(self, target: Categorical, proposal: Proposal, key: Key[Array, ""], position: Int[Array, ""]) -> Verdict:
-        """Decides how many tokens are kept, and the token after them. For one row; the decoder uses `vmap`.
+        """Decides how many drafted tokens are kept, and draws the token after them. Takes one row; the decoder uses
+        `vmap`.
 
         **Arguments:**
 
@@ -68,16 +69,17 @@ def _round_key(key: Key[Array, ""], position: Int[Array, ""], purpose: int) -> K
 
 
 class AbstractAcceptanceRule(AbstractVerifier):
-    """A rule that is given by its law: how likely at least `i` drafted tokens are kept, and what the token after them
-    is drawn from.
+    """A verifier that states its law: the probability that at least `i` drafted tokens are kept, and the distribution
+    of the token after them.
 
-    Both are methods of their own, so that tests can enumerate the law of the output exactly; `verify` only draws from
-    them. Tokens are drafted with random numbers of their own.
+    Both are deterministic methods, so that tests can enumerate the law of the output exactly. `verify` only draws from
+    them. The drafted tokens are drawn with random numbers of their own.
     """
 
     @abstractmethod
     def survival(self, target: Categorical, proposal: Proposal) -> Float[Array, " draft"]:
-        """Probability, given the drafted tokens, that at least 1, 2, ... of them are kept. Never increasing.
+        """Computes the probabilities, given the drafted tokens, that at least 1, 2, ... of them are kept. They never
+        increase.
 
         For one row.
 
@@ -90,7 +92,8 @@ class AbstractAcceptanceRule(AbstractVerifier):
     def next_weights(
         self, target: Categorical, proposal: Proposal, num_accepted: Int[Array, ""]
     ) -> Float[Array, " vocab"]:
-        """What the next token is drawn from, given how many drafted tokens were kept; need not be normalized."""
+        """Computes the weights from which the next token is drawn, given how many drafted tokens were kept. They need
+        not add up to 1."""
 
     def sampler(self, sampling, keys, positions) -> AbstractSampler:
         return IndependentSampler(sampling, jax.vmap(lambda k, p: _round_key(k, p, _PROPOSE))(keys, positions))

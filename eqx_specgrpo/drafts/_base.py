@@ -18,7 +18,7 @@ State = TypeVar("State")
 
 
 class DraftError(UserError):
-    """A draft and a target that do not fit; the message names both sides."""
+    """Raised where a draft does not fit its target. The message names both sides."""
 
 
 def check_heads(kind: str, hidden_size: int, target: AbstractLanguageModel) -> None:
@@ -31,12 +31,12 @@ def check_heads(kind: str, hidden_size: int, target: AbstractLanguageModel) -> N
 
 
 class Proposal(eqx.Module):
-    """Drafted tokens, and the distribution that each was drawn from.
+    """Drafted tokens, and the distribution that each of them was drawn from.
 
     **Arguments:**
 
     - `tokens`: the drafted chain.
-    - `distribution`: what each token was drawn from, given the ones before it; `None` means a point mass: the token
+    - `distribution`: the distribution of each token, given the tokens before it; `None` means a point mass: the token
         was chosen without chance (an n-gram match, an argmax).
     """
 
@@ -45,12 +45,12 @@ class Proposal(eqx.Module):
 
     @staticmethod
     def stack(steps: Sequence[tuple[Int[Array, " rows"], Categorical]]) -> "Proposal":
-        """A chain from what a sampler returned for each of its positions in turn."""
+        """Makes a chain of the pairs that a sampler returned for its positions, in order."""
         tokens, distributions = zip(*steps, strict=True)
         return Proposal(jnp.stack(tokens, axis=1), jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *distributions))
 
     def token_logprobs(self) -> Float[Array, "*rows draft"]:
-        """Log-probability that each token had of being drafted; 0 for point masses."""
+        """Returns the log-probability with which each token was drafted; 0 for point masses."""
         if self.distribution is None:
             return jnp.zeros(self.tokens.shape)
         return self.distribution.logprob(self.tokens)
@@ -62,9 +62,9 @@ class Proposal(eqx.Module):
         return jnp.isfinite(self.distribution.log_normalizer).all(-1)
 
     def probs_at(self, index: Int[Array, ""], vocab: int) -> Float[Array, " vocab"]:
-        """Draft probabilities over the vocabulary at one position of one row; zero at or beyond the draft's end.
+        """Returns the draft's probabilities over the vocabulary at one position of one row; zero beyond the chain.
 
-        For a single row: under `vmap`, not on a batch.
+        Takes a single row; use `vmap` for a batch.
         """
         length = self.tokens.shape[0]
         if length == 0:
@@ -78,18 +78,19 @@ class Proposal(eqx.Module):
 
 
 class AbstractDraft(eqx.Module, Generic[State]):
-    """Guesses the next few tokens of every row cheaply.
+    """A draft, which guesses the next few tokens of every row cheaply.
 
-    A draft is configuration and weights; what it remembers of the rows is a separate PyTree, made by `init` and handed
-    through `propose` and `commit`. Every array of that PyTree has the row as its leading axis, so that the decoder can
-    select rows. The target is an argument everywhere, never a field: its unembedding can't be trained or saved twice.
+    The module holds configuration and weights. What a draft remembers of the rows is a separate PyTree, the state.
+    `init` makes it, and `propose` and `commit` take and return it. Every array of the state has the row as its leading
+    axis, so that the decoder can select rows. The target is an argument of every method and never a field, so that its
+    unembedding cannot be trained or saved twice.
 
-    Where a row stands at the start of a round: its last committed token was emitted but not yet fed to the target; the
-    newest features are those of the position before it, the ones that predicted it.
+    At the start of a round, the last committed token of a row has been emitted, but the target has not read it yet. The
+    newest features are those of the position before it, which predicted it.
 
     Subclasses have:
 
-    - `max_length`: the most tokens that `propose` can be asked for.
+    - `max_length`: the most tokens that `propose` can guess.
     - `train_length`: how many draft positions `train_hidden` returns: `max_length` where each has weights of its own, 1
         where all share them and one is enough to learn from, 0 where nothing can be trained.
     - `layers`: the target's layers whose outputs are needed in `Features.layers`, besides `Features.last`.
@@ -112,11 +113,11 @@ class AbstractDraft(eqx.Module, Generic[State]):
         lengths: Int[Array, " rows"],
         capacity: int,
     ) -> State:
-        """The state after the target's pass over the prompts.
+        """Returns the state after the target's pass over the prompts.
 
         **Arguments:**
 
-        - `features`: of the prompts, `[rows, seq, hidden]`.
+        - `features`: the target's features of the prompts, `[rows, seq, hidden]`.
         - `tokens`, `lengths`: the prompts, right-padded.
         - `capacity`: the most positions a row will ever have, the draft's own included.
         """
@@ -130,23 +131,23 @@ class AbstractDraft(eqx.Module, Generic[State]):
         capacity: int,
         first: int,
     ) -> State:
-        """As `init`, with room for the first positions only; `grow` makes more of it. For drafts whose state has the
-        size of its capacity; by default it has all its room at once.
+        """Makes the state with room for the first positions only; `grow` adds more. It is for drafts whose state has
+        the size of its capacity. By default it calls `init`, which makes all the room at once.
 
         **Arguments:**
 
         - `features`, `tokens`, `lengths`, `capacity`: as for `init`.
-        - `first`: positions that there has to be room for at first. What is drafted may not depend on it.
+        - `first`: number of positions that fit at first. What is drafted must not depend on it.
         """
         del first
         return self.init(target, features, tokens, lengths, capacity)
 
     def grow(self, state: State, capacity: int) -> State:
-        """The state with room for more positions than `begin` left, or than the last `grow`.
+        """Returns the state with room for more positions.
 
         **Arguments:**
 
-        - `capacity`: positions that there has to be room for from here on.
+        - `capacity`: number of positions that must fit from here on.
         """
         del capacity
         return state
@@ -160,7 +161,7 @@ class AbstractDraft(eqx.Module, Generic[State]):
         sampler: AbstractSampler,
         length: int,
     ) -> tuple[Proposal, State]:
-        """Drafts `length` tokens a row, `1 <= length <= max_length`.
+        """Guesses `length` tokens for each row, where `1 <= length <= max_length`.
 
         **Arguments:**
 
@@ -179,7 +180,7 @@ class AbstractDraft(eqx.Module, Generic[State]):
         block: Int[Array, "rows block"],
         num_accepted: Int[Array, " rows"],
     ) -> State:
-        """Takes in the outcome of a round.
+        """Updates the state with the outcome of a round.
 
         **Arguments:**
 
@@ -200,14 +201,14 @@ class AbstractDraft(eqx.Module, Generic[State]):
         num_accepted: Int[Array, " rows"],
         active: Bool[Array, " rows"],
     ) -> State:
-        """What the decoder calls: `commit`, told which rows have not finished.
+        """Calls `commit`, and says which rows have not finished. This is what the decoder calls.
 
-        Finished rows are drafted for until the batch shrinks. By default they go on by one token a round, which no
-        active row is slower than: how much of a draft's cache is read depends on the row that has come farthest.
+        Finished rows stay in the batch until it shrinks. By default they move on by one token per round, so that they
+        are never ahead of an active row: how much of a draft's cache is read depends on the longest row.
 
         **Arguments:**
 
-        - `active`: rows that have not finished. `num_accepted` is arbitrary in the others.
+        - `active`: which rows have not finished. `num_accepted` is arbitrary in the others.
         """
         return self.commit(target, state, features, block, jnp.where(active, num_accepted, 0))
 
@@ -215,7 +216,7 @@ class AbstractDraft(eqx.Module, Generic[State]):
     def train_hidden(
         self, target: AbstractLanguageModel, features: Features, tokens: Int[Array, "rows seq"]
     ) -> Float[Array, "rows seq draft draft_hidden"]:
-        """What `train_logits` unembeds, for every position and draft offset of whole sequences.
+        """Computes the draft's hidden states for training, at every position and draft offset of whole sequences.
 
         At position `i`, where the features predict token `i + 1`, offset `k` (from 0, below `train_length`) stands for
         the draft's prediction of token `i + 2 + k`, which the target predicts from its own features at position
@@ -223,7 +224,7 @@ class AbstractDraft(eqx.Module, Generic[State]):
 
         **Arguments:**
 
-        - `features`: of the sequences, behind a stop-gradient.
+        - `features`: the target's features of the sequences, behind a stop-gradient.
         - `tokens`: the sequences; the features at `i` were computed from token `i`.
         """
 
@@ -231,17 +232,18 @@ class AbstractDraft(eqx.Module, Generic[State]):
     def train_logits(
         self, target: AbstractLanguageModel, hidden: Float[Array, "*batch draft_hidden"]
     ) -> Float[Array, "*batch vocab"]:
-        """Logits from what `train_hidden` gave; separate, so that the loss can go through the vocabulary in chunks."""
+        """Computes logits from the output of `train_hidden`. It is separate so that the loss can go in chunks of
+        positions."""
 
     @abstractmethod
     def provenance(self) -> dict[str, Any]:
-        """JSON-able settings from which an equal module can be built before its weights are loaded."""
+        """Returns JSON-able settings, from which an equal module is built before its weights are loaded."""
 
 
 def check_fit(draft: AbstractDraft, target: AbstractLanguageModel) -> None:
-    """Raises `DraftError`, naming both sides, if a draft asks for layers that the target has not, or fails its `check`.
+    """Raises `DraftError`, naming both sides, if a draft asks for layers that the target lacks, or fails its `check`.
 
-    For drafts from outside the library, whose `check` may not have thought of everything.
+    It is for drafts from outside the library, whose `check` may be incomplete.
     """
     draft.check(target)
     num_layers = len(target.no_cache())
@@ -253,5 +255,6 @@ def check_fit(draft: AbstractDraft, target: AbstractLanguageModel) -> None:
 
 
 def pick_positions(values: Float[Array, "rows seq size"], index: Int[Array, " rows"]) -> Float[Array, "rows size"]:
-    """One position of each row: where the newest features stand is different in every row."""
+    """Selects one position of each row, for instance the newest features, which are at another position in every
+    row."""
     return jnp.take_along_axis(values, index[:, None, None], axis=1)[:, 0]

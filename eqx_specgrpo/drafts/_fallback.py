@@ -19,22 +19,22 @@ Then = TypeVar("Then", bound=AbstractDraft)
 
 
 class FallbackDraft(AbstractDraft[FallbackState], Generic[First, Then]):
-    """The first draft in the rows where it has a match, the second in the others.
+    """Two drafts: the first one guesses in rows where it has a match, the second one in the other rows.
 
-    Which of them it is depends on committed tokens alone, and is known before the second draws anything: were it to
-    depend on a token just drawn, the tokens that are verified would no longer be distributed as the draft says, and the
-    output would be biased (`AbstractHistoryDraft.propose_matches` has no sampler). A matched row's proposal is a point
-    mass, exactly that, among the distributions of the others.
+    Which draft guesses in a row depends on committed tokens only, and is known before the second draft draws anything.
+    If it depended on a token just drawn, the verified tokens would not be distributed as the draft claims, and the
+    output would be biased. (So `AbstractHistoryDraft.propose_matches` has no sampler.) The proposal of a matched row is
+    a point mass among the distributions of the other rows.
 
-    Both are told of every round's outcome. The second therefore has to take tokens in that it has not drafted.
+    Both drafts learn the outcome of every round. So the second one has to take in tokens that it has not drafted.
 
-    Trained and frozen parts are those of the second; the first has nothing to train, but a memory that `remember`
-    reaches.
+    Trained and frozen parts are those of the second draft. The first one has nothing to train, but a memory, which
+    `remember` fills.
 
     **Arguments:**
 
-    - `first`: say, [`eqx_specgrpo.drafts.NGramDraft`][], with a `min_ngram` of 3 or more: its short matches are often
-        worse than what a trained draft says.
+    - `first`: for instance [`eqx_specgrpo.drafts.NGramDraft`][] with a `min_ngram` of 3 or more, because its short
+        matches are often worse than the guesses of a trained draft.
     - `then`: any draft.
     """
 

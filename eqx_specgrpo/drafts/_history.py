@@ -17,11 +17,11 @@ Draft = TypeVar("Draft", bound=AbstractDraft)
 
 
 class AbstractHistoryDraft(AbstractDraft[State]):
-    """A draft that repeats what followed the same words before: in the row itself, in other rows, in earlier rollouts.
+    """A draft that repeats what followed the same tokens before: in the row itself, in other rows, in earlier rollouts.
 
-    What it proposes is a point mass, chosen without chance (`Proposal.distribution` is `None`), also where it has the
-    very tokens and their old probabilities: the policy has been trained on those tokens since, so they are no draw from
-    any distribution that a verifier could be given.
+    Its proposals are point masses: they are chosen without chance, and `Proposal.distribution` is `None`. This also
+    holds where it remembers tokens with their old probabilities. The policy has been trained on those tokens since, so
+    they are not a draw from any distribution that a verifier could be given.
     """
 
     def propose(
@@ -44,7 +44,7 @@ class AbstractHistoryDraft(AbstractDraft[State]):
         last_token: Int[Array, " rows"],
         length: int,
     ) -> tuple[Proposal, Bool[Array, " rows"], State]:
-        """As `propose`, and which rows have a match; what is proposed for the others is arbitrary.
+        """Proposes as `propose` does, and says which rows have a match. The proposal of the other rows is arbitrary.
 
         **Arguments:**
 
@@ -54,19 +54,20 @@ class AbstractHistoryDraft(AbstractDraft[State]):
 
     @abstractmethod
     def remember(self, rollouts: Rollouts) -> "AbstractHistoryDraft":
-        """The draft with these rollouts in its memory. On the host, between decodings; shapes stay as they are."""
+        """Returns the draft with these rollouts in its memory. It runs on the host, between decodings. Shapes do not
+        change."""
 
 
 def remember(draft: Draft, rollouts: Rollouts) -> Draft:
-    """Tells what remembers in a draft of new rollouts, however deep inside it: every history draft, and a reduced
-    vocabulary. The rest stays as it is.
+    """Hands new rollouts to every part of a draft that remembers rollouts: history drafts and a reduced vocabulary,
+    also inside other drafts. Other parts do not change.
 
-    For the training loop, once a step.
+    The training loop calls it once per step.
 
     **Arguments:**
 
     - `draft`: any draft.
-    - `rollouts`: of the step; completions of prompts that will be met again are worth most.
+    - `rollouts`: of the step. Completions of prompts that come again are the most useful.
     """
 
     def tell(part):

@@ -19,7 +19,7 @@ def _fits_any(max_length: int, **options: Any) -> None:
 
 @dataclass(frozen=True)
 class DraftKind:
-    """A kind of draft that a configuration can name. It stands as `DRAFT` at the end of the draft's file.
+    """Description of a kind of draft, by which a configuration can name it. Each draft's file ends with one, `DRAFT`.
 
     **Arguments:**
 
@@ -31,9 +31,10 @@ class DraftKind:
         Any `ValueError`, `KeyError` or `TypeError` of it means that they are not such settings.
     - `check`: raises `ValueError` if `max_length` and the options do not go together. Called as `check(max_length,
         **options)` before any model is loaded.
-    - `needs_learning`: it begins as the target's own prediction one token late, and is rarely right before it has
-        learned.
-    - `has_probabilities`: it draws its tokens from distributions, so that it has a vocabulary and temperatures.
+    - `needs_learning`: a fresh draft of this kind is rarely right, because it begins by predicting the next token in
+        place of the one after it.
+    - `has_probabilities`: the draft draws its tokens from distributions, so that it can have a vocabulary and
+        temperatures.
     """
 
     draft: type[AbstractDraft]

@@ -24,11 +24,11 @@ OWN_CLASS = "a class of your own as file.py:Class or package.module:Class"
 
 
 def draft_options(kind: str) -> Options:
-    """The options of a kind of draft, which are the keys of `[draft.options]`.
+    """Returns the options of a kind of draft, which are the keys of `[draft.options]`.
 
     **Arguments:**
 
-    - `kind`: a name, or how a class of the user's own is found; its file or module is imported.
+    - `kind`: a name, or `file.py:MyDraft` or `package.module:MyDraft`, whose file or module is imported.
 
     **Raises:**
 
@@ -50,16 +50,16 @@ def fresh_draft(
     tokenizer: Tokenizer | None = None,
     key: PRNGKeyArray,
 ) -> AbstractDraft:
-    """A draft that has not learned yet.
+    """Makes a draft that has not learned yet.
 
     **Arguments:**
 
     - `kind`: one of `DRAFT_KINDS`, or how a class (or function) of the user's own is found: `file.py:MyDraft` or
         `package.module:MyDraft`. It is called as `MyDraft(target, max_length, key=key, **options)`.
-    - `target`: whom it is to draft for.
-    - `max_length`: the most tokens that it drafts.
+    - `target`: the model that it drafts for.
+    - `max_length`: the most tokens that it can guess in a round.
     - `options`: the kind's own, as `draft_options` describes them.
-    - `tokenizer`: the target's, for kinds that ask for it.
+    - `tokenizer`: of the target, for kinds that ask for it.
     - `key`: for fresh weights.
 
     **Raises:**

@@ -10,7 +10,8 @@ from ._kind import DraftKind
 
 
 class NoDraft(AbstractDraft[tuple[()]]):
-    """Plain decoding: nothing is guessed, every target pass yields one token. The reference for every other draft."""
+    """The draft that guesses nothing: plain decoding, one token per target pass. It is the reference for other
+    drafts."""
 
     max_length: int = eqx.field(static=True, default=0)
     train_length: int = eqx.field(static=True, default=0)

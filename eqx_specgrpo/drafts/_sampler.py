@@ -12,7 +12,7 @@ from ..sampling import AbstractSampling, Categorical
 
 
 class AbstractSampler(eqx.Module):
-    """Draws a draft's tokens from its logits: what `propose` is handed, made anew for every round."""
+    """A sampler, which draws a draft's tokens from its logits. A verifier makes one for each round, for `propose`."""
 
     @abstractmethod
     def __call__(
@@ -33,7 +33,7 @@ class AbstractSampler(eqx.Module):
     def chain(
         self, logits: Float[Array, "rows draft size"], support: Int[Array, " size"] | None = None
     ) -> tuple[Int[Array, "rows draft"], Categorical]:
-        """All positions at once, for drafts whose logits do not depend on the tokens drawn."""
+        """Draws all positions at once, for drafts whose logits do not depend on the tokens drawn."""
 
         def one(logits, offset):
             return self(logits, offset, support)
@@ -42,12 +42,12 @@ class AbstractSampler(eqx.Module):
 
 
 class IndependentSampler(AbstractSampler):
-    """Draws with random numbers that are used for nothing else.
+    """A sampler with random numbers of its own.
 
     **Arguments:**
 
     - `sampling`: temperature and truncation.
-    - `keys`: one a row, of this round alone.
+    - `keys`: one per row, for this round only.
     """
 
     sampling: AbstractSampling
@@ -60,12 +60,12 @@ class IndependentSampler(AbstractSampler):
 
 
 class CoupledSampler(AbstractSampler):
-    """Draws with the very noise that the target's own token at the position is drawn with.
+    """A sampler with the same random numbers as the target's own token at each position.
 
     **Arguments:**
 
     - `sampling`: temperature and truncation.
-    - `keys`: one a row, for a whole completion.
+    - `keys`: one per row, for a whole completion.
     - `positions`: absolute position of each row's first drafted token.
     """
 

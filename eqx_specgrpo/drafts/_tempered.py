@@ -21,11 +21,11 @@ MOST_STEPS = 2 * STEPS_PER_DOUBLING  # temperatures from 1/4 to 4
 
 
 class TemperedDraft(AbstractDraft[Any], Generic[Inner]):
-    """A draft whose logits at each draft position are divided by a temperature, on top of the one of sampling.
+    """A draft whose logits at each draft position are divided by a temperature, besides the temperature of sampling.
 
-    What is the best imitation is not what is accepted most: the further ahead a draft looks, the flatter it is. Any
-    distribution is lossless, as long as the tokens are drawn from it. So the temperature is free, and the one that is
-    accepted most is found on the last completions, see [`eqx_specgrpo.distill.fit_temperature`][].
+    The distribution that imitates the target best is not the one that is accepted most: the further ahead a draft
+    looks, the flatter it becomes. Any distribution is lossless, as long as the tokens are drawn from it, so that the
+    temperature can be chosen freely. [`eqx_specgrpo.distill.fit_temperature`][] finds the one with the most acceptance.
 
     Trained and frozen parts are those of the draft. The temperatures are places on a grid, integers, which no optimizer
     touches; training does not see them.
@@ -33,7 +33,7 @@ class TemperedDraft(AbstractDraft[Any], Generic[Inner]):
     **Arguments:**
 
     - `draft`: any draft that gives its logits to the sampler.
-    - `steps`: of each draft position; the temperature is `2 ** (steps / 16)`. By default 0, temperature 1.
+    - `steps`: one integer per draft position; its temperature is `2 ** (steps / 16)`. By default 0, temperature 1.
     """
 
     draft: Inner
@@ -52,7 +52,7 @@ class TemperedDraft(AbstractDraft[Any], Generic[Inner]):
 
     @property
     def temperature(self) -> Float[Array, " draft"]:
-        """Of each draft position."""
+        """The temperature of each draft position."""
         return steps_to_temperature(self.steps)
 
     @property
@@ -92,7 +92,7 @@ class TemperedDraft(AbstractDraft[Any], Generic[Inner]):
         return self.draft.train_hidden(target, features, tokens)
 
     def train_logits(self, target, hidden):
-        """The draft's own, before tempering."""
+        """Computes the draft's own logits, before they are divided by the temperatures."""
         return self.draft.train_logits(target, hidden)
 
     def provenance(self) -> dict[str, Any]:
@@ -100,12 +100,12 @@ class TemperedDraft(AbstractDraft[Any], Generic[Inner]):
 
 
 class TemperedSampler(AbstractSampler):
-    """Draws at other temperatures than the sampler inside it, and hands on the distribution drawn from.
+    """A sampler that divides logits by a temperature per draft position, and then uses the sampler inside it.
 
     **Arguments:**
 
-    - `sampler`: what draws.
-    - `temperature`: of each draft position, on top of the sampler's own.
+    - `sampler`: the sampler inside.
+    - `temperature`: of each draft position, besides that of the sampler inside.
     """
 
     sampler: AbstractSampler
@@ -116,18 +116,18 @@ class TemperedSampler(AbstractSampler):
 
 
 def steps_to_temperature(steps: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """From places on the grid to temperatures; 0 is temperature 1."""
+    """Computes temperatures from integer steps: `2 ** (steps / 16)`."""
     return 2.0 ** (steps / STEPS_PER_DOUBLING)
 
 
 def tempered_part(draft: AbstractDraft) -> TemperedDraft | None:
-    """The `TemperedDraft` that a draft is, or that is inside it; `None` if there is none."""
+    """Returns the `TemperedDraft` that a draft is or contains; `None` if there is none."""
     found = [part for part in jax.tree.leaves(draft, is_leaf=_is_tempered) if _is_tempered(part)]
     return found[0] if found else None
 
 
 def with_temperature(draft: Draft, steps: Int[Array, " draft"]) -> Draft:
-    """The draft with other temperatures in its `TemperedDraft`."""
+    """Returns the draft with other temperatures in its `TemperedDraft`."""
 
     def put(part):
         return eqx.tree_at(lambda tempered: tempered.steps, part, steps) if _is_tempered(part) else part

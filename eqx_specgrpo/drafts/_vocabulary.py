@@ -24,7 +24,7 @@ Draft = TypeVar("Draft", bound=AbstractDraft)
 
 
 class AbstractDraftVocabulary(eqx.Module):
-    """The tokens that a draft can say.
+    """The vocabulary of a draft: the tokens that it can guess.
 
     A draft holds at most one, gives its logits through it, and hands `support` to the sampler beside them:
 
@@ -39,26 +39,27 @@ class AbstractDraftVocabulary(eqx.Module):
     @property
     @abstractmethod
     def support(self) -> Int[Array, " size"] | None:
-        """The token ids of the logits; `None` stands for the target's whole vocabulary in order."""
+        """Token ids of the logits, in order; `None` stands for the target's whole vocabulary."""
 
     @property
     @abstractmethod
     def size(self) -> int:
-        """How many tokens; 0 stands for the target's whole vocabulary."""
+        """Number of tokens; 0 stands for the target's whole vocabulary."""
 
     @abstractmethod
     def check(self, target: AbstractLanguageModel) -> None:
-        """Raises `DraftError` if there are tokens which the target does not have. Called before any tracing."""
+        """Raises `DraftError` if the target lacks one of the tokens. Called before any tracing."""
 
     @abstractmethod
     def unembed(
         self, target: AbstractLanguageModel, hidden: Float[Array, "*batch hidden"]
     ) -> Float[Array, "*batch vocab_or_size"]:
-        """Logits of these tokens, float32."""
+        """Computes the logits of these tokens, in float32."""
 
     @abstractmethod
     def remember(self, rollouts: Rollouts) -> "AbstractDraftVocabulary":
-        """The vocabulary after these completions. On the host, between decodings; shapes stay as they are."""
+        """Returns the vocabulary after these completions. It runs on the host, between decodings. Shapes do not
+        change."""
 
 
 class FullVocabulary(AbstractDraftVocabulary):
@@ -84,12 +85,11 @@ class FullVocabulary(AbstractDraftVocabulary):
 
 
 class ReducedVocabulary(AbstractDraftVocabulary):
-    """Some of the target's tokens.
+    """A vocabulary of some of the target's tokens.
 
-    Not trained: an array of integers. It is kept up to date as the policy moves: `remember` puts the tokens of the
-    newest completions first, those used most at the head, and drops the tokens that have gone unused for longest. So a
-    token stays for many steps after its last use, what is new enters at once, and neither counts nor a compilation are
-    needed.
+    It is an array of integers, and is not trained. It follows the policy: `remember` puts the tokens of the newest
+    completions first, the most used of them at the head, and drops the tokens that were unused for longest. So a new
+    token enters at once, a token stays for many steps after its last use, no counts are kept and nothing is compiled.
 
     **Arguments:**
 
@@ -138,7 +138,7 @@ class ReducedVocabulary(AbstractDraftVocabulary):
 
 
 def completion_tokens(rollouts: Rollouts) -> Int[np.ndarray, " tokens"]:
-    """All tokens of all completions, padding left out."""
+    """Returns all tokens of all completions, without padding."""
     tokens = np.asarray(rollouts.tokens)
     return tokens[np.arange(tokens.shape[1])[None] < np.asarray(rollouts.lengths)[:, None]]
 
@@ -146,15 +146,16 @@ def completion_tokens(rollouts: Rollouts) -> Int[np.ndarray, " tokens"]:
 def most_used_tokens(
     tokens: Int[np.ndarray, " tokens"], size: int, vocab_size: int, always: Sequence[int] = ()
 ) -> Int[np.ndarray, " size"]:
-    """The tokens that are used most, the most used first; where too few are used, unused ones from id 0 on.
+    """Returns the tokens that are used most, the most used first. If too few are used, unused tokens follow, from id 0
+    on.
 
-    Tokens of most tokenizers are numbered in the order in which they were found useful.
+    Most tokenizers number their tokens in the order in which they were learned, useful ones first.
 
     **Arguments:**
 
     - `tokens`: of the policy's own completions, see `completion_tokens`. May be empty.
-    - `size`: how many.
-    - `vocab_size`: the target's.
+    - `size`: number of tokens to return.
+    - `vocab_size`: size of the target's vocabulary.
     - `always`: ids that come first however often they are used, as that of the end of a sequence.
     """
     if not 1 <= size <= vocab_size:
@@ -173,9 +174,9 @@ def most_used_tokens(
 
 
 def coverage(vocabulary: AbstractDraftVocabulary, tokens: Int[np.ndarray, " tokens"]) -> float:
-    """The share of tokens that a draft of this vocabulary could have said; 1 where there are none.
+    """Returns the share of tokens that are in the vocabulary; 1 if there are no tokens.
 
-    What is missing to 1 is lost acceptance at least: such a token is never accepted, only corrected.
+    What is missing to 1 is lost acceptance, because such a token can only come from a correction.
     """
     if vocabulary.support is None or len(tokens) == 0:
         return 1.0
@@ -183,9 +184,9 @@ def coverage(vocabulary: AbstractDraftVocabulary, tokens: Int[np.ndarray, " toke
 
 
 def with_vocabulary(draft: Draft, vocabulary: AbstractDraftVocabulary) -> Draft:
-    """The draft with another vocabulary; one that is deep inside it, as in a `FallbackDraft`, is found.
+    """Returns the draft with another vocabulary, also where it is inside another draft, such as a `FallbackDraft`.
 
-    Another of the same size is no other program: nothing is compiled anew.
+    A vocabulary of the same size needs no new compilation.
 
     **Raises:**
 
@@ -200,7 +201,7 @@ def with_vocabulary(draft: Draft, vocabulary: AbstractDraftVocabulary) -> Draft:
 
 
 def draft_vocabulary(draft: AbstractDraft) -> AbstractDraftVocabulary:
-    """The vocabulary of a draft or of the one inside it; the full one for drafts that have none of their own."""
+    """Returns the vocabulary of a draft or of the draft inside it; a `FullVocabulary` for drafts without one."""
     found = _vocabularies(draft)
     if len(found) > 1:
         raise DraftError(
@@ -210,7 +211,7 @@ def draft_vocabulary(draft: AbstractDraft) -> AbstractDraftVocabulary:
 
 
 def has_vocabulary(draft: AbstractDraft) -> bool:
-    """Whether the draft, or one inside it, has a vocabulary of its own to exchange."""
+    """Whether the draft, or a draft inside it, has a vocabulary that can be exchanged."""
     return bool(_vocabularies(draft))
 
 

@@ -13,15 +13,15 @@ from ..models import AbstractLanguageModel, Tokenizer
 
 @dataclass(frozen=True)
 class RunView:
-    """A run as a callback sees it.
+    """The view of a run that a callback gets.
 
     **Arguments:**
 
-    - `config`: of the run; `config.steps` is how many there will be.
-    - `folder`: of the run.
-    - `done`: steps that are done.
-    - `policy`, `draft`: as they are now, in float32. The next update takes their arrays for its own, so that they are
-        for the length of the call alone: to keep one, copy it.
+    - `config`: of the run; `config.steps` is the number of steps in all.
+    - `folder`: the run folder.
+    - `done`: number of steps that are done.
+    - `policy`, `draft`: as they are now, in float32. The next update reuses their arrays, so they are valid during the
+        call only. Copy what you want to keep.
     - `tokenizer`: the policy's.
     """
 
@@ -34,30 +34,31 @@ class RunView:
 
 
 class AbstractCallback(abc.ABC):
-    """Is called while a run goes on. What it raises ends the run; the steps that are done are saved first.
+    """A callback, whose methods a run calls. An exception in it ends the run; the steps that are done are saved first.
 
-    Nothing that it is given may be changed. It sees metrics after they have been written.
+    It must not change what it is given. Metrics are written before it gets them.
     """
 
     def begin(self, run: RunView) -> None:
-        """Before the first step of this start."""
+        """Called before the first step of this start."""
         del run
 
     @abc.abstractmethod
     def step(self, run: RunView, metrics: Mapping[str, float | int]) -> None:
-        """After each step, with its line of `metrics.jsonl`."""
+        """Called after each step, with the step's line of `metrics.jsonl`."""
 
     def evaluate(self, run: RunView, metrics: Mapping[str, float | int]) -> None:
-        """After each evaluation, with its results."""
+        """Called after each evaluation, with its results."""
         del run, metrics
 
     def end(self, run: RunView) -> None:
-        """After the last step, once `policy/` and `draft/` are written. Not where something else has ended the run."""
+        """Called after the last step, once `policy/` and `draft/` are written. Not called if the run ended in another
+        way."""
         del run
 
 
 class NoCallback(AbstractCallback):
-    """Does nothing."""
+    """The callback that does nothing."""
 
     def step(self, run: RunView, metrics: Mapping[str, float | int]) -> None:
         del run, metrics

@@ -64,15 +64,15 @@ def distill(
 ) -> Path:
     """Trains a draft on completions that the target samples on a task, and saves it.
 
-    The target stands still. Batches of rollouts are decoded plainly, each serves several updates, and is replaced. The
-    first batch is never learned from: on it the draft is examined before and after. The learning rate rises
-    over ten updates, is constant until half of the time is over, then falls linearly to 0.
+    The target is not trained. Batches of rollouts are decoded plainly. Each serves several updates, and is then
+    replaced. The first batch is never learned from: the draft is examined on it before and after. The learning rate
+    rises over ten updates, is constant until half of the time is over, then falls linearly to 0.
 
     **Arguments:**
 
     - `config`: as for a run. What matters of it: `model`, `task`, `draft`, `seed`, `out` (the folder to write) and, of
         `grpo`, how many prompts a batch has, completions a prompt, the longest completion, and the temperature.
-    - `steps`: the most updates.
+    - `steps`: the most updates to make.
     - `minutes`: the most wall-clock time to learn. It counts from the first update on, which has compiled: there is
         always that one, and loading, compiling and the rollouts before it take none of the time. Without either, 300
         updates or 10 minutes, whichever comes first; only with `steps` alone does the same seed give the same draft.
@@ -85,8 +85,8 @@ def distill(
 
     **Raises:**
 
-    `UserError` for whatever the user can mend. `Stopped` where SIGINT, SIGTERM or SIGHUP has asked for an end: what was
-    learned is saved first.
+    `UserError` for errors that a user can correct. `Stopped` after SIGINT, SIGTERM or SIGHUP; what was learned is saved
+    first.
     """
     if (steps is not None and steps < 1) or (minutes is not None and not 0 < minutes < math.inf):
         raise UserError(

@@ -19,13 +19,13 @@ from ._out_of_memory import out_of_memory_advice
 
 
 class ModelEvaluation(NamedTuple):
-    """What `specgrpo eval` has found.
+    """The result of `specgrpo eval`.
 
     **Arguments:**
 
     - `about`: model, task, and how it was measured.
     - `metrics`: by name, as in a run's `eval.jsonl`.
-    - `completions`: one JSON-able object a completion.
+    - `completions`: one JSON-able object per completion.
     """
 
     about: dict[str, Any]
@@ -33,11 +33,11 @@ class ModelEvaluation(NamedTuple):
     completions: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
-        """All but the completions."""
+        """Returns a JSON-able object of everything but the completions."""
         return self.about | {"metrics": self.metrics}
 
     def table(self) -> Table:
-        """The metrics with their intervals."""
+        """Makes a table of the metrics with their intervals."""
         title = f"{self.about['model']} on {self.about['task']}"
         table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
         table.add_column("")
@@ -59,7 +59,7 @@ def evaluate_model(
 ) -> ModelEvaluation:
     """Loads a model (and a draft), and measures it on held-out items.
 
-    The policy of a run that is given the run's own configuration and draft has the metrics of the run's evaluation.
+    With a run's own configuration, policy and draft it reproduces the metrics of the run's last evaluation.
 
     **Arguments:**
 
@@ -68,11 +68,11 @@ def evaluate_model(
         does not say itself, and `draft.length` and `draft.verifier`.
     - `draft`: folder of a saved draft, a kind, or a class as `file.py:Class`; `None` for plain decoding.
     - `apart`: whether `eval.task` may share no prompt with `task`.
-    - `console`: for progress, by default standard error.
+    - `console`: where progress goes, by default standard error.
 
     **Raises:**
 
-    `UserError` for whatever the user can mend.
+    `UserError` for errors that a user can correct.
     """
     held_out = load_held_out(config, apart=apart)  # before the model, which may be large
     if held_out is None:

@@ -32,20 +32,20 @@ def generate_text(
     num_generations: int = 1,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Loads a model (and a draft), and completes a prompt. What `[grpo]` says of rollouts has the same names.
+    """Loads a model (and a draft), and completes a prompt. Arguments have the names that they have in `[grpo]`.
 
     **Arguments:**
 
-    - `prompt`: text; put into the chat template as a user's message if `chat`.
+    - `prompt`: text; with `chat` it is put into the chat template as a user's message.
     - `model`: folder, `.gguf` file or `org/name`; the embedded default if empty.
     - `revision`: branch, tag or commit of a model by name.
-    - `chat_template_kwargs`: what the chat template is told, such as `{"enable_thinking": False}`.
+    - `chat_template_kwargs`: arguments of the chat template, such as `{"enable_thinking": False}`.
     - `draft`: folder of a saved draft, a kind, or a class as `file.py:Class`; `None` for plain decoding.
     - `adapter`: folder of an adapter in PEFT's format, to be merged into the model.
     - `temperature`, `top_k`, `top_p`, `min_p`: see `Sampling`; temperature 0 is greedy.
-    - `max_completion_length`: the longest completion, in tokens.
+    - `max_completion_length`: length of the longest completion, in tokens.
     - `stop`: texts that end a completion, at the first token that completes one of them.
-    - `num_generations`: completions.
+    - `num_generations`: number of completions.
 
     **Returns:**
 

@@ -31,7 +31,7 @@ _WARMUP_UPDATES = 10
 
 
 class Lesson(eqx.Module):
-    """A batch of rollouts, with the target's features of them.
+    """A batch of rollouts for the draft to learn from, with the target's features of them.
 
     **Arguments:**
 
@@ -58,12 +58,13 @@ def make_lesson(
     number: int,
     on_progress: Callable[[DecodeProgress], None] | None = None,
 ) -> Lesson:
-    """Rollouts of the prompts that step `number` of a run will have (counted from 0), with random numbers of their own.
+    """Makes rollouts of the prompts that step `number` of a run will have (counted from 0), with their own random
+    numbers.
 
     **Arguments:**
 
-    - `draft`: what guesses. Whatever it is, the rollouts are the policy's.
-    - `layers`: of the target, whose features are kept.
+    - `draft`: the draft to decode with. It does not change the distribution of the rollouts.
+    - `layers`: the target's layers whose features are kept.
     - `number`: of the lesson.
     """
     grpo = parts.config.grpo
@@ -82,7 +83,7 @@ def make_lesson(
 
 
 def recall_lesson(state: RunState, lesson: Lesson) -> RunState:
-    """The state with the lesson's rollouts in the memory of a draft that has one."""
+    """Returns the state after the draft has remembered the lesson's rollouts, if it has a memory."""
     return dataclasses.replace(state, draft=remember(state.draft, lesson.rollouts))
 
 
@@ -90,7 +91,7 @@ def with_scheduled_rate(parts: RunParts, update: int, done: float) -> RunParts:
     """The draft's learning rate at an update: rising over the first ten, then constant until half of the time is over,
     then falling linearly to 0.
 
-    Without the rise a layer with attention is thrown far off by Adam's first steps (docs/experiments.md).
+    Without the rise, Adam's first steps would throw a layer with attention far off (docs/experiments.md).
 
     **Arguments:**
 
@@ -106,13 +107,13 @@ def with_scheduled_rate(parts: RunParts, update: int, done: float) -> RunParts:
 def learn_lesson(
     parts: RunParts, state: RunState, target: AbstractLanguageModel, lesson: Lesson, update: int
 ) -> tuple[RunState, dict[str, float]]:
-    """One update of the draft on `draft.fraction` of the lesson's rows, chosen at random.
+    """Makes one update of the draft on `draft.fraction` of the lesson's rows, chosen at random.
 
     DONATES the draft and its optimizer's state.
 
     **Arguments:**
 
-    - `target`: the weights that gave the features.
+    - `target`: the model with the weights that the features were computed with.
     - `update`: counted from 0, over all lessons.
     """
     key = step_key(parts.config.seed, -1 - update, CHOOSE)
@@ -127,9 +128,9 @@ def examine(
     lesson: Lesson,
     alpha: Float[Array, " draft"],
 ) -> tuple[float, list[float]]:
-    """Loss and expected acceptance by position on a whole lesson, without learning from it.
+    """Computes loss and expected acceptance by position on a whole lesson, without learning from it.
 
-    As many rows at a time as an update has, so that it is the same program.
+    It takes as many rows at a time as an update has, so that the same program is used.
     """
     draft = compute_copy(draft, parts.config.model.dtype)
     rows = len(lesson.rollouts.group)
@@ -165,7 +166,7 @@ def examine(
 
 
 def mean_entropy(parts: RunParts, target: AbstractLanguageModel, lesson: Lesson) -> float:
-    """Of the sampling distribution over the lesson's completion tokens, nats a token."""
+    """Computes the mean entropy of the sampling distribution over the lesson's completion tokens, in nats per token."""
     batch = lesson.batch
     entropies = _entropies(
         target,

@@ -16,22 +16,23 @@ _FEATURES = 4  # the last, and the outputs of three layers
 
 
 class UpdatePlanner:
-    """Chooses how large micro-batches are and whether layers are computed again, and says so when it changes.
+    """Chooses the size of micro-batches and gradient checkpointing for each update, and prints a line when the choice
+    changes.
 
-    The choice follows from the memory that there was at the start of a run and from the shapes of a step, from nothing
-    else: a resumed run, which is told the same memory, computes the same.
+    The choice depends only on the memory at the start of a run and on the shapes of a step. A resumed run uses the
+    memory of its first start, so that it computes the same.
 
     **Arguments:**
 
-    - `memory`: at the start of the run; `None` if it is not known.
-    - `say`: where a line goes.
+    - `memory`: memory at the start of the run; `None` if it is not known.
+    - `say`: called with a line to print.
     """
 
     def __init__(self, memory: Memory | None = None, say: Callable[[str], None] = lambda text: None):
         self._memory, self._say, self._said = memory, say, ""
 
     def choose(self, parts: RunParts, policy: AbstractLanguageModel, batch: UpdateBatch) -> UpdateChoice:
-        """For one batch of rollouts."""
+        """Chooses for one batch of rollouts."""
         grpo, dtype = parts.config.grpo, parts.config.model.dtype
         rows, new = batch.completion_tokens.shape
         prompt = batch.tokens.shape[1] - new

@@ -15,12 +15,12 @@ from ..records import read_steps
 
 @dataclass(frozen=True, repr=False)
 class RunResult:
-    """A finished run.
+    """The outcome of a finished run.
 
     **Arguments:**
 
     - `folder`: the run folder.
-    - `metrics`: those of all its steps by name, one column each, as a data frame takes them. NaN where a step has none.
+    - `metrics`: arrays by name, with one value per step, as a data frame takes them. NaN where a step has none.
     - `policy`: the trained model, in float32; with a `lora.rank`, the base with its adapters.
     - `tokenizer`: the policy's.
     - `draft`: the trained draft.

@@ -9,9 +9,9 @@ from ..decoding import AbstractLengthController, SegmentObservation
 
 
 class SegmentLog:
-    """Collects a step's segments, and keeps what the length controller has learned for the next one.
+    """Collects the segments of a step, and keeps the state of the length controller for the next step.
 
-    Lives on the host and is part of no checkpoint: it holds the times of this machine.
+    It is on the host, and is not saved in checkpoints, because it holds times of this machine.
 
     **Attributes:**
 
@@ -32,7 +32,7 @@ class SegmentLog:
     def after_training(
         self, length: AbstractLengthController, max_length: int, acceptance: Float[Array, " draft"]
     ) -> None:
-        """Tells the length controller that policy and draft have moved.
+        """Tells the length controller that policy and draft were updated.
 
         **Arguments:**
 
