@@ -86,7 +86,8 @@ def step(place: Place) -> dict[str, Any]:
     place.prepare()
     command = [sys.executable, str(HERE / "against_trl.py"), str(HERE / "sums.toml"), f"--out={place.out / 'step'}"]
     command += [f"--model={place.tuned / 'policy'}", f"--draft={place.drafts['tuned']}", f"--dtype={place.dtype}"]
-    command += ["--steps=5", "--skip=2", "--arms=speculative,plain,trl-bfloat16,trl-float32", f"--set=task.name={place.sums}"]
+    command += ["--steps=5", "--skip=2", "--arms=speculative,plain,trl-bfloat16,trl-float32"]
+    command += [f"--set=task.name={place.sums}"]
     return _measured(command, place.out / "step" / "runs.json")
 
 

@@ -121,29 +121,12 @@ class RunFolder(AbstractRunFolder):
             raise _write_error(path, error) from error
 
 
-<<<<<<< HEAD
 class FollowedRunFolder(AbstractRunFolder):
     """A run's folder, of a run of several processes, in those that do not write to it: what would be written is not.
-=======
-def read_steps(path: Path | str) -> list[dict[str, Any]]:
-    """Reads a `metrics.jsonl` or `completions.jsonl`, with steps counted from 1, whichever version wrote it.
 
     **Arguments:**
 
-    - `path`: of the file.
-
-    **Returns:**
-
-    One dictionary per line.
->>>>>>> 56b5060 (Tutorials as notebooks that the tests execute; how to choose, how it works, questions; a shorter README)
-
-    **Arguments:**
-
-<<<<<<< HEAD
     - `path`: the folder, on a file system that the process which writes sees as well.
-=======
-    `UserError` as [`eqx_specgrpo.records.read_records`][] does.
->>>>>>> 56b5060 (Tutorials as notebooks that the tests execute; how to choose, how it works, questions; a shorter README)
     """
 
     def write_config(self, text):
@@ -180,60 +163,6 @@ def _as_lines(records: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(lines).encode("utf-8", "replace")
 
 
-<<<<<<< HEAD
-=======
-def read_records(path: Path | str) -> list[dict[str, Any]]:
-    """Reads a `metrics.jsonl` or `completions.jsonl`. A last line that is half written is left out.
-
-    **Arguments:**
-
-    - `path`: of the file.
-
-    **Returns:**
-
-    One dictionary per line.
-
-    **Raises:**
-
-    `UserError` if the file is missing, or has a line that is no JSON object.
-    """
-    return [record for _, _, record in _records(Path(path))]
-
-
-def _records(path: Path) -> list[tuple[int, bytes, dict[str, Any]]]:
-    try:
-        *lines, _ = path.read_bytes().split(b"\n")  # What follows the last newline is nothing, or half a line.
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; is it the folder of a run?") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise UserError(f"line {number} of {path} is not a JSON object: remove it")
-        records.append((number, line, record))
-    return records
-
-
-def _step(path: Path, number: int, record: Mapping[str, Any], name: str = "step") -> int:
-    step = record.get(name)
-    if not isinstance(step, int):
-        raise UserError(f"line {number} of {path} has no {name}: remove it")
-    return step
-
-
-def _starts_of(path: Path, done: int) -> list[dict[str, Any]]:
-    """The records of the starts that the first `done` steps are of: what came of the others is done again."""
-    starts = _records(path) if path.exists() else []
-    for number, _, start in starts:
-        _step(path, number, start, "from_step")
-    anew = _counted_from_one([start for _, _, start in starts], "from_step")
-    return [start for start in anew if start["from_step"] <= done]
-
-
->>>>>>> 56b5060 (Tutorials as notebooks that the tests execute; how to choose, how it works, questions; a shorter README)
 def check_unused(path: Path) -> None:
     """Raises `UserError` if the folder holds a run, or anything else that a new run could spoil."""
     if not path.is_dir():
