@@ -7,11 +7,11 @@ from ._base import AbstractDraftLoss
 
 @dataclass(frozen=True)
 class DraftLossKind:
-    """A loss that a configuration can name. It stands as `LOSS` at the end of the loss's file.
+    """Description of a draft loss, by which a configuration can name it. Each loss's file ends with one, `LOSS`.
 
     **Arguments:**
 
-    - `loss`: it itself.
+    - `loss`: the loss.
     - `summary`: what it is and what it is for, in a few words.
     """
 

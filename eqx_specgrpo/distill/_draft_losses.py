@@ -12,7 +12,7 @@ DRAFT_LOSS_KINDS: Mapping[str, DraftLossKind] = described(__package__ or "", DRA
 
 
 def make_draft_loss(name: str) -> AbstractDraftLoss:
-    """The loss of a name.
+    """Returns the draft loss with this name.
 
     **Raises:**
 

@@ -23,7 +23,7 @@ _MOVES = (0, -1, 1, -4, 4)
 
 
 class TemperatureFit(eqx.Module):
-    """What a fit found, for each draft position that the draft learns.
+    """The result of fitting temperatures, for each draft position that the draft learns.
 
     **Arguments:**
 
@@ -46,21 +46,22 @@ def fit_temperature(
     chunk: int = 64,
     truncation: TruncatedSampling | None = None,
 ) -> tuple[Draft, TemperatureFit]:
-    """One step of each draft position's temperature towards the largest expected acceptance, `sum min(target, draft)`.
+    """Moves each draft position's temperature one step towards the largest expected acceptance,
+    `sum min(target, draft)`.
 
-    The current temperature is compared with four around it, by 4% and by 19%, and never left for a worse one. Repeated
-    at every step it follows draft and policy. Draft positions beyond `train_length` get the temperature of the last one
-    within it.
+    The current temperature is compared with four around it, at distances of 4% and 19%, and is replaced only by a
+    better one. Repeated at every step, it follows draft and policy. Draft positions beyond `train_length` get the
+    temperature of the last one within it.
 
     **Arguments:**
 
     - `draft`: a [`eqx_specgrpo.drafts.TemperedDraft`][], or one that has it inside; in the dtype to compute in.
     - `target`, `batch`, `temperature`, `new`, `chunk`, `truncation`: as for `draft_gradients`.
-    - `positions`: completion positions to look at, spread over the batch; static.
+    - `positions`: number of completion positions to use, spread over the batch; static.
 
     **Returns:**
 
-    The draft with its new temperatures, and what they are worth.
+    The draft with its new temperatures, and the expected acceptance before and after.
     """
     tempered = tempered_part(draft)
     if tempered is None or draft.train_length == 0:

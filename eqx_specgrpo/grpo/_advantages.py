@@ -20,7 +20,7 @@ def group_advantages(
     scale_rewards: ScaleRewards = "group",
     eps: float = 1e-4,
 ) -> Float[np.ndarray, " rows"]:
-    """Rewards relative to the mean of their group, divided by a standard deviation.
+    """Computes advantages: rewards minus the mean of their group, divided by a standard deviation.
 
     ??? cite
 
@@ -30,10 +30,10 @@ def group_advantages(
 
     **Arguments:**
 
-    - `rewards`: one a row. NaN says that no reward function applied: such a row takes no part in means and deviations,
+    - `rewards`: one per row. NaN means that no reward function applied. Such a row is left out of means and deviations,
         and its advantage is 0.
     - `group`: for each row, the index of its group (rows of a group need not be neighbours).
-    - `num_groups`: how many groups there are.
+    - `num_groups`: number of groups.
     - `scale_rewards`: divide by the deviation of the row's group, by that of all rewards of the batch, or not at all.
         Deviations are the unbiased estimate (`ddof=1`).
     - `eps`: added to the deviation.
@@ -55,7 +55,7 @@ def group_advantages(
 def leave_one_out_advantages(
     rewards: Float[np.ndarray | Array, " rows"], group: Int[np.ndarray | Array, " rows"], num_groups: int
 ) -> Float[np.ndarray, " rows"]:
-    """Rewards relative to the mean of the *other* rows of their group (RLOO).
+    """Computes advantages: rewards minus the mean of the *other* rows of their group (RLOO).
 
     ??? cite
 
@@ -78,7 +78,8 @@ def leave_one_out_advantages(
 def max_rl_advantages(
     rewards: Float[np.ndarray | Array, " rows"], group: Int[np.ndarray | Array, " rows"], num_groups: int
 ) -> Float[np.ndarray, " rows"]:
-    """Rewards relative to the mean of their group, divided by that mean: hard prompts weigh more (MaxRL).
+    """Computes advantages: rewards minus the mean of their group, divided by that mean. Hard prompts weigh more
+    (MaxRL).
 
     ??? cite
 
@@ -92,7 +93,7 @@ def max_rl_advantages(
 
     **Raises:**
 
-    `UserError` for a negative reward: the mean stands for a rate of success.
+    `UserError` for a negative reward, because the mean stands for a success rate.
     """
     rewards, group, valid = _checked(rewards, group, num_groups)
     if (rewards[valid] < 0).any():
@@ -113,7 +114,8 @@ def pass_at_k_advantages(
     scale_rewards: ScaleRewards = "group",
     eps: float = 1e-4,
 ) -> Float[np.ndarray, " rows"]:
-    """What the best of a group adds to the second best, for the best alone: the group is judged by its maximum.
+    """Computes advantages for the maximum of a group: the best row gets its lead over the second best, all others get
+    0.
 
     ??? cite
 
@@ -144,8 +146,10 @@ def normalize_then_sum_advantages(
     num_groups: int,
     eps: float = 1e-4,
 ) -> Float[np.ndarray, " rows"]:
-    """Each function's rewards are made relative to their group and divided by its deviation, then summed, and the sum
-    divided by its deviation over the batch: no function is drowned by one with larger numbers (GDPO).
+    """Computes advantages of several reward functions, none of which dominates because its numbers are larger (GDPO).
+
+    The rewards of each function are normalised within their group (mean and standard deviation), then summed with their
+    weights, and the sum is divided by its standard deviation over the batch.
 
     ??? cite
 
@@ -153,8 +157,8 @@ def normalize_then_sum_advantages(
 
     **Arguments:**
 
-    - `rewards`: one column a function; NaN where it does not apply.
-    - `weights`: of the functions.
+    - `rewards`: one column per function; NaN where it does not apply.
+    - `weights`: one per function.
     - `group`, `num_groups`, `eps`: as for [`eqx_specgrpo.grpo.group_advantages`][].
 
     **Returns:**
@@ -182,7 +186,7 @@ ADVANTAGE_ESTIMATORS = MappingProxyType[AdvantageEstimator, Callable[..., np.nda
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of the probability that one of `k` completions is right: `1 - C(n - c, k) / C(n, k)`.
+    """Estimates the probability that one of `k` completions is right, without bias: `1 - C(n - c, k) / C(n, k)`.
 
     ??? cite
 
@@ -190,8 +194,8 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
     **Arguments:**
 
-    - `num_samples`: `n`, completions of the prompt.
-    - `num_correct`: `c`, how many of them are right.
+    - `num_samples`: `n`, the number of completions of the prompt.
+    - `num_correct`: `c`, the number of right ones.
     - `k`: at most `num_samples`.
 
     **Raises:**
@@ -209,7 +213,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 def frac_reward_zero_std(
     rewards: Float[np.ndarray | Array, " rows"], group: Int[np.ndarray | Array, " rows"], num_groups: int
 ) -> float:
-    """Share of groups that teach the policy nothing: all their rewards are equal, or fewer than two are valid.
+    """Computes the share of groups that teach nothing: all their rewards are equal, or fewer than two are valid.
 
     **Arguments:** as for [`eqx_specgrpo.grpo.group_advantages`][].
 

@@ -9,25 +9,25 @@ from .._types import Rollouts, StopReason, Support
 
 
 class UpdateBatch(eqx.Module):
-    """Whole sequences, prompt and completion without a gap, right-padded.
+    """A batch for the policy's update: whole sequences, prompt and completion without a gap, right-padded.
 
     **Arguments:**
 
-    - `tokens`: the sequences.
-    - `prompt_lengths`: where the completions begin.
+    - `tokens`: token ids of the sequences.
+    - `prompt_lengths`: lengths of the prompts, which is where the completions begin.
     - `completion_tokens`: the completions again, from their first token on.
     - `completion_mask`: `True` where a completion token counts in the policy's loss.
-    - `old_logprobs`: of the completion tokens under the policy that sampled them.
-    - `advantages`: one a row.
-    - `prompt_rows`: for each prompt, a row that begins with it: a prompt need not be computed for each of its rows.
-    - `prompt_of_row`: which of those prompts a row begins with.
-    - `reference_logprobs`: under the reference, or `None` without one.
-    - `sampling_logprobs`: under the sampler, where `old_logprobs` are the trainer's own; else `None`.
-    - `importance_weights`: of the old policy over the sampler, or `None` where the two are taken for equal.
-    - `entropy_mask`: the tokens that teach the policy, of those that count; `None`: all of them.
-    - `completion_lengths`: what is right of them is padding, which attention leaves out; `None` if that is not known.
-    - `support`: what truncated sampling kept at each completion token: log-probabilities, of whatever weights, are
-        normalised over it. `None`: over the whole vocabulary.
+    - `old_logprobs`: log-probabilities of the completion tokens under the policy that sampled them.
+    - `advantages`: one per row.
+    - `prompt_rows`: for each prompt, a row that begins with it, so that a prompt is not computed for each of its rows.
+    - `prompt_of_row`: for each row, the index of its prompt among these.
+    - `reference_logprobs`: log-probabilities under the reference model, or `None` without one.
+    - `sampling_logprobs`: log-probabilities under the sampler, if `old_logprobs` are the trainer's own; else `None`.
+    - `importance_weights`: probability ratios of the old policy and the sampler; `None` if the two are taken as equal.
+    - `entropy_mask`: `True` where a token counts because of its entropy; `None`: all tokens.
+    - `completion_lengths`: positions beyond these are padding, which attention skips; `None` if unknown.
+    - `support`: the tokens that truncated sampling kept at each completion token. Log-probabilities under any weights
+        are normalised over them. `None`: over the whole vocabulary.
     """
 
     tokens: Int[Array | np.ndarray, "rows seq"]
@@ -46,25 +46,25 @@ class UpdateBatch(eqx.Module):
     support: Support | None = None
 
     def rows_with_gradient(self, *, with_kl: bool) -> Bool[np.ndarray, " rows"]:
-        """Which rows move the policy: those with a token that counts and an advantage. The loss of the others is 0
-        whatever the weights are, in every `loss_type`, unless they are held to a reference. (Of a model in which rows
-        do not see each other.)
+        """Returns which rows have a gradient: those with a token that counts and an advantage other than 0.
+
+        The loss of the other rows is 0 under any weights, in every `loss_type`, unless there is a KL or an entropy
+        bonus. (This holds for models in which rows do not influence one another.)
 
         **Arguments:**
 
-        - `with_kl`: whether the loss has a term besides, a KL or an entropy bonus, which every token that counts takes
-            part in.
+        - `with_kl`: whether the loss has a KL or an entropy bonus, so that every token that counts has a gradient.
         """
         counts = np.asarray(self.completion_mask).any(axis=1)
         return np.asarray(counts if with_kl else counts & (np.asarray(self.advantages) != 0))
 
     def rows(self, rows: slice | Int[np.ndarray, " chosen"], new: int | None = None) -> "UpdateBatch":
-        """A micro-batch.
+        """Returns a micro-batch of some rows.
 
         **Arguments:**
 
-        - `rows`: which rows.
-        - `new`: the completions' positions to keep; all by default. They must end within them.
+        - `rows`: indices of the rows.
+        - `new`: number of completion positions to keep, by default all. The completions must end within them.
         """
         prompt_width = self.tokens.shape[1] - self.completion_tokens.shape[1]
         width = self.completion_tokens.shape[1] if new is None else new
@@ -111,15 +111,15 @@ def make_update_batch(
     mask_truncated_completions: bool = False,
     multiple_of: int = 64,
 ) -> UpdateBatch:
-    """Lays the rollouts out for the update.
+    """Makes the batch for the policy's update of rollouts.
 
     **Arguments:**
 
     - `rollouts`: from the decoder.
-    - `advantages`: one a row.
+    - `advantages`: one per row.
     - `mask_truncated_completions`: leave completions that were cut off at the length limit out of the loss (DAPO's
         overlong filtering).
-    - `multiple_of`: the completion width is rounded up to this, so that few shapes are compiled.
+    - `multiple_of`: the width of completions is rounded up to a multiple of this, so that few shapes are compiled.
     """
     rows, limit = rollouts.tokens.shape
     new = min(-(-int(rollouts.lengths.max()) // multiple_of) * multiple_of, limit)

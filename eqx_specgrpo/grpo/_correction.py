@@ -14,10 +14,11 @@ def importance_weights(
     clip_min: float | None = None,
     clip_max: float | None = 3.0,
 ) -> Float[np.ndarray, "rows new"]:
-    """What each token's loss is multiplied with: the trainer's probability over the sampler's, kept within bounds.
+    """Computes the weight of each token's loss: the ratio of the trainer's and the sampler's probability, within
+    bounds.
 
-    On the host, once a step. A whole completion has one ratio in the modes of sequences, the product of its tokens'.
-    Truncated, ratios are moved to the bound that they are beyond; masked, they become 0.
+    It runs on the host, once per step. In the modes of sequences, a completion has one ratio, the product of its
+    tokens' ratios. A ratio beyond a bound is set to the bound (truncate) or to 0 (mask).
 
     ??? cite
 
@@ -26,11 +27,11 @@ def importance_weights(
 
     **Arguments:**
 
-    - `old_logprobs`: of the completions' tokens under the trainer's weights before the update.
-    - `sampling_logprobs`: as the decoder stored them.
+    - `old_logprobs`: log-probabilities of the completions' tokens under the trainer's weights before the update.
+    - `sampling_logprobs`: log-probabilities that the decoder stored.
     - `completion_mask`: `True` where a token counts. Elsewhere the weight is 1.
     - `mode`: TRL's names.
-    - `clip_min`, `clip_max`: the bounds; `None`: none.
+    - `clip_min`, `clip_max`: the bounds; `None`: no bound.
     """
     gaps = np.where(completion_mask, old_logprobs - sampling_logprobs, 0.0).astype(np.float64)
     level, _, what = mode.partition("_")
@@ -48,7 +49,8 @@ def importance_weights(
 def correction_metrics(
     weights: Float[np.ndarray, "rows new"], completion_mask: Bool[np.ndarray, "rows new"], mode: CorrectionMode
 ) -> dict[str, float]:
-    """Least, mean and largest weight: over tokens, or over completions in the modes of sequences. TRL's names."""
+    """Computes the least, mean and largest weight of tokens, or of completions in the modes of sequences, by TRL's
+    names."""
     if mode.startswith("sequence"):
         rows = completion_mask.any(1)
         of = weights[rows][np.arange(rows.sum()), completion_mask[rows].argmax(1)]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 def high_entropy_mask(
     entropies: Float[np.ndarray, "rows new"], completion_mask: Bool[np.ndarray, "rows new"], quantile: float
 ) -> Bool[np.ndarray, "rows new"]:
-    """The counted tokens of a step with the highest entropy, as a share of `quantile`. On the host.
+    """Selects the share `quantile` of a step's tokens with the highest entropy. It runs on the host.
 
     ??? cite
 
@@ -19,9 +19,9 @@ def high_entropy_mask(
 
     **Arguments:**
 
-    - `entropies`: of the whole step; what lies where the mask is `False` may be anything.
+    - `entropies`: of the whole step; values where the mask is `False` are ignored.
     - `completion_mask`: `True` where a token counts.
-    - `quantile`: 1 keeps all, 0 those that have the very highest.
+    - `quantile`: 1 keeps all tokens, 0 only those with the very highest entropy.
     """
     if not completion_mask.any():
         return np.zeros_like(completion_mask)
@@ -30,12 +30,12 @@ def high_entropy_mask(
 
 
 class EntropyState(eqx.Module):
-    """What a controller of the bonus goes on with.
+    """The state of an entropy control.
 
     **Arguments:**
 
-    - `coef`: the coefficient as it stands.
-    - `entropy`: at the last optimizer step, nats a token; infinity before the first.
+    - `coef`: the present coefficient.
+    - `entropy`: entropy at the last optimizer step, in nats per token; infinity before the first step.
     """
 
     coef: Float[Array, ""]
@@ -43,28 +43,28 @@ class EntropyState(eqx.Module):
 
 
 class AbstractEntropyControl(eqx.Module):
-    """How large the entropy bonus is, from optimizer step to optimizer step. On the host."""
+    """An entropy control, which sets the coefficient of the entropy bonus for each optimizer step, on the host."""
 
     @abc.abstractmethod
     def init(self) -> EntropyState:
-        """Before the first step."""
+        """Returns the state before the first step."""
 
     @abc.abstractmethod
     def coefficient(self, state: EntropyState) -> Float[Array, ""]:
-        """What the mean entropy is multiplied with in the next step's loss."""
+        """Returns the coefficient of the mean entropy in the loss of the next step."""
 
     @abc.abstractmethod
     def update(self, state: EntropyState, entropy: Float[Array, ""]) -> EntropyState:
-        """After a step.
+        """Returns the state after a step.
 
         **Arguments:**
 
-        - `entropy`: mean over the tokens that the bonus is for, nats, before the step.
+        - `entropy`: mean entropy before the step of the tokens that have the bonus, in nats.
         """
 
 
 class FixedEntropyCoef(AbstractEntropyControl):
-    """The same coefficient throughout; 0 is no bonus."""
+    """An entropy control with a constant coefficient; 0 is no bonus."""
 
     coef: float
 
@@ -79,9 +79,10 @@ class FixedEntropyCoef(AbstractEntropyControl):
 
 
 class AdaptiveEntropyCoef(AbstractEntropyControl):
-    """Raises the coefficient by `delta` after each step whose entropy is at or below `target`, and lowers it otherwise.
+    """An entropy control that raises the coefficient by `delta` after each step whose entropy is at or below `target`,
+    and lowers it after other steps.
 
-    The bonus itself is there only while the last step's entropy was at or below the target: not in the first step.
+    There is a bonus only if the entropy of the last step was at or below the target. The first step has none.
 
     ??? cite
 
@@ -89,10 +90,10 @@ class AdaptiveEntropyCoef(AbstractEntropyControl):
 
     **Arguments:**
 
-    - `coef`: to begin with.
-    - `target`: nats a token.
-    - `delta`: a step of the coefficient.
-    - `lowest`, `highest`: its bounds.
+    - `coef`: initial coefficient.
+    - `target`: target entropy in nats per token.
+    - `delta`: change of the coefficient per step.
+    - `lowest`, `highest`: bounds of the coefficient.
     """
 
     coef: float

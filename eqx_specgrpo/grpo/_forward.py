@@ -28,10 +28,10 @@ def training_features(
     layers: tuple[int, ...] = (),
     gradient_checkpointing: bool = False,
 ) -> tuple[Float[Array, "rows new hidden"], Features]:
-    """Hidden states of a batch's sequences, to be differentiated.
+    """Computes the hidden states of a batch's sequences, for a loss that is differentiated.
 
-    A `Transformer` computes every prompt once, and its completions attend to the prompt's keys and values: the same
-    function of the weights as of whole sequences, with less arithmetic. Other models are given whole sequences.
+    A `Transformer` computes every prompt once, and the completions attend to its keys and values. This is the same
+    function of the weights as for whole sequences, with less arithmetic. Other models get whole sequences.
 
     ??? cite
 
@@ -42,9 +42,9 @@ def training_features(
 
     - `model`: the policy.
     - `batch`: the sequences.
-    - `layers`: of which layers the outputs are wanted.
-    - `gradient_checkpointing`: keep each layer's input only; the backward pass computes the rest of it again. For a
-        `Transformer`.
+    - `layers`: the layers whose outputs are returned.
+    - `gradient_checkpointing`: keep only each layer's input, and compute the rest again in the backward pass. Only for
+        a `Transformer`.
 
     **Returns:**
 
@@ -52,7 +52,7 @@ def training_features(
 
     **Raises:**
 
-    `UserError` if `gradient_checkpointing` is asked of a model that is no `Transformer`.
+    `UserError` if `gradient_checkpointing` is set for a model that is not a `Transformer`.
     """
     if not isinstance(model, Transformer):
         if gradient_checkpointing:

@@ -25,19 +25,19 @@ KLEstimator = Literal["k1", "k2", "k3"]
 
 
 def kl_k1(logprobs: Float[Array, "*shape"], reference_logprobs: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`log(policy/reference)`: unbiased, of high variance, may be negative. Its own gradient has mean zero."""
+    """Computes `log(policy/reference)`: unbiased, of high variance, may be negative. Its own gradient has mean zero."""
     return logprobs - reference_logprobs
 
 
 def kl_k2(logprobs: Float[Array, "*shape"], reference_logprobs: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`log(policy/reference)**2 / 2`: biased, non-negative. As a loss its gradient is that of the KL, on policy."""
+    """Computes `log(policy/reference)**2 / 2`: biased, non-negative. On policy, its gradient is that of the KL."""
     return (logprobs - reference_logprobs) ** 2 / 2
 
 
 def kl_k3(logprobs: Float[Array, "*shape"], reference_logprobs: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`reference/policy - 1 - log(reference/policy)`: unbiased, non-negative, of low variance. GRPO's choice.
+    """Computes `reference/policy - 1 - log(reference/policy)`: unbiased, non-negative, of low variance. GRPO's choice.
 
-    Where the policy is more than `exp(20)` times less likely than the reference, it stays at the value it has there.
+    The ratio is limited to `exp(20)`.
     """
     difference = jnp.maximum(logprobs - reference_logprobs, -MAX_LOG_RATIO)
     # expm1 keeps small differences, where the two terms cancel to first order.

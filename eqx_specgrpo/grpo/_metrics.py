@@ -7,16 +7,16 @@ from jaxtyping import Array, Float
 
 
 class PolicyLossMetrics(eqx.Module):
-    """Sums over the counted tokens of a micro-batch. Add those of all micro-batches, then take `means`.
+    """Sums over the counted tokens of a micro-batch. Add the sums of all micro-batches, then take `means`.
 
     **Arguments:**
 
-    - `num_tokens`: tokens that count.
-    - `weight`: what `sums` are divided by: tokens, or completions if importance sampling is by sequence.
-    - `sums`: of what the loss says of its tokens, by the name of the metric.
+    - `num_tokens`: number of tokens that count.
+    - `weight`: divisor of `sums`: the number of tokens, or of completions if importance sampling is by sequence.
+    - `sums`: sums of the loss's own metrics over tokens, by name.
     - `log_ratio_abs_sum`, `log_ratio_abs_max`: of `|logprobs - old_logprobs|` by token. On the first inner step this is
         the gap between decoder and trainer, and nothing but rounding if decoding is lossless.
-    - `kl_sum`: of the estimates, `None` without a reference.
+    - `kl_sum`: sum of the KL estimates, `None` without a reference.
     - `entropy_bonus`: the micro-batch's share of the mean entropy that the bonus is for, `None` without a bonus.
     """
 
@@ -39,7 +39,7 @@ class PolicyLossMetrics(eqx.Module):
         return eqx.tree_at(lambda metrics: metrics.log_ratio_abs_max, added, highest)
 
     def means(self) -> dict[str, Float[Array, ""]]:
-        """The metrics by name: TRL's where it has one. All zero if no token counts.
+        """Computes the metrics by name, TRL's where it has one. All are zero if no token counts.
 
         Those of the loss, `log_ratio/abs_mean`, `log_ratio/abs_max`, and `kl` if there is a reference.
         """

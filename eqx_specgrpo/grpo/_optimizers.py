@@ -111,10 +111,10 @@ def make_optimizer(
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-    """An optimizer for a learning rate of 1, behind a clip of the gradient's global norm.
+    """Makes an optimizer for a learning rate of 1, with clipping of the gradient's global norm.
 
-    The rate itself is an argument of `apply_gradients`, so that a schedule is an array. The weight decay is decoupled
-    for every one of them: `learning_rate * weight_decay` of a weight at each step. Vectors (norms and biases) do not
+    The learning rate is an argument of `apply_gradients`, so that a schedule is an array. Weight decay is decoupled in
+    all of them: a weight loses the share `learning_rate * weight_decay` at each step. Vectors (norms and biases) do not
     decay.
 
     **Arguments:**
@@ -122,7 +122,7 @@ def make_optimizer(
     - `name`: of `OPTIMIZERS`: AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), Adafactor (Shazeer and Stern 2018,
         arXiv:1804.04235), Muon (Jordan et al. 2024, [kellerjordan.github.io/posts/muon](
         https://kellerjordan.github.io/posts/muon)), Lion (Chen et al. 2023, arXiv:2302.06675) or SGD.
-    - `beta1`, `beta2`, `epsilon`: of AdamW, and as far as the others have them.
+    - `beta1`, `beta2`, `epsilon`: of AdamW, and of the others as far as they have them.
     - `weight_decay`, `max_grad_norm`: of all of them.
     """
     return optax.chain(
@@ -135,7 +135,7 @@ def make_optimizer(
 def adamw(
     *, beta1: float, beta2: float, epsilon: float, weight_decay: float, max_grad_norm: float
 ) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global norm, for a learning rate of 1; see `make_optimizer`."""
+    """Makes AdamW for a learning rate of 1, with clipping of the global norm; see `make_optimizer`."""
     return make_optimizer(
         "adamw",
         beta1=beta1,
@@ -147,11 +147,11 @@ def adamw(
 
 
 def optimizer_bytes(optimizer: optax.GradientTransformation, trained: PyTree) -> int:
-    """What an optimizer's state takes, in bytes.
+    """Computes the size of an optimizer's state in bytes.
 
     **Arguments:**
 
-    - `trained`: what it moves; arrays or shapes.
+    - `trained`: the trained arrays, or their shapes.
     """
     parameters = jax.tree.map(lambda x: x if _is_inexact(x) else None, trained)
     state = eqx.filter_eval_shape(optimizer.init, parameters)

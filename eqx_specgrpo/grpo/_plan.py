@@ -13,9 +13,9 @@ class PlannedMicroBatch(NamedTuple):
 
     **Arguments:**
 
-    - `rows`: which.
-    - `width`: the completions' positions to keep.
-    - `has_gradient`: whether any of them has one. If not, a forward is all that is needed.
+    - `rows`: indices of its rows.
+    - `width`: number of completion positions to keep.
+    - `has_gradient`: whether a row has a gradient. If none has, a forward pass is enough.
     """
 
     rows: Int[np.ndarray, " part"]

@@ -29,7 +29,7 @@ def policy_loss(
     entropies: Float[Array, "rows new"] | None = None,
     entropy_coef: Float[ArrayLike, ""] = 0.0,
 ) -> tuple[Float[Array, ""], PolicyLossMetrics]:
-    """What GRPO and its relatives minimise.
+    """Computes the loss that GRPO and its relatives minimise.
 
     The token losses of `loss` are set to 0 by the masks, multiplied by `importance_weights`, increased by `beta` times
     the KL, and averaged as `loss` says; then `entropy_coef` times the mean entropy is subtracted.

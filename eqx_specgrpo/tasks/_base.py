@@ -15,12 +15,12 @@ _FINGERPRINTED = 4  # items; some take a while to make
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt, with everything a reward may want to know about it.
+    """An item of a task: a prompt, with the columns that rewards need.
 
     **Arguments:**
 
     - `prompt`: plain text, or a list of messages for the chat template.
-    - `columns`: forwarded to the reward functions by name.
+    - `columns`: values that the reward functions get by name.
     """
 
     prompt: str | list[Message]
@@ -28,9 +28,9 @@ class Example:
 
 
 class AbstractTask(eqx.Module):
-    """A source of prompts, addressed by number, so that a data cursor is one integer.
+    """A task: a source of prompts that are addressed by number, so that the place in the data is one integer.
 
-    Subclasses give `seed`, `size` (`None` if unbounded) and `example`, and may give rewards of their own.
+    Subclasses have `seed`, `size` (`None` if unbounded) and `example`, and may have rewards of their own.
     """
 
     seed: eqx.AbstractVar[int]
@@ -38,10 +38,10 @@ class AbstractTask(eqx.Module):
 
     @abc.abstractmethod
     def example(self, index: int) -> Example:
-        """Item `index`, with `0 <= index < size`: a function of the seed and the index alone."""
+        """Returns item `index`, with `0 <= index < size`. It depends on the seed and the index only."""
 
     def default_rewards(self) -> Mapping[str, Callable[..., Any]]:
-        """The rewards used if none is asked for, by name; they may also be asked for by that name."""
+        """Returns the task's own rewards by name. They are used if no reward is named, and can be named as well."""
         return {}
 
     def fingerprint(self) -> str:
@@ -54,11 +54,11 @@ class AbstractTask(eqx.Module):
         return digest.hexdigest()
 
     def at(self, position: int) -> Example:
-        """The item at a position of the endless, shuffled stream of this task.
+        """Returns the item at a position of the endless, shuffled stream of this task.
 
         **Arguments:**
 
-        - `position`: how many items came before, over all epochs.
+        - `position`: number of items before it, over all epochs.
 
         **Returns:**
 
@@ -68,7 +68,7 @@ class AbstractTask(eqx.Module):
 
 
 def example_index(position: int, size: int | None, seed: int) -> int:
-    """Which item stands at a position of the stream: every epoch is a permutation of its own of all items.
+    """Computes the index of the item at a position of the stream. Every epoch is a permutation of its own of all items.
 
     The permutation is computed pointwise, by a Feistel network with cycle walking (Black and Rogaway, "Ciphers with
     arbitrary finite domains", 2002), so nothing needs to be stored, whatever the size and however far the run has come.
@@ -114,11 +114,11 @@ def collate(examples: Sequence[Example]) -> tuple[list[str | list[Message]], dic
 
     **Arguments:**
 
-    - `examples`: one a row; repeat an example for each of its samples.
+    - `examples`: one per row; repeat an example for each of its samples.
 
     **Returns:**
 
-    The prompts, and for each column one value a row, `None` where an example doesn't have the column.
+    The prompts, and for each column one value per row, `None` where an example doesn't have the column.
     """
     names = list(dict.fromkeys(name for example in examples for name in example.columns))
     columns = {name: [example.columns.get(name) for example in examples] for name in names}

@@ -11,14 +11,14 @@ from ._table import Columns, Limit, Rows, Table, digest_of_rows, rows_task, tabl
 
 
 def given_task(rows: Any, seed: int, options: Mapping[str, Any], name: str) -> AbstractTask:
-    """The task of an object.
+    """Makes a task of an object that a script hands over.
 
     **Arguments:**
 
-    - `rows`: a task; a sequence of dictionaries; or what gives rows by their number, such as a `datasets.Dataset`.
-    - `seed`: of the order; a task has its own.
+    - `rows`: a task; a sequence of dictionaries; or an object with rows by number, such as a `datasets.Dataset`.
+    - `seed`: seed of the order; a task has its own.
     - `options`: the keys of `[task]` besides its name, as TOML has them.
-    - `name`: what to call it in messages.
+    - `name`: name of the task in messages.
 
     **Raises:**
 

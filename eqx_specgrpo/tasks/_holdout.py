@@ -17,8 +17,8 @@ class TaskSplit(NamedTuple):
 
     **Arguments:**
 
-    - `training`: endless if the task was.
-    - `held_out`: always with an end.
+    - `training`: the task to train on; endless if the original task was.
+    - `held_out`: the items to measure on; always with an end.
     """
 
     training: AbstractTask
@@ -26,14 +26,14 @@ class TaskSplit(NamedTuple):
 
 
 def hold_out(task: AbstractTask, count: int) -> TaskSplit:
-    """Keeps some items of a task from training: those of its `seed`, the same in every start.
+    """Splits some items off a task, so that they are not trained on. The split depends on the task's `seed` only.
 
-    Of a finite task they are spread over it at random, of an endless one they are the first. An item with the prompt of
-    a held-out one is not trained on either.
+    From a finite task the items are taken at random, from an endless one the first items are taken. Other items with
+    the prompt of a held-out item are not trained on either.
 
     **Arguments:**
 
-    - `count`: how many items.
+    - `count`: number of items to hold out.
 
     **Raises:**
 
@@ -56,13 +56,13 @@ def hold_out(task: AbstractTask, count: int) -> TaskSplit:
 
 
 def keep_apart(task: AbstractTask, other: AbstractTask, limit: int | None) -> TaskSplit:
-    """Two tasks that may share no prompt.
+    """Makes a split of two tasks that must not share a prompt.
 
     **Arguments:**
 
-    - `task`: to train on. Of an endless one, items with the prompt of one of the other's are passed over.
-    - `other`: to measure on.
-    - `limit`: of its items, the most that are taken, in the order of its own seed; `None`: all.
+    - `task`: the task to train on. In an endless task, items with a prompt of the other task are skipped.
+    - `other`: the task to measure on.
+    - `limit`: the most items of the other task that are used, in the order of its own seed; `None`: all.
 
     **Raises:**
 
@@ -85,7 +85,7 @@ def keep_apart(task: AbstractTask, other: AbstractTask, limit: int | None) -> Ta
 
 
 def first_items(task: AbstractTask, limit: int | None) -> AbstractTask:
-    """So many items of a task, in the order of its seed; all of them without a limit.
+    """Makes a task of the first items of a task, in the order of its seed; of all items without a limit.
 
     **Raises:**
 

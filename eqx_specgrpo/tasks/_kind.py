@@ -10,7 +10,7 @@ from ._base import AbstractTask
 
 @dataclass(frozen=True)
 class TaskKind:
-    """A kind of task that a configuration can name. It stands as `TASK` at the end of the task's file.
+    """Description of a kind of task, by which a configuration can name it. Each task's file ends with one, `TASK`.
 
     **Arguments:**
 
@@ -26,7 +26,7 @@ class TaskKind:
     is_file: bool = False
 
     def options(self, name: str) -> Options:
-        """The options of a task of this kind."""
+        """Returns the options of a task of this kind."""
         leading = len(self.arguments(name) or ())
         return options_of(self.task, f"the task {name!r}", "task.", given=("seed", "name", "path"), first=leading)
 
@@ -38,7 +38,7 @@ def named(name: str) -> Callable[[str], tuple[str, ...] | None]:
 
 @dataclass(frozen=True)
 class RewardKind:
-    """A built-in reward. It stands as `REWARD` at the end of the reward's file.
+    """Description of a built-in reward. Each reward's file ends with one, `REWARD`.
 
     **Arguments:**
 

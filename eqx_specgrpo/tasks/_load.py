@@ -42,7 +42,7 @@ def load_task(name: str, seed: int, options: Mapping[str, Any]) -> AbstractTask:
 
 
 def task_options(form: str) -> Options:
-    """The options of a kind of task, by what `TASK_KINDS` calls it."""
+    """Returns the options of a kind of task, by its name in `TASK_KINDS`."""
     return TASK_KINDS[form].options(form)
 
 
@@ -92,9 +92,9 @@ def load_rewards(
     - `specs`: for each function one of: a name that the task knows; `"arithmetic"`, `"running_totals"`,
         `"math"`, `"think_format"` or `"soft_overlong(L, C)"`; `"package.module:function"`; `"file.py:function"`; a
         function. If there are none, the task's own are taken.
-    - `weights`: one a function; all 1 if `None`.
+    - `weights`: one per function; all 1 if `None`.
     - `task`: whose rewards they are.
-    - `timeout`: seconds that each has for a call.
+    - `timeout`: seconds that each function may take for a call.
 
     **Returns:**
 

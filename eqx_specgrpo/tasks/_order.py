@@ -16,14 +16,15 @@ State = TypeVar("State")
 
 
 class AbstractOrder(eqx.Module, Generic[State]):
-    """Which item stands at a position of a task's endless stream.
+    """The order of a task's items in its endless stream.
 
-    In every epoch each item comes once. What an order learns of the items is its state, which a checkpoint holds.
+    In every epoch each item comes once. What an order learns about the items is its state, which is saved in
+    checkpoints.
     """
 
     @abc.abstractmethod
     def init(self, task: AbstractTask) -> State:
-        """The state before the first item.
+        """Returns the state before the first item.
 
         **Raises:**
 
@@ -32,25 +33,26 @@ class AbstractOrder(eqx.Module, Generic[State]):
 
     @abc.abstractmethod
     def start(self, state: State, task: AbstractTask, position: int) -> State:
-        """The state in which the item at a position can be asked for."""
+        """Returns the state in which `index` can be called with a position."""
 
     @abc.abstractmethod
     def index(self, state: State, task: AbstractTask, position: int) -> int:
-        """The item at a position: its argument for `AbstractTask.example`."""
+        """Returns the index of the item at a position, for `AbstractTask.example`."""
 
     @abc.abstractmethod
     def update(self, state: State, indices: Sequence[int], rewards: Float[np.ndarray, " items"]) -> State:
-        """The state once items have been answered.
+        """Returns the state after some items were answered.
 
         **Arguments:**
 
-        - `indices`: which items.
+        - `indices`: indices of the items.
         - `rewards`: the mean over each item's completions; NaN if no reward applied.
         """
 
 
 class Shuffled(AbstractOrder[tuple[()]]):
-    """By chance: every epoch is a permutation of its own, by the task's seed. It learns nothing of the items."""
+    """The random order: every epoch is a permutation of its own, by the task's seed. It learns nothing about the
+    items."""
 
     def init(self, task: AbstractTask) -> tuple[()]:
         del task
@@ -85,7 +87,7 @@ class DifficultyState(eqx.Module):
 
 
 class EasiestFirst(AbstractOrder[DifficultyState]):
-    """From the second epoch on, the items with the highest mean reward in the epochs before come first.
+    """The order in which, from the second epoch on, items with the highest mean reward so far come first.
 
     With rewards of 0 and 1 the mean is the share of right answers. The first epoch, in which nothing is known, is in
     the order of [`eqx_specgrpo.tasks.Shuffled`][], and so are items that are equally hard. The order of an epoch is
@@ -93,7 +95,8 @@ class EasiestFirst(AbstractOrder[DifficultyState]):
 
     ??? cite
 
-        Bengio et al. 2009, "Curriculum learning", [doi:10.1145/1553374.1553380](https://doi.org/10.1145/1553374.1553380).
+        Bengio et al. 2009, "Curriculum learning",
+        [doi:10.1145/1553374.1553380](https://doi.org/10.1145/1553374.1553380).
     """
 
     def init(self, task: AbstractTask) -> DifficultyState:
@@ -141,7 +144,8 @@ def _shuffled(task: AbstractTask, epoch: int) -> Int[np.ndarray, " items"]:
 
 
 def indices_from(order: AbstractOrder, state: Any, task: AbstractTask, position: int, count: int) -> list[int]:
-    """The items at so many positions from one on, which may reach into a further epoch. The state stays as it is."""
+    """Returns the indices of the items at consecutive positions, which may reach into another epoch. The state does not
+    change."""
     indices = []
     for place in range(position, position + count):
         state = order.start(state, task, place)

@@ -18,7 +18,7 @@ RewardFunction = Callable[..., Any]
 
 
 class RewardError(UserError):
-    """A reward function raised, took too long, or returned something that isn't one reward a row."""
+    """Raised where a reward function raises, takes too long, or does not return one reward per row."""
 
 
 class RewardContext(NamedTuple):

@@ -13,13 +13,13 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Where training is, with the names of transformers' `TrainerState`.
+    """The progress of training, under the names of transformers' `TrainerState`.
 
     **Arguments:**
 
-    - `global_step`: steps done so far: 0 in the first.
-    - `max_steps`: steps in all.
-    - `epoch`: how often the task's items were gone through; `None` if the task has no end.
+    - `global_step`: number of steps done so far; 0 in the first step.
+    - `max_steps`: number of steps in all.
+    - `epoch`: number of passes over the task's items so far; `None` if the task has no end.
     """
 
     global_step: int
@@ -28,15 +28,15 @@ class TrainerState:
 
 
 class RewardLog:
-    """What reward functions write down of one batch of completions.
+    """Values that reward functions log for one batch of completions.
 
     **Arguments:**
 
-    - `rows`: how many completions there are; with `None`, columns of any length are taken.
+    - `rows`: number of completions; with `None`, columns of any length are accepted.
 
     **Attributes:**
 
-    - `extra`: further columns of the completions, one value a row.
+    - `extra`: further columns of the completions, one value per row.
     - `metrics`: further metrics of the step: the mean of what was logged under a name.
     """
 
@@ -63,7 +63,7 @@ class RewardLog:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What was logged under each name, on average."""
+        """Returns the mean of the values that were logged under each name."""
         return {name: float(np.mean(values)) for name, values in self._logged.items()}
 
 

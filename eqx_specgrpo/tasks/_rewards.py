@@ -32,9 +32,9 @@ class Rewards(eqx.Module):
 
     **Arguments:**
 
-    - `names`: of the functions, all different.
+    - `names`: names of the functions, all different.
     - `functions`: as above.
-    - `weights`: one a function.
+    - `weights`: one per function.
     - `timeout`: seconds that each function has for a call. An `async` one is stopped where it waits; others only in the
         main thread, and not on Windows.
     """
@@ -58,7 +58,7 @@ class Rewards(eqx.Module):
             raise UserError(f"the time limit of rewards is {self.timeout} s, but must be above 0")
 
     def check_columns(self, columns: Iterable[str]) -> None:
-        """Raises [`eqx_specgrpo.tasks.RewardError`][] if a function needs a column that the task has not."""
+        """Raises [`eqx_specgrpo.tasks.RewardError`][] if a function needs a column that the task lacks."""
         batch = ["prompts", "completions", "completion_ids", *columns]
         for name, function in zip(self.names, self.functions, strict=True):
             accepted(name, function, batch, ("trainer_state", "log_extra", "log_metric", "step"))
@@ -160,7 +160,7 @@ def _checked(name: str, result: Any, rows: int) -> Float[np.ndarray, " rows"]:
 
 
 def completion_text(completion: str | list[Message]) -> str:
-    """The text of a completion as a reward function is given it: as it is, or the contents of its messages."""
+    """Returns the text of a completion, which is a text or a list of messages."""
     if isinstance(completion, str):
         return completion
     return "\n".join(message["content"] for message in completion)

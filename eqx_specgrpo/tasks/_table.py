@@ -36,7 +36,7 @@ class Table(NamedTuple):
 
 @runtime_checkable
 class Rows(Protocol):
-    """Rows by number, each made or read when it is asked for: what a `datasets.Dataset` offers, for one."""
+    """The interface of rows that are read by number when they are needed, such as those of a `datasets.Dataset`."""
 
     def __len__(self) -> int: ...
 
@@ -44,7 +44,8 @@ class Rows(Protocol):
 
 
 class TableTask(AbstractTask):
-    """Rows in TRL's convention: `prompt` is text or a list of messages, all else goes to the rewards by name."""
+    """A task of rows in TRL's convention: `prompt` is text or a list of messages; the rewards get other columns by
+    name."""
 
     seed: int
     size: int | None
