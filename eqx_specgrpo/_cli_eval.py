@@ -37,7 +37,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Longest completion, in tokens (eval.max_completion_length).")
     ] = None,
     renamed: Renamed = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=LARGEST_SEED, help="Of everything random.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=LARGEST_SEED, help="Seed of every random number.")] = None,
     set_: Set = None,
     completions: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", help="Write the completions there, one JSON object each.")

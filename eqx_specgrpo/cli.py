@@ -88,15 +88,15 @@ def run(
         str | None,
         typer.Option(help=f"Folder of a saved draft (draft.path), or {DRAFT_WORDS} (draft.kind)."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps in all, those before a resume included.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of steps in all, including those before a resume.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random number.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
     accept_changes: Annotated[
         bool,
         typer.Option(
             "--accept-changes",
-            help="Resume also where the task's data or the starting model is not what the run began with.",
+            help="Resume even if the task's data or the starting model has changed since the run began.",
         ),
     ] = False,
     dry_run: Annotated[
@@ -157,20 +157,20 @@ def distill(
     adapter: Adapter = None,
     task: Task = None,
     draft: Annotated[str | None, typer.Option(help=f"Folder of a saved draft to go on with, or {DRAFT_WORDS}.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="The most updates; 300 without --minutes.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="The most updates to make; 300 without --minutes.")] = None,
     minutes: Annotated[
         float | None,
         typer.Option(min=0.01, help="The most time to learn, from the first update on; 10 without --steps."),
     ] = None,
-    prompts: Annotated[int | None, typer.Option(help="Prompts a batch of rollouts (grpo.prompts_per_step).")] = None,
+    prompts: Annotated[int | None, typer.Option(help="Prompts per batch of rollouts (grpo.prompts_per_step).")] = None,
     max_completion_length: Annotated[
         int | None, typer.Option(help="Longest completion, in tokens (grpo.max_completion_length).")
     ] = None,
     renamed: Renamed = None,
-    temperature: Annotated[float | None, typer.Option(help="Of sampling (grpo.temperature).")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="At its height (draft.learning_rate).")] = None,
-    loss: Annotated[str | None, typer.Option(help=f"{listed(DRAFT_LOSSES)} (draft.loss).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Temperature of sampling (grpo.temperature).")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate (draft.learning_rate).")] = None,
+    loss: Annotated[str | None, typer.Option(help=f"Loss of the draft: {listed(DRAFT_LOSSES)} (draft.loss).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random number.")] = None,
 ) -> None:
     """Train a draft on the model's own completions of a task, for `specgrpo run --draft` and `generate --draft`."""
     del renamed
@@ -209,15 +209,15 @@ def verify(
     adapter: Adapter = None,
     draft: Annotated[str, typer.Option(help=f"Folder of a saved draft, {DRAFT_WORDS}.")] = "medusa",
     rows: Annotated[int, typer.Option(min=2, max=MOST_ROWS, help="Completions to compare with plain decoding's.")] = 8,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the sampling and of fresh weights.")] = 0,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per completion.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling and of fresh weights.")] = 0,
     frozen: Annotated[
         list[str] | None,
-        typer.Option(metavar="PLACE", help="A weight that is meant not to learn, as in .adapter.scale. Repeatable."),
+        typer.Option(metavar="PLACE", help="A weight that is not to be trained, such as .adapter.scale. Repeatable."),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Prove, as far as can be, that a draft leaves a model's distribution as it is; exit code 1 if a check fails."""
+    """Test that a draft does not change a model's distribution; the exit code is 1 if a check fails."""
     check_jax()
     from .files import print_json
     from .testing import verify_pair
@@ -258,37 +258,37 @@ def bench(
         ),
     ] = None,
     rows: Annotated[str, typer.Option(help="Completions decoded together.")] = "4,8,16",
-    lengths: Annotated[str, typer.Option(help="Tokens drafted a round; 0 is always measured.")] = "1,2,3,4",
-    adaptive: Annotated[bool, typer.Option("--adaptive", help="Also let a controller choose the length.")] = False,
-    verifiers: Annotated[str, typer.Option(help=f"Of {listed(VERIFIERS)}; greedy only at temperature 0.")] = "",
+    lengths: Annotated[str, typer.Option(help="Tokens drafted per round, besides none.")] = "1,2,3,4",
+    adaptive: Annotated[bool, typer.Option("--adaptive", help="Measure a length that adapts as well.")] = False,
+    verifiers: Annotated[str, typer.Option(help=f"Some of {listed(VERIFIERS)}; greedy only at temperature 0.")] = "",
     max_completion_length: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 128,
     renamed: Renamed = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after an end of sequence, to --max-completion-length tokens.")
     ] = False,
-    samples: Annotated[int, typer.Option(help="Completions of a prompt; divides the rows.")] = 4,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
+    samples: Annotated[int, typer.Option(help="Completions per prompt; must divide the rows.")] = 4,
+    temperature: Annotated[float, typer.Option(help="Temperature of sampling; 0 is greedy.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among this number of likeliest tokens.")] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(help="Sample among the likeliest tokens that make up this probability."),
+        typer.Option(help="Sample among the likeliest tokens whose probabilities add up to this."),
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(help="Sample among tokens of at least this share of the likeliest one's."),
+        typer.Option(help="Sample among tokens with at least this share of the likeliest token's probability."),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="How often everything is measured; medians are reported.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Number of times that everything is measured; medians are reported.")] = 5,
     minutes: Annotated[
         float,
-        typer.Option(help="To get a draft ready that is not saved, its share of generating included."),
+        typer.Option(help="Minutes to distil each draft that is not saved, generating completions for it included."),
     ] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random number.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (model.dtype).")] = None,
     set_: Set = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the figures as well.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object, raw figures included.")] = False,
 ) -> None:
-    """Measure drafts against plain decoding: acceptance, tokens a second, and the ratio, interleaved in one process."""
+    """Measure drafts against plain decoding, in turn in one process: acceptance, tokens per second and their ratio."""
     del renamed
     check_jax()
     from .bench import BenchSettings, bench as run_bench, check_plot, plot_bench, whole_numbers
