@@ -77,7 +77,7 @@ def rollouts(place: Place) -> dict[str, Any]:
         command = [sys.executable, str(HERE / "rollout.py"), f"--out={place.out / 'rollouts' / policy}"]
         command += [f"--model={model}", f"--set=task.name={task}", f"--draft={place.drafts[policy]}"]
         command += [f"--dtype={place.dtype}", "--rows=16,4,1", "--lengths=1,2,3", "--rounds=3", "--ignore-eos"]
-        found[policy] = _measured(command, place.out / "rollouts" / policy / "rollout.json")
+        found[policy] = _measured(place, command, place.out / "rollouts" / policy / "rollout.json")
     return found
 
 
@@ -88,7 +88,7 @@ def step(place: Place) -> dict[str, Any]:
     command += [f"--model={place.tuned / 'policy'}", f"--draft={place.drafts['tuned']}", f"--dtype={place.dtype}"]
     command += ["--steps=5", "--skip=2", "--arms=speculative,plain,trl-bfloat16,trl-float32"]
     command += [f"--set=task.name={place.sums}"]
-    return _measured(command, place.out / "step" / "runs.json")
+    return _measured(place, command, place.out / "step" / "runs.json")
 
 
 def runs(place: Place) -> dict[str, Any]:
@@ -97,13 +97,13 @@ def runs(place: Place) -> dict[str, Any]:
     command = [sys.executable, str(HERE / "against_trl.py"), str(preset), f"--out={place.out / 'runs'}"]
     command += [f"--model={default_model_path()}", "--draft=medusa", "--steps=80", "--arms=speculative,plain"]
     command += ["--seeds=0,1,2", "--set=compare=false"]
-    return _measured(command, place.out / "runs" / "runs.json")
+    return _measured(place, command, place.out / "runs" / "runs.json")
 
 
 def memory(place: Place) -> dict[str, Any]:
     """What an update needs by the length of the completions, as the compiler says."""
     command = [sys.executable, str(HERE / "scaling.py"), "memory", "--both", f"--out={place.out / 'memory'}"]
-    return _measured(command, place.out / "memory" / "memory.json")
+    return _measured(place, command, place.out / "memory" / "memory.json")
 
 
 def drafts(place: Place) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def drafts(place: Place) -> dict[str, Any]:
     command += ["--kinds=medusa,hydra,markov,eagle,layer_skip,ngram", "--minutes=1", "--lengths=2,4", "--rounds=5"]
     command += ["--verifiers=block", "--seeds=0", "--set=draft.learning_rate=3e-3"]
     command += ["--set=eagle:draft.learning_rate=1e-3"]
-    return _measured(command, place.out / "drafts" / "results.jsonl")
+    return _measured(place, command, place.out / "drafts" / "results.jsonl")
 
 
 PARTS: dict[str, Callable[[Place], dict[str, Any]]] = {
@@ -120,15 +120,16 @@ PARTS: dict[str, Callable[[Place], dict[str, Any]]] = {
 }
 
 
-def _measured(command: list[str], result: Path) -> dict[str, Any]:
+def _measured(place: Place, command: list[str], result: Path) -> dict[str, Any]:
     """What a script has written, with the command that made it."""
     if not result.exists():
         _call(command)
     text = result.read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()] if result.suffix == ".jsonl" else [json.loads(text)]
-    words = ["python", *command[1:]]
-    shown = [word.replace(f"{HERE.parent}/", "") for word in words]
-    return {"command": shlex.join(shown), "results": [_light(line) for line in lines]}
+    shown = shlex.join(["python", *command[1:]])
+    for path, name in ((place.model, "path/to/SmolLM2-135M-Instruct"), (place.out, "results/page"), (HERE.parent, "")):
+        shown = shown.replace(f"{path}/" if not name else str(path), name)
+    return {"command": shown, "results": [_light(line) for line in lines]}
 
 
 def _light(record: dict[str, Any]) -> dict[str, Any]:
