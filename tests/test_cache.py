@@ -11,7 +11,7 @@ import pytest
 from helpers import AS_USERS_COMPILE, anything, quick_compilation, tiny_transformer
 from jax import lax
 
-from eqx_specgrpo.decoding import FixedRounds, Rejection, Sampling, UntilRowsFinish, _decode as decode_module
+from eqx_specgrpo.decoding import FixedRounds, Rejection, Sampling, UntilRowsFinish, _row_programs as row_programs
 from eqx_specgrpo.decoding._room import Room
 from eqx_specgrpo.decoding._segment import run_segment
 from eqx_specgrpo.drafts import MedusaHeads
@@ -184,12 +184,12 @@ def test_the_decoding_loop_copies_no_cache(share, loop):
     def prefill(tokens, lengths, limits, key):
         room = Room(capacity // 4 * 3, capacity)
         sizes = dict(room=room, capacity=capacity, cache_dtype="float32", share=share, keep_prompts=False)
-        return decode_module._prefill(modules, tokens, lengths, limits, key, row_ids, row_ids // 2, **sizes)[:2]
+        return row_programs.prefill(modules, tokens, lengths, limits, key, row_ids, row_ids // 2, **sizes)[:2]
 
     shapes = eqx.filter_eval_shape(prefill, jnp.ones((2, capacity // 4), jnp.int32), twos, twos, jr.key(0))
     state, store = jax.tree.map(anything, shapes)
     context = (modules, store, loop)
-    compiled = run_segment.lower(context, state, twos[0], twos[1], 3).compile().compiled
+    compiled = run_segment.lower(context, state, twos[0], twos[1:], 3).compile().compiled
     hlo = compiled.as_text()
     layer = state.cache[0]
     kept = (layer.transposed_keys, layer.values)

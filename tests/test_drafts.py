@@ -11,7 +11,7 @@ import pytest
 from helpers import normalized, quick_compilation, randomise, tiny_transformer
 
 from eqx_specgrpo._types import Prompts
-from eqx_specgrpo.decoding import Rejection, _decode as decode_module, decode_round
+from eqx_specgrpo.decoding import Rejection, _row_programs as row_programs, decode_round
 from eqx_specgrpo.decoding._room import Room
 from eqx_specgrpo.drafts import DraftError, IndependentSampler, MedusaHeads, NoDraft, draft_kind, load_draft, save_draft
 from eqx_specgrpo.errors import CheckpointError
@@ -121,7 +121,7 @@ def test_in_decoding_the_state_is_where_training_looks(target, heads):
     prompts = Prompts.from_lists([[1, 2, 3], [4], [5, 6, 7, 8, 9]])
     eos, new, rows = jnp.array([-1], jnp.int32), 20, 3
     modules = (target, heads, Rejection(), Sampling(1.0))
-    state, store, _ = decode_module._prefill(
+    state, store, _ = row_programs.prefill(
         (*modules, eos),
         jnp.asarray(prompts.tokens),
         jnp.asarray(prompts.lengths),

@@ -25,6 +25,7 @@ from eqx_specgrpo.decoding import (
     UntilRowsFinish,
     _decode as decode_module,
     _room as room_module,
+    _row_programs as row_programs,
     decode,
 )
 from eqx_specgrpo.decoding._room import Room, RoomKeeper, room_ladder
@@ -70,9 +71,9 @@ def rooms_seen(monkeypatch: pytest.MonkeyPatch) -> list[Room]:
     """What caches grow to, in the decodings that follow."""
     seen, grow = [], decode_module.grown
 
-    def grown(draft, state, room, slots):
+    def grown(draft, state, room, *others):
         seen.append(room)
-        return grow(draft, state, room, slots)
+        return grow(draft, state, room, *others)
 
     monkeypatch.setattr(decode_module, "grown", grown)
     return seen
@@ -210,7 +211,7 @@ def test_a_run_of_4096_tokens_compiles_a_program_a_rung(monkeypatch):
     assert (rollouts.lengths == 4096).all()
     rungs = len(room_ladder(2, 4096 + 4))
     assert found["jit(run_segment)"] == rungs == 5
-    assert found["jit(_layer_with_slots)"] == found["jit(_others_with_room)"] == rungs - 1
+    assert found["jit(_grow_layer)"] == found["jit(_grow_others)"] == rungs - 1
     with compiled_programs() as again:
         decode(target, [[5, 6], [7]], max_new_tokens=4096, **options)
     assert sum(again.values()) == 0, again
@@ -226,12 +227,12 @@ def test_off_the_cpu_a_round_reads_the_room_and_not_the_limit(monkeypatch):
 
     def prefill(tokens):
         sizes = dict(room=rooms[1], capacity=96 + 8196, cache_dtype="float32", share=False, keep_prompts=False)
-        return decode_module._prefill(modules, tokens, twos, twos, jr.key(0), rows, rows, **sizes)[:2]
+        return row_programs.prefill(modules, tokens, twos, twos, jr.key(0), rows, rows, **sizes)[:2]
 
     shapes = eqx.filter_eval_shape(prefill, jnp.ones((2, 96), jnp.int32))
     state, store = jax.tree.map(anything, shapes)
     context = (modules, store, FixedRounds())
-    hlo = run_segment.lower(context, state, twos[0], twos[1], 3).compile().compiled.as_text()
+    hlo = run_segment.lower(context, state, twos[0], twos[1:], 3).compile().compiled.as_text()
     longest = max(int(size) for shape in re.findall(r"[a-z]\d+\[([\d,]+)\]", hlo) for size in shape.split(","))
     assert longest == rooms[1].whole
     # Rows come to this room when they have filled the last one up to a segment and a block.

@@ -16,9 +16,9 @@ def test_a_run_that_grows_is_resumed_to_the_bit(tiny_folder, tmp_path, monkeypat
     monkeypatch.setattr(room_module, "_SMALLEST", 24)
     growths, grow = [], decode_module.grown
 
-    def grown(draft, state, room, slots):
+    def grown(draft, state, room, *others):
         growths.append(room)
-        return grow(draft, state, room, slots)
+        return grow(draft, state, room, *others)
 
     monkeypatch.setattr(decode_module, "grown", grown)
 

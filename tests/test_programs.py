@@ -17,7 +17,7 @@ from eqx_specgrpo.decoding import (
     FixedRounds,
     Rejection,
     Sampling,
-    _decode as decode_module,
+    _row_programs as row_programs,
     decode,
 )
 from eqx_specgrpo.decoding._room import Room
@@ -44,10 +44,10 @@ def segment_program(target: Transformer) -> str:
     sizes = dict(room=Room(12, 18), capacity=18, cache_dtype="float32", share=False, keep_prompts=False)
 
     def prefill(tokens):
-        return decode_module._prefill(modules, tokens, twos, twos, jr.key(0), rows, rows // 2, **sizes)[:2]
+        return row_programs.prefill(modules, tokens, twos, twos, jr.key(0), rows, rows // 2, **sizes)[:2]
 
     state, store = eqx.filter_jit(prefill)(jnp.ones((2, 6), jnp.int32))
-    return run_segment.lower((modules, store, UntilRowsFinish()), state, twos[0], twos[1], 2).as_text()
+    return run_segment.lower((modules, store, UntilRowsFinish()), state, twos[0], twos[1:], 2).as_text()
 
 
 def update_program(target: Transformer) -> str:
@@ -120,11 +120,11 @@ def test_programs_of_decoding_are_bounded_by_the_ladder():
     assert len(set(np.concatenate(lengths).tolist())) > 5, "rows have to finish at different times"
     buckets = 3  # 16, 8 and 4 rows
     assert 3 <= found["jit(run_segment)"] <= 2 * buckets
-    assert found["jit(_take_rows)"] <= 2 * 3  # from any bucket to a smaller one, prompts shared or in the rows
-    assert found["jit(_prefill)"] == 1
+    assert found["jit(keep_rows)"] <= 2 * 3  # from any bucket to a smaller one, prompts shared or in the rows
+    assert found["jit(prefill)"] == 1
     with compiled_programs() as again:
         decode_with(2, 0, 0.7)
-    assert again["jit(run_segment)"] == again["jit(_prefill)"] == 0
+    assert again["jit(run_segment)"] == again["jit(prefill)"] == 0
 
 
 @pytest.mark.parametrize("loop", [UntilRowsFinish(), FixedRounds(rounds=2)], ids=["until", "fixed"])

@@ -2,18 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, DTypeLike, Int, Key
+from jaxtyping import Array, Bool, DTypeLike, Key
 
 from .._types import Prompts, Rollouts
 from ..drafts import AbstractDraft, NoDraft
 from ..errors import UserError
-from ..models import AbstractLanguageModel, KVCache, caches_can_grow, default_cache_dtype, take_rows
+from ..layout import ROWS, WHOLE, AbstractDeviceMesh, Layout, OneDevice
+from ..models import AbstractLanguageModel, caches_can_grow, default_cache_dtype
 from ..runtime import check_jax, count_compilations
 from ..sampling import AbstractSampling, GreedySampling, Sampling
 from ._block import Block
@@ -21,12 +22,12 @@ from ._buckets import bucket_for, default_smallest_bucket, shrink_below
 from ._finite import require_finite
 from ._greedy_match import GreedyMatch
 from ._length import AbstractLengthController, FixedLength, SegmentObservation
-from ._order import StartOrder
 from ._output import Output
-from ._prompts import AbstractPromptStore, PromptsInRows, PromptsOnce, share_prompts
-from ._room import Room, RoomKeeper, grown, room_ladder, with_room
+from ._prompts import PromptsInRows, share_prompts
+from ._room import RoomKeeper, grown, room_ladder
+from ._row_programs import admit, keep_rows, prefill
 from ._segment import AbstractSegmentLoop, SegmentQueue, default_loop
-from ._start import Modules, PromptState, prompt_pass, start_rows
+from ._shards import Admission, Division, ShardQueues
 from ._state import DecodeState
 from ._stop import AbstractStop, NoStop, StopWatch
 from ._verify import AbstractVerifier
@@ -66,6 +67,8 @@ def decode(
     smallest_bucket: int | None = None,
     cache_dtype: DTypeLike | None = None,
     loop: AbstractSegmentLoop | None = None,
+    mesh: AbstractDeviceMesh | None = None,
+    first_row: int = 0,
     on_progress: Callable[[DecodeProgress], None] | None = None,
     on_segment: Callable[[SegmentObservation, Any], None] | None = None,
 ) -> Rollouts:
@@ -91,16 +94,21 @@ def decode(
     - `verifier`: by default `Block`, or `GreedyMatch` under `GreedySampling`.
     - `length`: how many tokens to draft; by default 3 or the draft's most.
     - `length_state`: what a controller learned in an earlier call, see `on_segment`; by default it starts anew.
-    - `max_rows`: decode at most so many rows at a time; as rows finish, waiting ones take their place. By default all.
+    - `max_rows`: decode at most so many rows at a time, but one in each shard of the mesh; as rows finish, waiting ones
+        take their place. By default all.
     - `expected_lengths`: of the completions of each prompt, `nan` where nothing is known: then it is the mean of its
         rows that have ended. Rows that are expected to be longest start first, so that few are left at the end.
-    - `smallest_bucket`: when rows finish, the batch is shrunk to the next power of two, but not below this; by
-        default 2, on CPU 1 in float32, where a single row is cheaper, and 16 for a very small model. Each is a program
-        to compile: for a single decoding 2 may be enough.
+    - `smallest_bucket`: when rows finish, the batch (on a mesh that of each shard, alike) is shrunk to the next power
+        of two, but not below this; by default 2, on CPU 1 in float32, where a single row is cheaper, and 16 for a very
+        small model. Each is a program to compile: for a single decoding 2 may be enough.
     - `cache_dtype`: of keys and values; by default float32 on CPU (where a bfloat16 write would convert the whole
         cache) and the dtype of the target's matrices elsewhere.
     - `loop`: how the device repeats rounds; by default [`eqx_specgrpo.decoding.UntilRowsFinish`][] on CPU and
         [`eqx_specgrpo.decoding.FixedRounds`][] elsewhere.
+    - `mesh`: the devices to decode on, see [`eqx_specgrpo.layout.make_mesh`][]; by default the one that JAX computes
+        on. Prompts, with all their rows, are divided over its axis `data`; weights that are not there yet are copied.
+    - `first_row`: what the first row's index is counted from, where the rows are some of a larger decoding: of those
+        that other processes have.
     - `on_progress`: called between segments.
     - `on_segment`: called after each segment with what was seen of it and the controller's new state.
 
@@ -118,6 +126,7 @@ def decode(
     sampling = Sampling() if sampling is None else sampling
     length = FixedLength(3) if length is None else length
     stop = NoStop() if stop is None else stop
+    mesh = OneDevice() if mesh is None else mesh
     if verifier is None:
         verifier = GreedyMatch() if isinstance(sampling, GreedySampling) else Block()
     _check_modules(
@@ -126,6 +135,7 @@ def decode(
         length=(length, AbstractLengthController, "FixedLength(3)"),
         verifier=(verifier, AbstractVerifier, "Block()"),
         stop=(stop, AbstractStop, 'StopStrings(tokenizer, ("</answer>",))'),
+        mesh=(mesh, AbstractDeviceMesh, "make_mesh()"),
     )
     if isinstance(verifier, GreedyMatch) and not isinstance(sampling, GreedySampling):
         raise ValueError(
@@ -143,7 +153,10 @@ def decode(
     draft.check(target)
     length_state = length.init(draft.max_length) if length_state is None else length_state
 
-    modules = (target, draft, verifier, sampling, jnp.asarray(sorted(set(eos_ids)) or [-1], jnp.int32))
+    eos = np.asarray(sorted(set(eos_ids)) or [-1], np.int32)
+    target, draft = mesh.lay_out((target, draft), Layout.COPY)
+    modules = (target, draft, *mesh.put((verifier, sampling, eos), WHOLE))
+    key = mesh.put(key, WHOLE)
     num_rows = len(prompts.lengths) * samples
     block = draft.max_length + 1
     smallest_bucket = default_smallest_bucket(target) if smallest_bucket is None else smallest_bucket
@@ -152,59 +165,70 @@ def decode(
     loop = default_loop(target) if loop is None else loop
     rooms = room_ladder(prompts.tokens.shape[1], max_new_tokens + block, can_grow=caches_can_grow(target))
     keeper = RoomKeeper(rooms, block, loop)
-    at_once = num_rows if max_rows is None else min(max_rows, num_rows)
-    waiting = StartOrder(expected_lengths, len(prompts.lengths), samples)
-    output = Output(num_rows, max_new_tokens, draft.max_length)
-    row_ids = waiting.take(at_once, output.lengths, output.ended)
-    num_prompts, width = prompts.tokens.shape
+    division = Division(mesh.data, len(prompts.lengths), samples)
+    waiting = ShardQueues(division, expected_lengths, len(prompts.lengths), samples)
+    output = Output(division.with_fillers, max_new_tokens, draft.max_length, mesh)
+    row_ids = waiting.first(max_rows, output.lengths, output.ended).reshape(-1)
     share = share_prompts(
-        target, prompts=num_prompts, width=width, samples=samples, waiting=len(waiting), cache_dtype=cache_dtype
+        target,
+        prompts=division.prompts_a_shard,
+        width=prompts.tokens.shape[1],
+        samples=samples,
+        waiting=int(waiting.waiting.sum()),
+        cache_dtype=cache_dtype,
     )
     if share:
-        row_ids = np.arange(num_rows)
-    state, store, prompt_state = _prefill(
+        row_ids = division.row_ids.reshape(-1)
+    limits = np.minimum(max_new_tokens, target.max_length - prompts.lengths)
+    tokens, lengths, limits = mesh.put(division.filled(prompts, limits), ROWS)
+    keyed, prompt_of_row = mesh.put(((row_ids + first_row).astype(np.int32), division.prompt_of(row_ids)), ROWS)
+    state, store, prompt_state = prefill(
         modules,
-        jnp.asarray(prompts.tokens),
-        jnp.asarray(prompts.lengths),
-        jnp.asarray(np.minimum(max_new_tokens, target.max_length - prompts.lengths), jnp.int32),
+        tokens,
+        lengths,
+        limits,
         key,
-        jnp.asarray(row_ids),
-        jnp.asarray(row_ids // samples),
+        keyed,
+        prompt_of_row,
         room=keeper.room,
         capacity=prompts.tokens.shape[1] + rooms[-1].new,
         cache_dtype=jnp.dtype(cache_dtype).name,
         share=share,
-        keep_prompts=len(waiting) > 0,
+        keep_prompts=bool(waiting.waiting.any()),
+        mesh=mesh,
     )
 
     def look(segments: SegmentQueue, length_state: Any) -> tuple[Bool[np.ndarray, " rows"], int, int, Any]:
         nonlocal state
         report, observation = segments.look()
         if not report.finite:
-            require_finite(state, row_ids, samples)
+            require_finite(mesh, state, row_ids, samples)
         length_state = length.update(length_state, observation)
         if on_segment is not None:
             on_segment(observation, length_state)
         cut = watch.look(row_ids, state)
         if cut is not state:
             state = cut
-            return *_standing(state), length_state
+            return *_standing(mesh, state), length_state
         return np.asarray(report.active), int(report.tokens_in_all), int(report.longest), length_state
 
-    require_finite(state, row_ids, samples)
-    watch = StopWatch(stop, num_rows)
+    require_finite(mesh, state, row_ids, samples)
+    watch = StopWatch(stop, division.with_fillers, mesh)
     state = watch.look(row_ids, state)
-    active, emitted, longest = _standing(state)
+    active, emitted, longest = _standing(mesh, state)
     with count_compilations() as compilations:
-        segments = SegmentQueue(loop, compilations)
+        segments = SegmentQueue(loop, compilations, mesh)
         while True:
             if on_progress is not None:
                 done = output.tokens_of_others(row_ids)
                 on_progress(DecodeProgress(int(active.sum()), num_rows, done + emitted))
-            admission = _admission(len(row_ids), len(waiting))
-            admits = admission > 0 and int((~active).sum()) >= admission
-            bucket = bucket_for(int(active.sum()), smallest_bucket)
-            shrinks = admission == 0 and bucket < len(row_ids)
+            of_shard = active.reshape(mesh.data, -1)
+            rows = of_shard.shape[1]
+            admission = Admission(rows, waiting.waiting)
+            admits = admission.is_due(of_shard)
+            # All shards have as many rows: as many as the fullest needs.
+            bucket = bucket_for(int(of_shard.sum(1).max()), smallest_bucket)
+            shrinks = admission.size == 0 and bucket < rows
             if len(segments) > 0 and (admits or shrinks or not active.any()):
                 # Rows are moved when nothing is under way, by what is true then.
                 active, emitted, longest, length_state = look(segments, length_state)
@@ -212,15 +236,19 @@ def decode(
             if admits:
                 assert prompt_state is not None
                 output.take(row_ids, state)
-                slots = np.flatnonzero(~active)[:admission]
-                admitted = waiting.take(admission, output.lengths, output.ended)
                 row_ids = row_ids.copy()
-                row_ids[slots] = admitted
-                which = (jnp.asarray(slots), jnp.asarray(admitted), jnp.asarray(admitted // samples))
-                state = _admit((modules, prompt_state, key, *which), state, keeper.room)
-                require_finite(state, row_ids, samples)
+                admitted = waiting.take(admission.counts(of_shard), output.lengths, output.ended)
+                which = np.zeros((3, mesh.data, admission.size), np.int32)
+                which[0] = rows  # beyond the last: there, nothing is started
+                for shard, ids in enumerate(admitted):
+                    slots = np.flatnonzero(~of_shard[shard])[: len(ids)]
+                    row_ids[shard * rows + slots] = ids
+                    which[:, shard, : len(ids)] = slots, ids + first_row, division.prompt_of(ids)
+                context = (modules, prompt_state, key, *mesh.put(tuple(which.reshape(3, -1)), ROWS))
+                state = admit(context, state, keeper.room, mesh)
+                require_finite(mesh, state, row_ids, samples)
                 state = watch.look(row_ids, state)
-                active, emitted, longest = _standing(state)
+                active, emitted, longest = _standing(mesh, state)
                 continue
             if not active.any():
                 output.take(row_ids, state)
@@ -228,14 +256,16 @@ def decode(
             if shrinks:
                 output.take(row_ids, state)
                 # Active rows first; finished ones only fill the bucket up.
-                keep = np.argsort(~active, kind="stable")[:bucket]
-                row_ids = row_ids[keep]
+                keep = np.argsort(~of_shard, axis=1, kind="stable")[:, :bucket]
+                kept = (keep + rows * np.arange(mesh.data)[:, None]).reshape(-1)
+                row_ids = row_ids[kept]
                 # Waited for: else the copy would count as part of the next segment, and a small batch look dear.
-                state = jax.block_until_ready(_take_rows(state, store, jnp.asarray(keep), keeper.room.whole))
-                store = PromptsInRows()
-                active, emitted = active[keep], int(output.lengths[row_ids].sum())
+                places = mesh.put(keep.reshape(-1).astype(np.int32), ROWS)
+                state = jax.block_until_ready(keep_rows(state, store, places, keeper.room.whole, mesh))
+                store, rows = PromptsInRows(), bucket
+                active, emitted = active[kept], int(output.lengths[row_ids].sum())
                 longest = int(output.lengths[row_ids].max())
-            plan = length.choose(length_state, len(row_ids))
+            plan = length.choose(length_state, rows)
             if not 0 <= plan.length <= draft.max_length:
                 raise ValueError(
                     f"{type(length).__name__} planned to draft {plan.length} tokens, but this draft drafts at most "
@@ -250,26 +280,22 @@ def decode(
                 continue
             if fitting is None:
                 keeper.grow(plan, longest)
-                state = grown(draft, state, keeper.room, store.slots(*keeper.room))
+                state = grown(draft, state, keeper.room, store.slots(*keeper.room), mesh)
                 continue
-            stop_below = len(row_ids) - admission if admission else shrink_below(len(row_ids), smallest_bucket)
-            state = segments.run(modules, store, state, fitting, stop_below)
+            if admission.size > 0:
+                stop_below, enough = admission.stop_below, 1
+            else:
+                stop_below, enough = np.full(mesh.data, shrink_below(rows, smallest_bucket)), mesh.data
+            state = segments.run(modules, store, state, fitting, stop_below, enough)
             if segments.is_full:
                 active, emitted, longest, length_state = look(segments, length_state)
     return output.rollouts(prompts, samples)
 
 
-def _standing(state: DecodeState) -> tuple[Bool[np.ndarray, " rows"], int, int]:
+def _standing(mesh: AbstractDeviceMesh, state: DecodeState) -> tuple[Bool[np.ndarray, " rows"], int, int]:
     """Which rows are active, and how many tokens they have emitted, together and the longest of them."""
-    num_new = np.asarray(state.num_new)
-    return np.asarray(state.active), int(num_new.sum()), int(num_new.max())
-
-
-def _admission(rows: int, waiting: int) -> int:
-    """How many waiting rows are admitted at once, when so many places are free: a power of two, so that few programs
-    are compiled, and about a quarter of the rows, so that the device is not stopped for each."""
-    most = min(max(1, rows // 4), waiting)
-    return 1 << (most.bit_length() - 1) if most else 0
+    num_new, active = mesh.fetch((state.num_new, state.active))
+    return active, int(num_new.sum()), int(num_new.max())
 
 
 def _check_modules(**modules: tuple[Any, type, str]) -> None:
@@ -293,64 +319,3 @@ def _check_prompts(target: AbstractLanguageModel, prompts: Prompts) -> None:
             f"prompt {longest} has {prompts.lengths[longest]} tokens, but the model's context holds "
             f"{target.max_length}, completion included: shorten the prompt or use a model with a longer context"
         )
-
-
-@eqx.filter_jit
-def _prefill(
-    modules: Modules,
-    tokens: Int[Array, "prompts seq"],
-    lengths: Int[Array, " prompts"],
-    limits: Int[Array, " prompts"],
-    key: Key[Array, ""],
-    row_ids: Int[Array, " rows"],
-    prompt_of_row: Int[Array, " rows"],
-    *,
-    room: Room,
-    capacity: int,
-    cache_dtype: str,
-    share: bool,
-    keep_prompts: bool,
-) -> tuple[DecodeState, AbstractPromptStore, PromptState | None]:
-    """The prompts' pass and the first rows; for rows that have to wait, the prompts are kept."""
-    dtype = jnp.dtype(cache_dtype)
-    prompt_state = prompt_pass(
-        modules[0], modules[1], tokens, lengths, limits, room.new, room.whole, capacity, dtype, share=share
-    )
-    if share:
-        store = PromptsOnce(cast(tuple[KVCache, ...], prompt_state.cache), lengths)
-        cache = modules[0].init_cache(len(row_ids), room.new, dtype)
-    else:
-        store = PromptsInRows()
-        cache = take_rows(prompt_state.cache, prompt_of_row)
-    state = start_rows(modules, prompt_state, key, row_ids, prompt_of_row, cache)
-    return state, store, prompt_state if keep_prompts else None
-
-
-@eqx.filter_jit(donate="all-except-first")
-def _admit(
-    context: tuple[
-        Modules,
-        PromptState,
-        Key[Array, ""],
-        Int[Array, " admitted"],
-        Int[Array, " admitted"],
-        Int[Array, " admitted"],
-    ],
-    state: DecodeState,
-    room: Room,
-) -> DecodeState:
-    """Starts waiting rows in the places of finished ones. DONATES the state."""
-    modules, prompt_state, key, slots, row_ids, prompt_of_row = context
-    cache = take_rows(prompt_state.cache, prompt_of_row)
-    fresh = start_rows(modules, prompt_state, key, row_ids, prompt_of_row, cache)
-    if room.new > fresh.tokens.shape[1]:
-        fresh = with_room(modules[1], fresh, room, room.whole)
-    return jax.tree.map(lambda old, new: old.at[slots].set(new), state, fresh)
-
-
-@eqx.filter_jit
-def _take_rows(state: DecodeState, store: AbstractPromptStore, rows: Int[Array, " kept"], slots: int) -> DecodeState:
-    """The state of some rows, whose caches then begin with their prompts."""
-    cache = store.take(state.cache, rows, slots)
-    others = jax.tree.map(lambda x: x[rows], dataclasses.replace(state, cache=()))
-    return dataclasses.replace(others, cache=cache)

@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Int
 
 from ..errors import UserError
+from ..layout import AbstractDeviceMesh
 from ._state import DecodeState
 
 
@@ -25,21 +26,25 @@ class NonFiniteLogits(UserError):
         self.what = what
 
 
-def require_finite(state: DecodeState, row_ids: Int[np.ndarray, " rows"], samples: int) -> None:
+def require_finite(
+    mesh: AbstractDeviceMesh, state: DecodeState, row_ids: Int[np.ndarray, " rows"], samples: int
+) -> None:
     """Raises `NonFiniteLogits` if a row was drawn from logits that were no finite numbers, the model's or the draft's.
 
     **Arguments:**
 
+    - `mesh`: where the state is.
     - `row_ids`: of the state's rows.
     - `samples`: completions a prompt, which tells the prompt of a row.
     """
-    finite = np.asarray(state.finite)
+    finite = mesh.fetch(state.finite)
     if finite.all():
         return
+    logprobs, num_new = mesh.fetch((state.logprobs, state.num_new))
     place = int(np.argmin(finite))
     row = int(row_ids[place])
     where = f"completion {row % samples} of prompt {row // samples} (counted from 0)"
-    broken = ~np.isfinite(np.asarray(state.logprobs)[place, : int(state.num_new[place])])
+    broken = ~np.isfinite(logprobs[place, : num_new[place]])
     if broken.any():
         token = int(np.argmax(broken))
         raise NonFiniteLogits(

@@ -49,7 +49,8 @@ class SegmentObservation(eqx.Module):
 
     **Arguments:**
 
-    - `rows`: rows of the compiled program, finished ones included.
+    - `rows`: rows of the compiled program, finished ones included; on a mesh those of one shard, all of which have as
+        many.
     - `plan`: the plan that it followed.
     - `rounds`: rounds run.
     - `seconds`: wall-clock time, or `None` if a program was compiled within it.

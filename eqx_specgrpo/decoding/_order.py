@@ -19,14 +19,21 @@ class StartOrder:
     - `expected`: length of the completions of each prompt, `nan` where nothing is known of it; `None`: rows start in
         their own order.
     - `num_prompts`, `samples`: how many prompts, and rows of each; rows of a prompt are consecutive.
+    - `rows`: which of the rows wait; all by default.
     """
 
-    def __init__(self, expected: Sequence[float] | None, num_prompts: int, samples: int):
+    def __init__(
+        self,
+        expected: Sequence[float] | None,
+        num_prompts: int,
+        samples: int,
+        rows: Int[np.ndarray, " waiting"] | None = None,
+    ):
         if expected is not None and len(expected) != num_prompts:
             raise ValueError(f"expected_lengths has {len(expected)} values for {num_prompts} prompts")
         self._expected = None if expected is None else np.asarray(expected, float)
         self._samples = samples
-        self._waiting = np.arange(num_prompts * samples)
+        self._waiting = np.arange(num_prompts * samples) if rows is None else rows
 
     def __len__(self) -> int:
         return len(self._waiting)

@@ -1,9 +1,11 @@
 """Host buffers that collect the rows as they leave the device."""
 
+import jax
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Bool, Int
 
 from .._types import DecodeStatistics, Prompts, Rollouts, StopReason, Support
+from ..layout import AbstractDeviceMesh
 from ._state import DecodeState
 
 
@@ -14,9 +16,11 @@ class Output:
 
     - `rows`, `new`: how many, and the most tokens of each.
     - `max_draft`: of the statistics.
+    - `mesh`: where rows come from.
     """
 
-    def __init__(self, rows: int, new: int, max_draft: int):
+    def __init__(self, rows: int, new: int, max_draft: int, mesh: AbstractDeviceMesh):
+        self._mesh = mesh
         self.new = new
         self.tokens = np.zeros((rows, new), np.int32)
         self.logprobs = np.zeros((rows, new), np.float32)
@@ -29,29 +33,29 @@ class Output:
         self.support: Support | None = None
 
     def take(self, row_ids: Int[np.ndarray, " rows"], state: DecodeState) -> None:
-        lengths = np.asarray(state.num_new)
-        there = min(self.new, state.tokens.shape[1])
+        of_tokens = (state.tokens, state.logprobs, state.support)
+        of_rows = (state.stop, state.target_forwards, state.emitted, state.drafted, state.accepted)
+        lengths, (tokens, logprobs, support), of_rows = self._mesh.fetch((state.num_new, of_tokens, of_rows))
+        there = min(self.new, tokens.shape[1])
         counts = np.arange(there)[None] < lengths[:, None]
 
-        def collect(into: np.ndarray, values: Array | np.ndarray) -> None:
-            of_tokens = np.asarray(values)[:, :there]
-            into[row_ids, :there] = np.where(counts.reshape(*counts.shape, *[1] * (into.ndim - 2)), of_tokens, 0)
+        def collect(into: np.ndarray, values: np.ndarray) -> None:
+            into[row_ids, :there] = np.where(
+                counts.reshape(*counts.shape, *[1] * (into.ndim - 2)), values[:, :there], 0
+            )
 
-        collect(self.tokens, state.tokens)
-        collect(self.logprobs, state.logprobs)
-        if state.support is not None:
+        collect(self.tokens, tokens)
+        collect(self.logprobs, logprobs)
+        if support is not None:
             if self.support is None:
                 shape = self.tokens.shape
-                ids = np.zeros((*shape, state.support.ids.shape[-1]), np.int32)
-                self.support = Support(ids, np.zeros(shape, np.int32))
-            collect(np.asarray(self.support.ids), state.support.ids)
-            collect(np.asarray(self.support.counts), state.support.counts)
+                self.support = Support(np.zeros((*shape, support.ids.shape[-1]), np.int32), np.zeros(shape, np.int32))
+            collect(np.asarray(self.support.ids), support.ids)
+            collect(np.asarray(self.support.counts), support.counts)
         self.lengths[row_ids] = lengths
-        self.stop[row_ids] = np.asarray(state.stop)
-        self.target_forwards[row_ids] = np.asarray(state.target_forwards)
-        self.emitted[row_ids] = np.asarray(state.emitted)
-        self.drafted[row_ids] = np.asarray(state.drafted)
-        self.accepted[row_ids] = np.asarray(state.accepted)
+        buffers = (self.stop, self.target_forwards, self.emitted, self.drafted, self.accepted)
+        for buffer, values in zip(buffers, of_rows, strict=True):
+            buffer[row_ids] = values
 
     @property
     def ended(self) -> Bool[np.ndarray, " rows"]:
@@ -61,6 +65,11 @@ class Output:
         return int(np.delete(self.lengths, row_ids).sum())
 
     def rollouts(self, prompts: Prompts, samples: int) -> Rollouts:
+        """The rows of these prompts, which come first; fillers are left out."""
         group = np.repeat(np.arange(len(prompts.lengths), dtype=np.int32), samples)
-        statistics = DecodeStatistics(self.target_forwards, self.drafted, self.accepted, self.emitted)
-        return Rollouts(prompts, group, self.tokens, self.lengths, self.logprobs, self.stop, statistics, self.support)
+        rows = slice(len(group))
+        counts = (self.target_forwards, self.drafted, self.accepted, self.emitted)
+        statistics = DecodeStatistics(*(count[rows] for count in counts))
+        support = jax.tree.map(lambda x: x[rows], self.support)
+        values = (self.tokens[rows], self.lengths[rows], self.logprobs[rows], self.stop[rows])
+        return Rollouts(prompts, group, *values, statistics, support)

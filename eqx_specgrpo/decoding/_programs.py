@@ -11,9 +11,9 @@ from jaxtyping import DTypeLike
 from ..drafts import AbstractDraft
 from ..models import AbstractLanguageModel, Program, caches_can_grow, default_cache_dtype
 from ..sampling import AbstractSampling
-from ._decode import _prefill, _take_rows
 from ._prompts import share_prompts
 from ._room import room_ladder
+from ._row_programs import keep_rows, prefill
 from ._segment import AbstractSegmentLoop, default_loop, run_segment
 from ._verify import AbstractVerifier
 
@@ -57,7 +57,7 @@ def decode_programs(
     )
     begin = Program(
         "prefill",
-        _prefill,
+        prefill,
         (modules, _ints(prompts, prompt_length), _ints(prompts), _ints(prompts), key, _ints(rows), _ints(rows)),
         dict(
             room=room,
@@ -71,13 +71,13 @@ def decode_programs(
     context = (modules, store, loop)
     segments = [
         Program(
-            f"segment of length {length}", run_segment, (context, state, _ints(), _ints(), length), donated=(1, 2, 3)
+            f"segment of length {length}", run_segment, (context, state, _ints(), _ints(1), length), donated=(1, 2, 3)
         )
         for length in lengths
     ]
     if rows < 2:
         return [begin, *segments]
-    return [begin, *segments, Program("shrink", _take_rows, (state, store, _ints(rows // 2), room.whole))]
+    return [begin, *segments, Program("shrink", keep_rows, (state, store, _ints(rows // 2), room.whole))]
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ..drafts import AbstractDraft
+from ..layout import ROWS, WHOLE, AbstractDeviceMesh, OneDevice
 from ..models import KVCache
 from ._length import SegmentPlan
 from ._segment import AbstractSegmentLoop
@@ -110,7 +111,9 @@ def with_room(draft: AbstractDraft, state: DecodeState, room: Room, slots: int) 
     return dataclasses.replace(_others_with_room(draft, dataclasses.replace(state, cache=()), room), cache=cache)
 
 
-def grown(draft: AbstractDraft, state: DecodeState, room: Room, slots: int) -> DecodeState:
+def grown(
+    draft: AbstractDraft, state: DecodeState, room: Room, slots: int, mesh: AbstractDeviceMesh = OneDevice()
+) -> DecodeState:
     """As `with_room`, a layer at a time: only one of them is there twice. DELETES what it replaces of the caches.
 
     (A donated array of another size is of no use to XLA, and one program for all layers would need all of them twice.)
@@ -120,10 +123,10 @@ def grown(draft: AbstractDraft, state: DecodeState, room: Room, slots: int) -> D
         if layer.values.shape[2] == slots:
             cache.append(layer)
             continue
-        cache.append(jax.block_until_ready(_grow_layer(layer, slots)))
+        cache.append(jax.block_until_ready(_grow_layer(layer, slots, mesh)))
         for array in jax.tree.leaves(layer):
             array.delete()
-    others = _grow_others(draft, dataclasses.replace(state, cache=()), room)
+    others = _grow_others(draft, dataclasses.replace(state, cache=()), room, mesh)
     return jax.block_until_ready(dataclasses.replace(others, cache=tuple(cache)))
 
 
@@ -146,5 +149,11 @@ def _others_with_room(draft: AbstractDraft, state: DecodeState, room: Room) -> D
     )
 
 
-_grow_layer = eqx.filter_jit(_layer_with_slots)
-_grow_others = eqx.filter_jit(_others_with_room)
+@eqx.filter_jit
+def _grow_layer(layer: KVCache, slots: int, mesh: AbstractDeviceMesh) -> KVCache:
+    return mesh.by_shard(_layer_with_slots, (ROWS, WHOLE), ROWS)(layer, slots)
+
+
+@eqx.filter_jit
+def _grow_others(draft: AbstractDraft, state: DecodeState, room: Room, mesh: AbstractDeviceMesh) -> DecodeState:
+    return mesh.by_shard(_others_with_room, (WHOLE, ROWS, WHOLE), ROWS)(draft, state, room)

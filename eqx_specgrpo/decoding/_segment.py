@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from ..layout import ROWS, WHOLE, AbstractDeviceMesh, OneDevice
 from ..models import AbstractLanguageModel, platform_of
 from ..runtime import CompileCounter
 from ._length import SegmentObservation, SegmentPlan
@@ -39,7 +40,7 @@ class AbstractSegmentLoop(eqx.Module):
         decode_once: Callable[[DecodeState], DecodeState],
         state: DecodeState,
         max_rounds: Int[Array, ""],
-        stop_below: Int[Array, ""],
+        goes_on: Callable[[DecodeState], Bool[Array, ""]],
     ) -> tuple[DecodeState, Int[Array, ""]]:
         """A segment.
 
@@ -47,7 +48,8 @@ class AbstractSegmentLoop(eqx.Module):
 
         - `decode_once`: one round.
         - `max_rounds`: a segment need not be longer.
-        - `stop_below`: nor go on when no more rows than this are active.
+        - `goes_on`: nor go on when this is false of the state: enough rows have finished. All shards of a mesh get the
+            same answer.
 
         **Returns:**
 
@@ -66,10 +68,10 @@ class UntilRowsFinish(AbstractSegmentLoop):
     def most_rounds(self, max_rounds):
         return max_rounds
 
-    def run(self, decode_once, state, max_rounds, stop_below):
+    def run(self, decode_once, state, max_rounds, goes_on):
         def more(carry):
             state, rounds = carry
-            return (jnp.sum(state.active) > stop_below) & (rounds < max_rounds)
+            return goes_on(state) & (rounds < max_rounds)
 
         def body(carry):
             state, rounds = carry
@@ -100,8 +102,8 @@ class FixedRounds(AbstractSegmentLoop):
         del max_rounds
         return self.rounds
 
-    def run(self, decode_once, state, max_rounds, stop_below):
-        del max_rounds, stop_below
+    def run(self, decode_once, state, max_rounds, goes_on):
+        del max_rounds, goes_on
         return lax.fori_loop(0, self.rounds, lambda _, state: decode_once(state), state), jnp.int32(self.rounds)
 
 
@@ -142,32 +144,52 @@ def run_segment(
     context: tuple[Modules, AbstractPromptStore, AbstractSegmentLoop],
     state: DecodeState,
     max_rounds: Int[Array, ""],
-    stop_below: Int[Array, ""],
+    stop_below: Int[Array, " shards"],
     length: int,
+    mesh: AbstractDeviceMesh = OneDevice(),
+    enough: Int[Array, ""] | int = 1,
 ) -> tuple[DecodeState, SegmentReport]:
-    """Rounds with one draft length. DONATES the state."""
-    (target, draft, verifier, sampling, eos_ids), store, loop = context
+    """Rounds with one draft length. DONATES the state.
 
-    def decode_once(state: DecodeState) -> DecodeState:
-        return decode_round(target, draft, verifier, sampling, eos_ids, store, state, length)
+    **Arguments:**
 
-    def totals(state: DecodeState):
-        return state.accepted.sum(0), state.target_forwards.sum(), state.num_new.sum()
+    - `max_rounds`: at most so many.
+    - `stop_below`, `enough`: a segment need not go on when in so many shards no more rows than this are active.
+    """
 
-    before = totals(state)
-    state, rounds = loop.run(decode_once, state, max_rounds, stop_below)
-    after = totals(state)
-    accepted, active_rounds, tokens = jax.tree.map(jnp.subtract, after, before)
-    return state, SegmentReport(
-        state.active, state.finite.all(), rounds, accepted, active_rounds, tokens, after[2], state.num_new.max()
-    )
+    def of_shard(context, state, max_rounds, stop_below, enough):
+        (target, draft, verifier, sampling, eos_ids), store, loop = context
+
+        def decode_once(state: DecodeState) -> DecodeState:
+            return decode_round(target, draft, verifier, sampling, eos_ids, store, state, length)
+
+        def goes_on(state: DecodeState) -> Bool[Array, ""]:
+            stops = jnp.sum(state.active) <= stop_below[0]
+            return mesh.total(stops.astype(jnp.int32)) < enough
+
+        def totals(state: DecodeState):
+            return state.accepted.sum(0), state.target_forwards.sum(), state.num_new.sum()
+
+        before = totals(state)
+        state, rounds = loop.run(decode_once, state, max_rounds, goes_on)
+        after = totals(state)
+        *sums, in_all = mesh.total((*jax.tree.map(jnp.subtract, after, before), after[2]))
+        longest, broken = mesh.maximum((state.num_new.max(), (~state.finite).any().astype(jnp.int32)))
+        return state, state.active, (broken == 0, rounds, *sums, in_all, longest)
+
+    modules, store, loop = context
+    state, active, numbers = mesh.by_shard(
+        of_shard, ((WHOLE, ROWS, WHOLE), ROWS, WHOLE, ROWS, WHOLE), (ROWS, ROWS, WHOLE)
+    )((modules, store, loop), state, max_rounds, stop_below, enough)
+    return state, SegmentReport(active, *numbers)
 
 
 class SegmentQueue:
     """The segments that the device was given and the host has not looked at yet, oldest first."""
 
-    def __init__(self, loop: AbstractSegmentLoop, compilations: CompileCounter):
+    def __init__(self, loop: AbstractSegmentLoop, compilations: CompileCounter, mesh: AbstractDeviceMesh):
         self._loop = loop
+        self._mesh = mesh
         self._compilations = compilations
         self._flights: deque[tuple[SegmentPlan, SegmentReport, float, float]] = deque()
         self._landed_at = 0.0
@@ -191,13 +213,15 @@ class SegmentQueue:
         store: AbstractPromptStore,
         state: DecodeState,
         plan: SegmentPlan,
-        stop_below: int,
+        stop_below: Int[np.ndarray, " shards"],
+        enough: int,
     ) -> DecodeState:
-        """Gives the device a segment. DONATES the state."""
+        """Gives the devices a segment, see `run_segment`. DONATES the state."""
         began, compiled = time.perf_counter(), self._compilations.seconds
-        state, report = run_segment(
-            (modules, store, self._loop), state, jnp.int32(plan.max_rounds), jnp.int32(stop_below), plan.length
-        )
+        max_rounds, shards = self._mesh.put((np.int32(plan.max_rounds), np.int32(enough)), WHOLE)
+        below = self._mesh.put(stop_below.astype(np.int32), ROWS)
+        context = (modules, store, self._loop)
+        state, report = run_segment(context, state, max_rounds, below, plan.length, self._mesh, shards)
         for array in jax.tree.leaves(report):
             array.copy_to_host_async()
         self._flights.append((plan, report, began, compiled))
@@ -206,13 +230,13 @@ class SegmentQueue:
     def look(self) -> tuple[SegmentReport, SegmentObservation]:
         """Waits for the oldest segment."""
         plan, report, began, compiled = self._flights.popleft()
-        report = jax.device_get(report)
+        report = self._mesh.fetch(report)
         now = time.perf_counter()
         # One that was given while another ran has begun when that one was seen to end.
         seconds, self._landed_at = now - max(began, self._landed_at), now
         compiling = self._compilations.seconds - compiled
         observation = SegmentObservation(
-            rows=len(report.active),
+            rows=len(report.active) // self._mesh.data,
             plan=plan,
             rounds=int(report.rounds),
             seconds=None if compiling > 0 else seconds,

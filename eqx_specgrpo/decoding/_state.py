@@ -5,7 +5,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -139,7 +138,7 @@ def commit(
     )
 
 
-def cut(state: DecodeState, rows: Bool[np.ndarray, " rows"], ends: Int[np.ndarray, " rows"]) -> DecodeState:
+def cut(state: DecodeState, rows: Bool[Array, " rows"], ends: Int[Array, " rows"]) -> DecodeState:
     """The state with some rows ended, at tokens that they have emitted already. For the host.
 
     Of a row's passes those count that its kept tokens took: all of them in proportion, rounded up, for which round

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from ..errors import UserError
+from ..layout import ROWS, AbstractDeviceMesh
 from ..models import Tokenizer
 from ._state import DecodeState, cut
 
@@ -87,10 +88,11 @@ class StopWatch:
 
     - `stop`: what ends a row.
     - `rows`: of the whole decoding.
+    - `mesh`: where they are.
     """
 
-    def __init__(self, stop: AbstractStop, rows: int):
-        self._stop = stop
+    def __init__(self, stop: AbstractStop, rows: int, mesh: AbstractDeviceMesh):
+        self._stop, self._mesh = stop, mesh
         self._seen = np.zeros(rows, np.int32)
 
     def look(self, row_ids: Int[np.ndarray, " rows"], state: DecodeState) -> DecodeState:
@@ -102,11 +104,11 @@ class StopWatch:
         """
         if isinstance(self._stop, NoStop):
             return state
-        lengths, tokens = np.asarray(state.num_new), np.asarray(state.tokens)
+        lengths, tokens = self._mesh.fetch((state.num_new, state.tokens))
         ended, ends = np.zeros(len(lengths), bool), np.ones(len(lengths), np.int32)
         for place in np.flatnonzero(lengths > self._seen[row_ids]):
             end = self._stop.end(tokens[place, : lengths[place]].tolist())
             self._seen[row_ids[place]] = lengths[place]
             if end is not None:
                 ended[place], ends[place] = True, end
-        return cut(state, ended, ends) if ended.any() else state
+        return cut(state, *self._mesh.put((ended, ends), ROWS)) if ended.any() else state

@@ -1,5 +1,6 @@
 """The devices that arrays live on, as an object that every part of a run is handed; one device is a case of its own."""
 
+import functools as ft
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard, TypeVar
@@ -13,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
 from ..errors import UserError
-from ._rules import DATA, MODEL, Layout, parameter_specs
+from ._rules import DATA, MODEL, WHOLE, Layout, parameter_specs
 
 Tree = TypeVar("Tree")
 Device = Any  # of `jax.devices()`; type checkers are not told of the class
@@ -63,7 +64,7 @@ class AbstractDeviceMesh(eqx.Module):
         for what is no array. Arrays may be shapes, as `eqx.filter_eval_shape` gives them."""
 
     @abstractmethod
-    def put(self, tree: Tree, specs: PyTree) -> Tree:
+    def put(self, tree: PyTree, specs: PyTree) -> Any:
         """Places arrays, from the host or from other devices.
 
         Where devices belong to several processes, each of these has the same arrays, whole and on the host (or on a
@@ -74,6 +75,11 @@ class AbstractDeviceMesh(eqx.Module):
         - `tree`: NumPy or JAX arrays, keys of random numbers included; anything else in it is left alone.
         - `specs`: a `PartitionSpec` for all, or a tree of them with the structure of `tree`.
         """
+
+    @abstractmethod
+    def fetch(self, tree: PyTree) -> Any:
+        """Whole arrays as NumPy arrays on the host; where devices belong to several processes, in each of them: all
+        have to ask for the same at the same time."""
 
     @abstractmethod
     def constrain(self, tree: Tree, specs: PyTree) -> Tree:
@@ -156,6 +162,9 @@ class OneDevice(AbstractDeviceMesh):
         del specs
         return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x, tree)
 
+    def fetch(self, tree):
+        return jax.device_get(tree)
+
     def constrain(self, tree, specs):
         del specs
         return tree
@@ -226,6 +235,12 @@ class DeviceMesh(AbstractDeviceMesh):
 
     def put(self, tree, specs):
         return _with_specs(lambda x, spec: _placed(x, NamedSharding(self.mesh, spec)), tree, specs)
+
+    def fetch(self, tree):
+        if not self.is_addressable:
+            arrays, others = eqx.partition(tree, eqx.is_array)
+            tree = eqx.combine(_whole_everywhere(arrays, self.mesh), others)
+        return jax.device_get(tree)
 
     def constrain(self, tree, specs):
         def one(x: Any, spec: PartitionSpec) -> Any:
@@ -309,6 +324,11 @@ def to_local(tree: Tree, mesh: AbstractDeviceMesh) -> Tree:
         return jax.random.wrap_key_data(same, impl=jax.random.key_impl(x)) if _is_key(x) else same
 
     return jax.tree.map(one, tree)
+
+
+@ft.partial(jax.jit, static_argnums=1)
+def _whole_everywhere(arrays: PyTree, mesh: Mesh) -> PyTree:
+    return lax.with_sharding_constraint(arrays, NamedSharding(mesh, WHOLE))
 
 
 def _with_specs(function: Callable[[Any, PartitionSpec], Any], tree: Tree, specs: PyTree) -> Tree:
