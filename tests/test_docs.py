@@ -1,6 +1,7 @@
 """The documentation is true of the code: its Python runs, its commands parse, its tables and links are in order."""
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import re
@@ -74,6 +75,19 @@ def test_commands_parse():
         if name == "run":
             load_config(None, context.params["set_"] or [])
     assert found >= 8
+
+
+SCRIPTS = sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=page_name)
+def test_scripts_import_what_there_is(script):
+    """Most benchmarks run too long for a test, and would otherwise be found broken on the day that they are needed."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("eqx_specgrpo"):
+            module = importlib.import_module(str(node.module))
+            missing = [alias.name for alias in node.names if alias.name not in dir(module)]
+            assert not missing, f"{page_name(script)} imports {missing} of {node.module}"
 
 
 def test_the_test_command_of_the_readme_is_where_ci_looks():

@@ -9,7 +9,7 @@ from ._check import (
     split_task as split_task,
     with_steps_of_epochs as with_steps_of_epochs,
 )
-from ._dtype_advice import dtype_advice as dtype_advice
+from ._dtype_advice import dtype_advice as dtype_advice, largest_of_products as largest_of_products
 from ._eval import EvalConfig as EvalConfig, pass_ks as pass_ks
 from ._given import (
     NOTHING_GIVEN as NOTHING_GIVEN,

@@ -35,7 +35,7 @@ Measure: TypeAlias = Callable[[int, int], Mapping[Dtype, float]]
 def largest_of_products(
     inputs: Mapping[int, Float[Array, "rows _"]], weights: Sequence[Float[Array, "_ _"]]
 ) -> Float[Array, " weights"]:
-    """What is timed: a maximum needs every entry, so that the compiler can leave no product out.
+    """Computes the largest entry of each product, to time products: a maximum needs every entry of its product.
 
     **Arguments:**
 
