@@ -18,8 +18,8 @@ _NOT_YET = "Not measured on this engine yet: see [earlier results](../benchmarks
 
 
 def _rollouts(found: Record) -> Iterator[str]:
-    yield "| policy | rows | plain, tokens/s | 1 guess | 2 guesses | 3 guesses | adaptive | plain round, ms |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    yield "| policy | rows | plain, tokens/s | 1 guess | 2 guesses | adaptive | plain round, ms |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
     for policy in ("raw", "tuned"):
         (record,) = found[policy]["results"]
         entropy = record["policy"]["entropy"]
@@ -27,27 +27,9 @@ def _rollouts(found: Record) -> Iterator[str]:
             arms = {row["length"]: row for row in record["results"] if row["rows"] == rows}
             plain = arms[0]
             milliseconds = 1e3 * plain["by_rows"][str(rows)]["seconds_per_round"]["median"]
-            ratios = " | ".join(_spread(arms[length]["ratio"]) for length in (1, 2, 3, "adaptive"))
+            ratios = " | ".join(_spread(arms[length]["ratio"]) for length in (1, 2, "adaptive"))
             rate = plain["tokens_per_second"]["median"]
             yield f"| {policy}, {entropy:.1f} nats | {rows} | {rate:.0f} | {ratios} | {milliseconds:.0f} |"
-
-
-def _transformers(found: Record) -> Iterator[str]:
-    yield "| policy | rows | ours, plain, tokens/s | over `generate` in bfloat16 | over `generate` in float32 |"
-    yield "| --- | --- | --- | --- | --- |"
-    for policy in ("raw", "tuned"):
-        (record,) = found[policy]["results"]
-        for rows in sorted({run["rows"] for run in record["transformers"]}):
-            runs = [run for run in record["transformers"] if run["rows"] == rows]
-            rates: dict[str, list[float]] = {}
-            for run in runs:
-                rates.setdefault(run["arm"], []).append(run["tokens"] / run["seconds"])
-            (ours,) = (values for arm, values in rates.items() if arm.startswith("ours") and arm.endswith("plain"))
-            over = [
-                statistics.median(a / b for a, b in zip(ours, rates[f"transformers {dtype}"], strict=True))
-                for dtype in ("bfloat16", "float32")
-            ]
-            yield f"| {policy} | {rows} | {statistics.median(ours):.0f} | {over[0]:.2f} | {over[1]:.2f} |"
 
 
 def _step(found: Record) -> Iterator[str]:
@@ -84,7 +66,6 @@ def _runs(found: Record) -> Iterator[str]:
         ("rollouts, s", lambda run: sum(run["time/rollout"]), ".1f"),
         ("rollouts of steps 41 to 80, s", lambda run: sum(run["time/rollout"][40:]), ".1f"),
         ("the draft's updates, s", lambda run: sum(run.get("time/draft", [0.0])), ".1f"),
-        ("programs compiled", lambda run: max(run["compile/count"]), ".0f"),
         ("acceptance length, last ten steps", lambda run: statistics.mean(run["spec/acceptance_length"][-10:]), ".2f"),
         ("reward, first ten steps", lambda run: statistics.mean(run["reward"][:10]), ".2f"),
         ("reward, last ten steps", lambda run: statistics.mean(run["reward"][-10:]), ".2f"),
@@ -166,7 +147,7 @@ def sections() -> dict[str, list[str]]:
     lines |= {name: _with_origin(table, found[name]) for name, table in tables.items() if name in found}
     if "rollouts" in found:
         both = [found["rollouts"][policy] for policy in ("raw", "tuned")]
-        lines["rollouts"] = [*_rollouts(found["rollouts"]), "", *_transformers(found["rollouts"]), *_origin(*both)]
+        lines["rollouts"] = [*_rollouts(found["rollouts"]), *_origin(*both)]
     return lines
 
 
