@@ -38,6 +38,7 @@ from ..drafts import (
 from ..errors import UserError
 from ..files import is_import_spec, user_path
 from ..grpo import AbstractEntropyControl, LossSettings, make_optimizer
+from ..layout import AbstractDeviceMesh, make_mesh
 from ..models import AbstractLanguageModel, Tokenizer, load_pretrained
 from ..sampling import AbstractSampling, TruncatedSampling
 from ..tasks import ORDERS, AbstractOrder, AbstractTask, Rewards
@@ -60,6 +61,7 @@ class RunParts(eqx.Module):
     """What a run is made of; nothing in it changes from step to step."""
 
     config: RunConfig
+    mesh: AbstractDeviceMesh
     tokenizer: Tokenizer
     task: AbstractTask
     rewards: Rewards
@@ -216,6 +218,7 @@ def make_parts(
     grpo = config.grpo
     return RunParts(
         config=config,
+        mesh=make_mesh(config.devices.model),
         tokenizer=tokenizer.with_chat_template_kwargs(grpo.chat_template_kwargs),
         task=task,
         rewards=rewards,

@@ -23,6 +23,7 @@ from ..decoding import (
 from ..drafts import AbstractDraft
 from ..errors import UserError
 from ..files import json_line
+from ..layout import AbstractDeviceMesh, make_mesh
 from ..models import AbstractLanguageModel, Tokenizer
 from ..sampling import AbstractSampling, GreedySampling
 from ..tasks import AbstractTask, Example, RewardLog, Rewards, TrainerState, collate
@@ -49,6 +50,7 @@ class Evaluation(eqx.Module):
     - `max_rows`: how many completions, at most; `None`: all of those prompts'.
     - `threshold`: a completion is right if its reward is at least so much.
     - `seed`: of the completions, and of the intervals.
+    - `mesh`: the devices that decode.
     """
 
     examples: tuple[Example, ...]
@@ -65,6 +67,7 @@ class Evaluation(eqx.Module):
     max_rows: int | None
     threshold: float
     seed: int
+    mesh: AbstractDeviceMesh
 
 
 class EvaluationResult(NamedTuple):
@@ -126,6 +129,7 @@ def make_evaluation(
         max_rows=grpo.max_rows,
         threshold=evaluation.threshold,
         seed=config.seed,
+        mesh=make_mesh(config.devices.model).for_rollouts(),
     )
 
 
@@ -212,6 +216,7 @@ def _roll_out(
         stop=evaluation.stop,
         samples=evaluation.samples,
         max_rows=evaluation.max_rows,
+        mesh=evaluation.mesh,
         on_progress=on_progress,
         on_segment=on_segment,
     )

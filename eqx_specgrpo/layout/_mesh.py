@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from ..errors import UserError
 from ._rules import DATA, MODEL, WHOLE, Layout, parameter_specs
@@ -57,6 +57,11 @@ class AbstractDeviceMesh(eqx.Module):
 
         `UserError` if a copy of the weights is divided over devices of several processes.
         """
+
+    @abstractmethod
+    def for_rollouts(self) -> "AbstractDeviceMesh":
+        """What this process decodes on: its own devices, or all of them where a copy of the weights is divided over
+        devices of several processes. Then all processes decode the same prompts together."""
 
     @abstractmethod
     def specs(self, tree: PyTree, layout: Layout) -> PyTree:
@@ -155,6 +160,9 @@ class OneDevice(AbstractDeviceMesh):
     def local(self):
         return self
 
+    def for_rollouts(self):
+        return self
+
     def specs(self, tree, layout):
         return parameter_specs(tree, 1, 1, layout)
 
@@ -219,16 +227,25 @@ class DeviceMesh(AbstractDeviceMesh):
     def is_addressable(self):
         return all(device.process_index == jax.process_index() for device in self.devices)
 
+    @property
+    def _is_own(self) -> Bool[np.ndarray, "data model"]:
+        """Whether a device is this process's."""
+        return np.vectorize(lambda device: device.process_index == jax.process_index())(self.mesh.devices)
+
     def local(self):
         if self.is_addressable:
             return self
-        own = [[device.process_index == jax.process_index() for device in copy] for copy in self.mesh.devices]
-        if any(any(copy) and not all(copy) for copy in own):
+        own = self._is_own
+        if (own.any(1) != own.all(1)).any():
             raise UserError(
                 f"a copy of the weights is divided over {self.model} devices (devices.model), which belong to several "
                 "processes: there is no mesh of one process's own devices to decode on"
             )
-        return DeviceMesh(Mesh(self.mesh.devices[np.asarray(own)[:, 0]], (DATA, MODEL)))
+        return DeviceMesh(Mesh(self.mesh.devices[own[:, 0]], (DATA, MODEL)))
+
+    def for_rollouts(self):
+        own = self._is_own
+        return self if (own.any(1) != own.all(1)).any() else self.local()
 
     def specs(self, tree, layout):
         return parameter_specs(tree, self.data, self.model, layout)

@@ -122,6 +122,7 @@ def roll_out(
         samples=grpo.num_generations,
         max_rows=grpo.max_rows,
         expected_lengths=expected_lengths,
+        mesh=parts.mesh.for_rollouts(),
         on_progress=on_progress,
         on_segment=segments,
     )
