@@ -385,6 +385,78 @@ MUTATIONS = (
         "return x",
         "test_python_run.py::test_what_comes_back",
     ),
+    # Many devices.
+    Mutation(
+        "random numbers derive from a row's place in its shard",
+        "decoding/_decode.py",
+        "(row_ids + first_row).astype(np.int32)",
+        "(row_ids % (len(row_ids) // mesh.data) + first_row).astype(np.int32)",
+        "on_devices/test_decode.py::test_tokens_are_those_of_one_device[none]",
+    ),
+    Mutation(
+        "rows that are let in derive their random numbers without the first row's index",
+        "decoding/_decode.py",
+        "slots, ids + first_row, division.prompt_of(ids)",
+        "slots, ids, division.prompt_of(ids)",
+        "on_devices/test_decode.py::test_rows_of_several_calls_are_those_of_one",
+    ),
+    Mutation(
+        "after a shrink every device has all rows",
+        "decoding/_row_programs.py",
+        "return mesh.by_shard(of_shard, (ROWS, ROWS, ROWS), ROWS)(state, store, rows)",
+        "return mesh.constrain(mesh.by_shard(of_shard, (ROWS, ROWS, ROWS), ROWS)(state, store, rows), WHOLE)",
+        "on_devices/test_hlo.py::test_nothing_is_sent_where_rows_begin_or_leave",
+    ),
+    Mutation(
+        "a shrink counts places over all shards",
+        "decoding/_decode.py",
+        "mesh.put(keep.reshape(-1).astype(np.int32), ROWS)",
+        "mesh.put(kept.astype(np.int32), ROWS)",
+        "on_devices/test_decode.py::test_rows_are_left_out_and_let_in_where_they_are",
+    ),
+    Mutation(
+        "where a shard lets in fewer rows than others, one is started anew",
+        "decoding/_decode.py",
+        "which[0] = rows  #",
+        "which[0] = 0  #",
+        "on_devices/test_decode.py::test_rows_are_left_out_and_let_in_where_they_are",
+    ),
+    Mutation(
+        "a segment reports what one shard did",
+        "decoding/_segment.py",
+        "*sums, in_all = mesh.total((*jax.tree.map(jnp.subtract, after, before), after[2]))",
+        "*sums, in_all = (*jax.tree.map(jnp.subtract, after, before), after[2])",
+        "on_devices/test_decode.py::test_adaptive_lengths",
+    ),
+    Mutation(
+        "each shard ends a segment by itself",
+        "decoding/_segment.py",
+        "return mesh.total(stops.astype(jnp.int32)) < enough",
+        "return stops.astype(jnp.int32) < enough",
+        "on_devices/test_hlo.py::test_what_a_round_sends[until]",
+    ),
+    Mutation(
+        "the prompts' pass is made for all prompts on every device",
+        "decoding/_row_programs.py",
+        "return mesh.by_shard(of_shard, (WHOLE, WHOLE, ROWS, ROWS, ROWS, ROWS, ROWS), ROWS)(\n"
+        "        modules, key, tokens, lengths, limits, row_ids, prompt_of_row\n    )",
+        "return mesh.constrain(of_shard(modules, key, tokens, lengths, limits, row_ids, prompt_of_row), ROWS)",
+        "on_devices/test_hlo.py::test_nothing_is_sent_where_rows_begin_or_leave",
+    ),
+    Mutation(
+        "the product that sums over devices is divided by its outputs",
+        "layout/_rules.py",
+        'Rule("mlp.down.weight", 1)',
+        'Rule("mlp.down.weight", 0)',
+        "on_devices/test_layout.py::test_rules_follow_a_parameter_wherever_it_is",
+    ),
+    Mutation(
+        "a run decodes on one device",
+        "train/_step.py",
+        "        mesh=parts.mesh.for_rollouts(),\n",
+        "",
+        "on_devices/test_parts.py::test_a_run_decodes_on_its_mesh",
+    ),
 )
 
 

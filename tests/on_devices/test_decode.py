@@ -168,10 +168,10 @@ def test_what_truncation_kept_comes_back():
 
 
 def test_rows_of_several_calls_are_those_of_one(plain):
-    """As processes share a decoding out: by the index of their first row."""
+    """As processes share a decoding out: by the index of their first row, those that are let in included."""
     later = decode(
         TARGET, PROMPTS[3:], mesh=DATA, first_row=12, verifier=Coupled(), key=jr.key(1), eos_ids=(0,),
-        max_new_tokens=20, samples=4, smallest_bucket=8,
+        max_new_tokens=20, samples=4, smallest_bucket=8, max_rows=8, length=FixedLength(0),
     )  # fmt: skip
     np.testing.assert_array_equal(later.tokens, plain.tokens[12:])
 
