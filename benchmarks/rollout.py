@@ -328,7 +328,7 @@ def settings_of(rows: int, arguments: argparse.Namespace) -> BenchSettings:
         lengths=whole_numbers("--lengths", arguments.lengths),
         adaptive=True,
         verifiers=(arguments.verifier,),
-        new=arguments.max_completion_length,
+        max_completion_length=arguments.max_completion_length,
         ignore_eos=arguments.ignore_eos,
         samples=min(rows, SAMPLES),
         rounds=arguments.rounds,

@@ -81,13 +81,25 @@ SCRIPTS = sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=page_name)
-def test_scripts_import_what_there_is(script):
-    """Most benchmarks run too long for a test, and would otherwise be found broken on the day that they are needed."""
-    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+def test_scripts_use_what_there_is(script):
+    """Their imports, and the keywords that they call these with. Most benchmarks run too long for a test, and would
+    otherwise be found broken on the day that they are needed."""
+    nodes = list(ast.walk(ast.parse(script.read_text(encoding="utf-8"))))
+    imported = {}
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("eqx_specgrpo"):
             module = importlib.import_module(str(node.module))
-            missing = [alias.name for alias in node.names if alias.name not in dir(module)]
-            assert not missing, f"{page_name(script)} imports {missing} of {node.module}"
+            for alias in node.names:
+                assert alias.name in dir(module), f"{page_name(script)} imports {alias.name} of {node.module}"
+                imported[alias.asname or alias.name] = inspect.getattr_static(module, alias.name, None)
+    for node in nodes:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and callable(imported.get(node.func.id)):
+            given = {keyword.arg for keyword in node.keywords if keyword.arg is not None}
+            if not given:
+                continue  # exceptions have no signature to look at
+            known = inspect.signature(imported[node.func.id]).parameters
+            takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+            assert takes_any or given <= set(known), f"{page_name(script)}, line {node.lineno}: {given - set(known)}"
 
 
 def test_the_test_command_of_the_readme_is_where_ci_looks():
