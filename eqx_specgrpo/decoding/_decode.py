@@ -34,12 +34,12 @@ from ._verify import AbstractVerifier
 
 
 class DecodeProgress(eqx.Module):
-    """What a caller is told between segments.
+    """The progress of a decoding, which a caller gets between segments.
 
     **Arguments:**
 
-    - `active`: rows still being decoded.
-    - `rows`: rows in all.
+    - `active`: number of rows that are still being decoded.
+    - `rows`: number of rows in all.
     - `tokens`: tokens emitted so far, over all rows.
     """
 
@@ -79,20 +79,20 @@ def decode(
     - `target`: the language model. Decode with a copy whose matrices are in the dtype to compute in, see
         `models.cast_weights`.
     - `prompts`: token ids, of any lengths.
-    - `draft`: what guesses; plain decoding by default.
+    - `draft`: the draft; plain decoding by default.
     - `sampling`: temperature and truncation; temperature 1 by default.
     - `key`: a row's random numbers derive from this key, the row's index and the absolute position, and from nothing
         else; the same key gives the same rollouts (under an `AdaptiveLength`, whose choices follow the clock, the same
         tokens with the verifier `Coupled` alone).
     - `max_new_tokens`: the most tokens a row may emit. A row also stops where the model's context ends.
     - `eos_ids`: end-of-sequence ids; the one that ends a row is part of its completion.
-    - `stop`: what else ends a row, such as `StopStrings(tokenizer, ("</answer>",))`; nothing by default.
-    - `samples`: completions a prompt. Each prompt is prefilled once.
+    - `stop`: a further condition that ends a row, such as `StopStrings(tokenizer, ("</answer>",))`; nothing by default.
+    - `samples`: number of completions per prompt. Each prompt is prefilled once.
 
     Other arguments:
 
     - `verifier`: by default `Block`, or `GreedyMatch` under `GreedySampling`.
-    - `length`: how many tokens to draft; by default 3 or the draft's most.
+    - `length`: the length controller; by default always 3 tokens, or the draft's most if that is smaller.
     - `length_state`: what a controller learned in an earlier call, see `on_segment`; by default it starts anew.
     - `max_rows`: decode at most so many rows at a time, but one in each shard of the mesh; as rows finish, waiting ones
         take their place. By default all.
@@ -110,7 +110,7 @@ def decode(
     - `first_row`: what the first row's index is counted from, where the rows are some of a larger decoding: of those
         that other processes have.
     - `on_progress`: called between segments.
-    - `on_segment`: called after each segment with what was seen of it and the controller's new state.
+    - `on_segment`: called after each segment with its counts and times and the controller's new state.
 
     **Returns:**
 

@@ -89,9 +89,9 @@ def run(
 ) -> RunResult:
     """Trains a policy with GRPO, its rollouts decoded speculatively by a draft that keeps learning.
 
-    What is handed over as an object is used in place of what the configuration names. `config.toml` in the run folder
-    has its qualified name, by which it is not found again: a resume is handed it again. A function of a module that can
-    be imported is named so that it is found.
+    An object that is handed over takes the place of what the configuration names. `config.toml` in the run folder
+    records its qualified name. The object cannot be found again by that name, so a resume has to be handed the object
+    as well. A function of a module that can be imported is recorded so that it is found.
 
     **Arguments:**
 
@@ -105,9 +105,9 @@ def run(
     - `callbacks`: called at the beginning, after each step and each evaluation, and at the end.
     - `policy`: a model and its tokenizer, as [`eqx_specgrpo.load_pretrained`][] returns them. A copy is trained.
     - `draft`: a draft module, of which a copy learns on, without a warm-up; or what `--draft` takes.
-    - `resume`: go on from the newest checkpoint in the run folder.
+    - `resume`: whether to go on from the newest checkpoint in the run folder.
     - `console`: where progress goes; by default standard output, and where that is closed or full, nowhere.
-    - `accept_changes`: resume also where the task's data or the starting model is not what it was.
+    - `accept_changes`: whether to resume even if the task's data or the starting model has changed.
 
     **Returns:**
 
@@ -115,8 +115,8 @@ def run(
 
     **Raises:**
 
-    `UserError` for whatever the user can mend, and `Stopped` where SIGINT, SIGTERM or SIGHUP has asked for an end. What
-    was done until then is in the folder.
+    `UserError` for errors that a user can correct, and `Stopped` after SIGINT, SIGTERM or SIGHUP. The steps that were
+    done until then are in the folder.
     """
     console = console or progress_console()
     progress = RunProgress(console)
