@@ -444,6 +444,13 @@ MUTATIONS = (
         "on_devices/test_hlo.py::test_nothing_is_sent_where_rows_begin_or_leave",
     ),
     Mutation(
+        "processes that decode together go by their own clocks",
+        "decoding/_segment.py",
+        "self._mesh.agreed(seconds, self._compilations.seconds - compiled)",
+        "(seconds, self._compilations.seconds - compiled)",
+        "test_decode_together.py::test_tokens_are_those_of_one_process",
+    ),
+    Mutation(
         "the product that sums over devices is divided by its outputs",
         "layout/_rules.py",
         'Rule("mlp.down.weight", 1)',

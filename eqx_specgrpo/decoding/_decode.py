@@ -107,6 +107,7 @@ def decode(
         [`eqx_specgrpo.decoding.FixedRounds`][] elsewhere.
     - `mesh`: the devices to decode on, see [`eqx_specgrpo.layout.make_mesh`][]; by default the one that JAX computes
         on. Prompts, with all their rows, are divided over its axis `data`; weights that are not there yet are copied.
+        On devices of several processes all of these make the same call, and each gets all rollouts.
     - `first_row`: what the first row's index is counted from, where the rows are some of a larger decoding: of those
         that other processes have.
     - `on_progress`: called between segments.

@@ -234,7 +234,8 @@ class SegmentQueue:
         now = time.perf_counter()
         # One that was given while another ran has begun when that one was seen to end.
         seconds, self._landed_at = now - max(began, self._landed_at), now
-        compiling = self._compilations.seconds - compiled
+        # Whoever decodes together has to choose alike.
+        seconds, compiling = self._mesh.agreed(seconds, self._compilations.seconds - compiled)
         observation = SegmentObservation(
             rows=len(report.active) // self._mesh.data,
             plan=plan,

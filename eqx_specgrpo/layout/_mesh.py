@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree
 
@@ -85,6 +86,11 @@ class AbstractDeviceMesh(eqx.Module):
     def fetch(self, tree: PyTree) -> Any:
         """Whole arrays as NumPy arrays on the host; where devices belong to several processes, in each of them: all
         have to ask for the same at the same time."""
+
+    @abstractmethod
+    def agreed(self, *numbers: float) -> tuple[float, ...]:
+        """Numbers that differ by process, such as times, as the first process has them. On devices of one process they
+        are what was given."""
 
     @abstractmethod
     def constrain(self, tree: Tree, specs: PyTree) -> Tree:
@@ -173,6 +179,9 @@ class OneDevice(AbstractDeviceMesh):
     def fetch(self, tree):
         return jax.device_get(tree)
 
+    def agreed(self, *numbers):
+        return numbers
+
     def constrain(self, tree, specs):
         del specs
         return tree
@@ -258,6 +267,12 @@ class DeviceMesh(AbstractDeviceMesh):
             arrays, others = eqx.partition(tree, eqx.is_array)
             tree = eqx.combine(_whole_everywhere(arrays, self.mesh), others)
         return jax.device_get(tree)
+
+    def agreed(self, *numbers):
+        if self.is_addressable:
+            return numbers
+        # A float64 would be rounded on its way through a device.
+        return tuple(multihost_utils.broadcast_one_to_all(np.asarray(numbers, np.float32)).tolist())
 
     def constrain(self, tree, specs):
         def one(x: Any, spec: PartitionSpec) -> Any:
