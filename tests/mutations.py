@@ -32,6 +32,28 @@ class Mutation:
 
 
 MUTATIONS = (
+    # Layers in one product.
+    Mutation(
+        "groups of queries, keys and values are not by key/value head",
+        "models/_fused.py",
+        "num_kv_heads * head_dim), num_kv_heads)",
+        "num_kv_heads * head_dim), 1)",
+        "test_fused.py::test_half_of_the_groups_is_a_layer_of_half_the_size",
+    ),
+    Mutation(
+        "gates and ups lie in halves",
+        "models/_fused.py",
+        "intermediate_size // math.gcd(intermediate_size, _GATES_OF_A_GROUP)",
+        "1",
+        "test_fused.py::test_half_of_the_groups_is_a_layer_of_half_the_size",
+    ),
+    Mutation(
+        "drafts of the first format are read as they are",
+        "drafts/_save.py",
+        'draft if about["format"] > 1 else',
+        'draft if about["format"] > 0 else',
+        "test_fused.py::test_a_draft_of_the_first_format",
+    ),
     # The law of what is decoded.
     Mutation(
         "rejection keeps too often",

@@ -64,23 +64,22 @@ def dense(policy: AdaptedTransformer, adapters: Adapters) -> Transformer:
     sizes = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": 48, "up_proj": 48}
     for i, block in enumerate(policy.base.blocks):
 
-        def update(*names: str, layer: int = i) -> jax.Array:
-            parts = []
-            for name in names:
-                place = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-                part = adapters.layers.get(f"model.layers.{layer}.{place}.{name}")
-                zero = jnp.zeros((sizes.get(name, 32), 48 if name == "down_proj" else 32))
-                parts.append(zero if part is None else adapters.scale * part.up @ part.down)
-            return jnp.concatenate(parts)
+        def update(name: str, layer: int = i) -> jax.Array:
+            place = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            part = adapters.layers.get(f"model.layers.{layer}.{place}.{name}")
+            zero = jnp.zeros((sizes.get(name, 32), 48 if name == "down_proj" else 32))
+            return zero if part is None else adapters.scale * part.up @ part.down
+
+        qkv, gate_up = block.attention.fused, block.mlp.fused
 
         blocks.append(
             eqx.tree_at(
                 lambda b: (b.attention.qkv.weight, b.attention.output.weight, b.mlp.gate_up.weight, b.mlp.down.weight),
                 block,
                 (
-                    block.attention.qkv.weight + update("q_proj", "k_proj", "v_proj"),
+                    block.attention.qkv.weight + qkv.joined([update(name) for name in ("q_proj", "k_proj", "v_proj")]),
                     block.attention.output.weight + update("o_proj"),
-                    block.mlp.gate_up.weight + update("gate_proj", "up_proj"),
+                    block.mlp.gate_up.weight + gate_up.joined([update(name) for name in ("gate_proj", "up_proj")]),
                     block.mlp.down.weight + update("down_proj"),
                 ),
             )
@@ -148,7 +147,9 @@ def test_merging_in_bfloat16_is_rounded_once(policy):
     # Rounding the product before it is added gives something else.
     part = policy.adapters.layers["model.layers.0.self_attn.q_proj"]
     product = (policy.adapters.scale * part.up @ part.down).astype(jnp.bfloat16)
-    assert np.any(base.blocks[0].attention.qkv.weight[:32] + product != one[:32])  # pyright: ignore
+    order = base.blocks[0].attention.fused  # pyright: ignore
+    queries, rounded_once = (order.parted(x)[0] for x in (base.blocks[0].attention.qkv.weight, one))  # pyright: ignore
+    assert np.any(queries + product != rounded_once)
 
 
 def test_full_rank_can_say_every_update(policy):
@@ -160,15 +161,18 @@ def test_full_rank_can_say_every_update(policy):
     )
     target = eqx.tree_at(lambda m: m.blocks, base, wanted)
     adapters = Adapters.fresh(base.config, 32, 32.0, ALL_LINEAR, key=jr.key(0))
-    starts = {"q_proj": 0, "k_proj": 32, "v_proj": 48, "gate_proj": 0, "up_proj": 48}
+    index = {"q_proj": 0, "k_proj": 1, "v_proj": 2, "gate_proj": 0, "up_proj": 1}
 
     def exact(name: str, part: LowRank) -> LowRank:
         layer, word = int(name.split(".")[2]), name.split(".")[-1]
         place = {"o_proj": lambda b: b.attention.output, "down_proj": lambda b: b.mlp.down}.get(word)
         if place is None:
             place = (lambda b: b.attention.qkv) if word in ("q_proj", "k_proj", "v_proj") else lambda b: b.mlp.gate_up
-        rows = slice(starts.get(word, 0), starts.get(word, 0) + part.up.shape[0])
-        update = np.asarray(place(wanted[layer]).weight - place(base.blocks[layer]).weight, np.float64)[rows]
+        update = np.asarray(place(wanted[layer]).weight - place(base.blocks[layer]).weight, np.float64)
+        if word in index:
+            block = base.blocks[layer]
+            order = block.attention.fused if "self_attn" in name else block.mlp.fused
+            update = order.parted(update)[index[word]]
         left, values, right = np.linalg.svd(update, full_matrices=False)
         up, down = np.zeros(part.up.shape, np.float32), np.zeros(part.down.shape, np.float32)
         up[:, : len(values)], down[: len(values)] = left * np.sqrt(values), np.sqrt(values)[:, None] * right

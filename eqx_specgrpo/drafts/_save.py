@@ -14,11 +14,14 @@ from safetensors.numpy import save_file
 
 from ..errors import CheckpointError, UserError
 from ..files import absolute_spec, import_spec_of, is_import_spec, named_arrays, read_tree
-from ..models import AbstractLanguageModel
+from ..models import AbstractLanguageModel, with_grouped_outputs
 from ._base import AbstractDraft, DraftError, check_fit
 from ._fingerprint import SAME_MODEL, fingerprint, similarity
 from ._kinds import DRAFT_KINDS, OWN_CLASS, WRAPPERS, draft_options, fresh_draft, name_of_kind
 from ._vocabulary import ReducedVocabulary, draft_vocabulary, most_used_tokens, with_vocabulary
+
+# 1: the outputs of layers that one product computes lie one after the other; 2: in groups.
+_FORMAT = 2
 
 
 class DraftWarning(UserWarning):
@@ -43,6 +46,7 @@ def save_draft(
     `UserError` if the folder can't be written, a full disk included.
     """
     about = {
+        "format": _FORMAT,
         "kind": _kind_from(folder, draft_kind(draft, kind)),
         "max_length": draft.max_length,
         "settings": _settings(draft, kind),
@@ -107,6 +111,7 @@ def load_draft(folder: Path, target: AbstractLanguageModel) -> AbstractDraft:
         draft, _ = read_tree(folder / "draft.safetensors", template, "Restore the folder, or start from a fresh draft")
     except SafetensorError as error:
         raise CheckpointError(f"{folder / 'draft.safetensors'} can't be read: {error}") from error
+    draft = draft if about["format"] > 1 else with_grouped_outputs(draft)
     check_fit(draft, target)
     _check_same_model(folder, made_for, target)
     return draft
@@ -146,14 +151,20 @@ def _read_about(folder: Path) -> dict[str, Any]:
         about = json.loads((folder / "draft.json").read_text(encoding="utf-8"))
         kind, length = about["kind"], about["max_length"]
         settings, target = dict(about["settings"]), dict(about["target"])
-        vocabulary = about.get("vocabulary", 0)
+        vocabulary, version = about.get("vocabulary", 0), about.get("format", 1)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(folder, error) from error
     if not isinstance(kind, str) or not isinstance(length, int):
         raise _unreadable(folder, TypeError("kind must be text and max_length a whole number"))
     if not isinstance(vocabulary, int):
         raise _unreadable(folder, TypeError("vocabulary must be how many tokens the draft has, 0 for all"))
+    if version not in range(1, _FORMAT + 1):
+        raise CheckpointError(
+            f"{folder / 'draft.json'} is of format {version}, and this version of eqx_specgrpo reads up to {_FORMAT}: "
+            "update it"
+        )
     return {
+        "format": version,
         "kind": _kind_in(folder, kind),
         "max_length": length,
         "settings": settings,

@@ -62,4 +62,5 @@ from ._transformer import (
     Transformer as Transformer,
     cast_weights as cast_weights,
     sequence_features as sequence_features,
+    with_grouped_outputs as with_grouped_outputs,
 )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ._fused import Fused
 from ._linear import AbstractLinear, dot, matmul, plus_bias, weight_gradient
 
 
@@ -45,53 +46,57 @@ class AdaptedLinear(AbstractLinear):
     - `weight`: merged, in the dtype of computation.
     - `bias`: as in `Linear`.
     - `factors`: those that were merged.
-    - `starts`: which row of the weight is the first of each: a weight may be several layers in one.
+    - `order`: of the outputs: a weight may be several layers in one.
+    - `layers`: which layers of `order` the factors belong to, as the first and the one after the last.
     - `scale`: of the factors' product.
     """
 
     weight: Float[Array, "out in"]
     bias: Float[Array, " out"] | None
     factors: tuple[LowRank, ...]
-    starts: tuple[int, ...] = eqx.field(static=True)
+    order: Fused = eqx.field(static=True)
+    layers: tuple[tuple[int, int], ...] = eqx.field(static=True)
     scale: float = eqx.field(static=True)
 
     @jax.named_scope("AdaptedLinear")
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         rows = x.reshape(-1, x.shape[-1])
-        y: Array = _adapted(self.starts, self.scale, rows, self.weight, self.factors)  # pyright: ignore
+        y: Array = _adapted(self.order, self.layers, self.scale, rows, self.weight, self.factors)  # pyright: ignore
         return plus_bias(y.reshape(*x.shape[:-1], y.shape[-1]), self.bias)
 
 
-@ft.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@ft.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _adapted(
-    starts: tuple[int, ...],
+    order: Fused,
+    layers: tuple[tuple[int, int], ...],
     scale: float,
     x: Float[Array, "rows in"],
     weight: Float[Array, "out in"],
     factors: tuple[LowRank, ...],
 ) -> Float[Array, "rows out"]:
-    del starts, scale, factors
+    del order, layers, scale, factors
     return matmul(x, weight)
 
 
-def _adapted_fwd(starts, scale, x, weight, factors):
-    del starts, scale
+def _adapted_fwd(order, layers, scale, x, weight, factors):
+    del order, layers, scale
     return matmul(x, weight), (x.astype(weight.dtype), weight, factors)
 
 
-def _adapted_bwd(starts, scale, residuals, cotangent):
+def _adapted_bwd(order, layers, scale, residuals, cotangent):
     x, weight, factors = residuals
     cotangent = cotangent.astype(weight.dtype)
+    cotangents = order.split(cotangent)
 
-    def gradient(start: int, part: LowRank) -> LowRank:
+    def gradient(which: tuple[int, int], part: LowRank) -> LowRank:
         # Of `scale * up @ down`, with `cotangent.T @ x` for its own gradient, in the order that keeps it narrow.
-        own = cotangent[:, start : start + part.up.shape[0]]
+        own = jnp.concatenate(cotangents[slice(*which)], axis=-1)
         inner = dot(own, part.up.astype(weight.dtype), (1, 0)).astype(weight.dtype)
         seen = dot(x, part.down.astype(weight.dtype), (1, 1)).astype(weight.dtype)
         both = scale * weight_gradient(inner, x), scale * weight_gradient(own, seen)
         return eqx.tree_at(lambda p: (p.down, p.up), part, both)
 
-    return dot(cotangent, weight, (1, 0)), None, tuple(map(gradient, starts, factors))
+    return dot(cotangent, weight, (1, 0)), None, tuple(map(gradient, layers, factors))
 
 
 _adapted.defvjp(_adapted_fwd, _adapted_bwd)

@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
@@ -20,6 +21,7 @@ from ._adapted_linear import AdaptedLinear, LowRank
 from ._base import AbstractLanguageModel, Features
 from ._cache import Cache
 from ._config import TransformerConfig
+from ._fused import Fused
 from ._hf_families import FUSED
 from ._hf_write import family_of
 from ._linear import Linear
@@ -212,8 +214,8 @@ class AdaptedTransformer(AbstractLanguageModel):
         slots = [slot for slot in slots_of(self.base.config) if set(slot.parts) & set(self.adapters.layers)]
         weights = []
         for slot in slots:  # One at a time: of one weight only there is a copy in float32.
-            factors, starts = _of_slot(slot, self.adapters)
-            weights.append(_merge(slot.where(self.base).weight, factors, starts, self.adapters.scale, dtype))
+            factors, order, layers = _of_slot(slot, self.adapters)
+            weights.append(_merge(slot.where(self.base).weight, factors, order, layers, self.adapters.scale, dtype))
         adapted = eqx.tree_at(lambda m: [slot.where(m).weight for slot in slots], self.base, weights)
         return AdaptedTransformer(adapted, self.adapters).base_in(dtype)
 
@@ -222,30 +224,30 @@ def _is_matrix(x: Array) -> bool:
     return eqx.is_inexact_array(x) and x.ndim >= 2
 
 
-def _of_slot(slot: LinearSlot, adapters: Adapters) -> tuple[tuple[LowRank, ...], tuple[int, ...]]:
-    """The factors of the layers that make up one weight, and the row that each begins at."""
-    factors, starts, start = [], [], 0
-    for name, (size, _) in slot.parts.items():
-        if name in adapters.layers:
-            factors.append(adapters.layers[name])
-            starts.append(start)
-        start += size
-    return tuple(factors), tuple(starts)
+def _of_slot(slot: LinearSlot, adapters: Adapters) -> tuple[tuple[LowRank, ...], Fused, tuple[tuple[int, int], ...]]:
+    """The factors of the layers that make up one weight, the order of its outputs, and which layers of it each is."""
+    order = Fused((sum(size for size, _ in slot.parts.values()),)) if slot.order is None else slot.order
+    names = [name for name in slot.parts if name in adapters.layers]
+    layers = tuple(slot.layers_of(name).indices(len(order.sizes))[:2] for name in names)
+    return tuple(adapters.layers[name] for name in names), order, layers
 
 
 @eqx.filter_jit
 def _merge(
     weight: Float[Array, "out in"],
     factors: tuple[LowRank, ...],
-    starts: tuple[int, ...],
+    order: Fused,
+    layers: tuple[tuple[int, int], ...],
     scale: float,
     dtype: jnp.dtype,
 ) -> Float[Array, "out in"]:
-    merged = weight.astype(jnp.float32)
-    for part, start in zip(factors, starts, strict=True):
-        update = jnp.matmul(part.up, part.down, precision=lax.Precision.HIGHEST)
-        merged = merged.at[start : start + update.shape[0]].add(scale * update)
-    return merged.astype(dtype)
+    merged = weight.astype(jnp.float32).reshape(order.groups, order.group_size, weight.shape[1])
+    for part, (first, end) in zip(factors, layers, strict=True):
+        ups = jnp.split(part.up, np.cumsum(order.sizes[first:end])[:-1])
+        for up, (start, stop) in zip(ups, order.places()[first:end], strict=True):
+            update = jnp.matmul(up, part.down, precision=lax.Precision.HIGHEST)
+            merged = merged.at[:, start:stop].add(scale * update.reshape(order.groups, stop - start, -1))
+    return merged.reshape(weight.shape).astype(dtype)
 
 
 def with_low_rank_gradients(merged: Transformer, adapters: Adapters) -> Transformer:
@@ -260,7 +262,6 @@ def with_low_rank_gradients(merged: Transformer, adapters: Adapters) -> Transfor
 
     def adapted(slot: LinearSlot) -> AdaptedLinear:
         linear: Linear = slot.where(merged)
-        factors, starts = _of_slot(slot, adapters)
-        return AdaptedLinear(linear.weight, linear.bias, factors, starts, adapters.scale)
+        return AdaptedLinear(linear.weight, linear.bias, *_of_slot(slot, adapters), adapters.scale)
 
     return eqx.tree_at(lambda m: [slot.where(m) for slot in slots], merged, [adapted(slot) for slot in slots])

@@ -2,17 +2,20 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Literal, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from ._base import AbstractLanguageModel, Features
 from ._cache import AbstractLayerCache, Cache, KVCache
 from ._config import TransformerConfig
+from ._fused import Fused, fused_gate_up, fused_qkv
 from ._linear import AbstractLinear, Linear, gather, matmul
 from ._norm import RMSNorm
 from ._prefix import NoCache
@@ -22,7 +25,7 @@ Module = TypeVar("Module")
 
 
 class Attention(eqx.Module):
-    """Causal self-attention; queries, keys and values come out of one product."""
+    """Causal self-attention; queries, keys and values come out of one product, in the order of `fused`."""
 
     qkv: AbstractLinear
     output: AbstractLinear
@@ -38,8 +41,7 @@ class Attention(eqx.Module):
         # Not the layer's number: layers that are alike in these are the same function, and compiled as one.
         self.sliding_window = config.window(layer)
         self.rope = config.rope(layer)
-        qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv = Linear(config.hidden_size, qkv_size, use_bias=config.qkv_bias, key=qkv_key)
+        self.qkv = _fused_linear(config.hidden_size, self.fused, use_bias=config.qkv_bias, key=qkv_key)
         self.output = Linear(
             config.num_heads * config.head_dim, config.hidden_size, use_bias=config.output_bias, key=output_key
         )
@@ -49,6 +51,11 @@ class Attention(eqx.Module):
             self.query_norm, self.key_norm = (
                 RMSNorm(count * config.head_dim, config.norm_eps, config.norm_offset) for count in heads
             )
+
+    @property
+    def fused(self) -> Fused:
+        """The order of the outputs of `qkv`."""
+        return fused_qkv(self.config.num_heads, self.config.num_kv_heads, self.config.head_dim)
 
     @jax.named_scope("Attention")
     def __call__(
@@ -73,8 +80,10 @@ class Attention(eqx.Module):
         """Queries, keys and values of a block, the first two turned to their positions."""
         config = self.config
         batch, seq, _ = x.shape
-        heads = self.qkv(x).reshape(batch, seq, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
-        queries, keys, values = jnp.split(heads, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
+        group = config.num_heads // config.num_kv_heads
+        heads = self.qkv(x).reshape(batch, seq, config.num_kv_heads, group + 2, config.head_dim)
+        queries = heads[:, :, :, :group].reshape(batch, seq, config.num_heads, config.head_dim)
+        keys, values = heads[:, :, :, group], heads[:, :, :, group + 1]
         if self.query_norm is not None and self.key_norm is not None:
             queries, keys = _normalize_heads(self.query_norm, queries), _normalize_heads(self.key_norm, keys)
         if self.rope is not None:
@@ -93,51 +102,81 @@ def _normalize_heads(
     return norm(x.reshape(*x.shape[:2], -1, size)).reshape(x.shape)
 
 
+def _fused_linear(in_size: int, fused: Fused, *, use_bias: bool, key: PRNGKeyArray) -> Linear:
+    """Random: that of the layers one after the other, in the order of `fused`."""
+    linear = Linear(in_size, sum(fused.sizes), use_bias=use_bias, key=key)
+    return eqx.tree_at(lambda m: m.weight, linear, fused.joined(jnp.split(linear.weight, np.cumsum(fused.sizes)[:-1])))
+
+
+def with_grouped_outputs(tree: Module) -> Module:
+    """What files written before outputs were grouped hold, as it is now: in those, the layers that one product computes
+    lie one after the other.
+
+    **Arguments:**
+
+    - `tree`: a model, or anything that has such layers in it: an optimizer's state.
+    """
+
+    def grouped(part):
+        if not isinstance(part, Attention | MLP):
+            return part
+        sizes = part.fused.sizes
+        where = (lambda m: m.qkv) if isinstance(part, Attention) else (lambda m: m.gate_up)
+
+        def one(x):  # Of an optimizer's factors of a matrix, only those by its outputs have their number.
+            of_outputs = eqx.is_array(x) and x.shape[:1] == (sum(sizes),)
+            return part.fused.joined(jnp.split(x, np.cumsum(sizes)[:-1])) if of_outputs else x
+
+        return eqx.tree_at(where, part, jax.tree.map(one, where(part)))
+
+    return jax.tree.map(grouped, tree, is_leaf=lambda part: isinstance(part, Attention | MLP))
+
+
 def _times(factor: float, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
     return x if factor == 1 else factor * x
 
 
 class MLP(eqx.Module):
-    """SwiGLU or GeGLU (Shazeer 2020); gate and up projections come out of one product."""
+    """SwiGLU or GeGLU (Shazeer 2020); gate and up projections come out of one product, in the order of `fused`."""
 
     gate_up: AbstractLinear
     down: AbstractLinear
     activation: Literal["silu", "gelu_tanh"] = eqx.field(static=True)
+    fused: Fused = eqx.field(static=True)
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
         gate_up_key, down_key = jr.split(key)
         self.activation = config.activation
-        self.gate_up = Linear(
-            config.hidden_size, 2 * config.intermediate_size, use_bias=config.mlp_bias, key=gate_up_key
-        )
+        self.fused = fused_gate_up(config.intermediate_size)
+        self.gate_up = _fused_linear(config.hidden_size, self.fused, use_bias=config.mlp_bias, key=gate_up_key)
         self.down = Linear(config.intermediate_size, config.hidden_size, use_bias=config.mlp_bias, key=down_key)
 
     @jax.named_scope("MLP")
     def __call__(self, x: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq hidden"]:
         gate_up = self.gate_up(x)
         if self.activation == "silu":
-            return self.down(_swiglu(gate_up))
-        gate, up = jnp.split(gate_up, 2, axis=-1)
+            return self.down(_swiglu(self.fused, gate_up))
+        gate, up = self.fused.split(gate_up)
         return self.down(jax.nn.gelu(gate, approximate=True) * up)
 
 
-@jax.custom_vjp
-def _swiglu(gate_up: Float[Array, "batch seq both"]) -> Float[Array, "batch seq intermediate"]:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _swiglu(fused: Fused, gate_up: Float[Array, "batch seq both"]) -> Float[Array, "batch seq intermediate"]:
     """`silu(gate) * up`. The backward keeps its argument alone, where autodiff keeps three arrays more."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
+    gate, up = fused.split(gate_up)
     return jax.nn.silu(gate) * up
 
 
-def _swiglu_fwd(gate_up):
-    return _swiglu(gate_up), gate_up
+def _swiglu_fwd(fused, gate_up):
+    return _swiglu(fused, gate_up), gate_up
 
 
-def _swiglu_bwd(gate_up, cotangent):
-    gate, up = jnp.split(gate_up, 2, axis=-1)
+def _swiglu_bwd(fused, gate_up, cotangent):
+    gate, up = fused.split(gate_up)
     # The logistic function, written otherwise than in the forward: else XLA takes it for the same value, and keeps it.
     opened = 0.5 * (1.0 + jnp.tanh(0.5 * gate))
     d_gate = cotangent * up * opened * (1.0 + gate * (1.0 - opened))
-    return (jnp.concatenate([d_gate, cotangent * gate * opened], axis=-1),)
+    return (fused.merge([d_gate, cotangent * gate * opened]),)
 
 
 _swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)

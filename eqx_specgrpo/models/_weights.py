@@ -14,6 +14,7 @@ from jaxtyping import Array, DTypeLike
 
 from ..errors import CheckpointError
 from ._config import TransformerConfig
+from ._fused import Fused, fused_gate_up, fused_qkv
 from ._safetensors import StoredTensor, listing
 from ._transformer import Transformer
 
@@ -24,26 +25,37 @@ _EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclasses.dataclass(frozen=True)
 class _Slot:
-    """One array of the model, and the tensors that make it up, stacked along their first axis."""
+    """One array of the model, and the tensors that make it up; `order` as in `LinearSlot`."""
 
     where: Callable[[Transformer], Any]
     parts: dict[str, tuple[int, ...]]
+    order: Fused | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearSlot:
-    """One linear layer of the model, and the layers of a checkpoint that make it up, stacked along their outputs.
+    """One linear layer of the model, and the layers of a checkpoint that make it up.
 
     **Arguments:**
 
     - `where`: from a `Transformer` to the layer.
     - `parts`: `(out, in)` of each, by the name of its module in Hugging Face's model.
     - `use_bias`: whether it has one.
+    - `order`: of the model's outputs; a checkpoint has those of the layers one after the other, even where it calls
+        them one layer. `None`: there is but one.
     """
 
     where: Callable[[Transformer], Any]
     parts: dict[str, tuple[int, int]]
     use_bias: bool
+    order: Fused | None = None
+
+    def layers_of(self, name: str) -> slice:
+        """Which layers of `order` a part is: all where it is the only one."""
+        if len(self.parts) == 1:
+            return slice(None)
+        index = list(self.parts).index(name)
+        return slice(index, index + 1)
 
 
 def linear_slots(config: TransformerConfig, *, fused: bool) -> list[LinearSlot]:
@@ -55,17 +67,21 @@ def linear_slots(config: TransformerConfig, *, fused: bool) -> list[LinearSlot]:
     if fused:
         qkv, gate_up = {"self_attn.qkv_proj": queries + 2 * keys}, {"mlp.gate_up_proj": 2 * inner}
 
-    def slot(i: int, module: Callable, use_bias: bool, in_size: int, parts: dict[str, int]) -> LinearSlot:
+    def slot(
+        i: int, module: Callable, use_bias: bool, in_size: int, parts: dict[str, int], order: Fused | None = None
+    ) -> LinearSlot:
         names = {f"model.layers.{i}.{name}": (size, in_size) for name, size in parts.items()}
-        return LinearSlot(lambda m: module(m.blocks[i]), names, use_bias)
+        return LinearSlot(lambda m: module(m.blocks[i]), names, use_bias, order)
+
+    of_qkv, of_gate_up = fused_qkv(config.num_heads, config.num_kv_heads, config.head_dim), fused_gate_up(inner)
 
     return [
         one
         for i in range(config.num_layers)
         for one in (
-            slot(i, lambda b: b.attention.qkv, config.qkv_bias, hidden, qkv),
+            slot(i, lambda b: b.attention.qkv, config.qkv_bias, hidden, qkv, of_qkv),
             slot(i, lambda b: b.attention.output, config.output_bias, queries, {"self_attn.o_proj": hidden}),
-            slot(i, lambda b: b.mlp.gate_up, config.mlp_bias, hidden, gate_up),
+            slot(i, lambda b: b.mlp.gate_up, config.mlp_bias, hidden, gate_up, of_gate_up),
             slot(i, lambda b: b.mlp.down, config.mlp_bias, inner, {"mlp.down_proj": hidden}),
         )
     ]
@@ -96,10 +112,10 @@ def _slots(config: TransformerConfig, fused: bool) -> list[_Slot]:
 
     def linear(one: LinearSlot) -> None:
         weights = {f"{name}.weight": shape for name, shape in one.parts.items()}
-        slots.append(_Slot(lambda m: one.where(m).weight, weights))
+        slots.append(_Slot(lambda m: one.where(m).weight, weights, one.order))
         if one.use_bias:
             biases = {f"{name}.bias": shape[:1] for name, shape in one.parts.items()}
-            slots.append(_Slot(lambda m: one.where(m).bias, biases))
+            slots.append(_Slot(lambda m: one.where(m).bias, biases, one.order))
 
     def norm(i: int, module: Callable, name: str, size: int) -> None:
         slots.append(_Slot(lambda m: module(m.blocks[i]).weight, {f"model.layers.{i}.{name}.weight": (size,)}))
@@ -155,7 +171,11 @@ def fill_model(
         parts = [tensors[name].read() for name in slot.parts]
         leaf_dtype = dtype if parts[0].ndim >= 2 else jnp.float32
         parts = [part.astype(leaf_dtype, copy=False) for part in parts]
-        return jnp.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        if slot.order is None:
+            return jnp.asarray(parts[0])
+        if len(parts) == 1:
+            parts = np.split(parts[0], np.cumsum(slot.order.sizes)[:-1])
+        return jnp.asarray(slot.order.joined(parts))
 
     # Only shapes of the random model are computed, so nothing is allocated that the checkpoint then replaces.
     skeleton = eqx.filter_eval_shape(Transformer, config, key=jr.key(0))
@@ -206,6 +226,8 @@ def model_tensors(model: Transformer, *, fused: bool = False) -> dict[str, np.nd
     tensors: dict[str, np.ndarray] = {}
     for slot in _slots(model.config, fused):
         array = np.asarray(slot.where(model))
-        ends = np.cumsum([shape[0] for shape in slot.parts.values()])
-        tensors.update(zip(slot.parts, np.split(array, ends[:-1]), strict=True))
+        parts = [array] if slot.order is None else slot.order.parted(array)
+        tensors.update(
+            zip(slot.parts, parts if len(slot.parts) == len(parts) else [np.concatenate(parts)], strict=True)
+        )
     return tensors

@@ -22,11 +22,13 @@ from jaxtyping import PyTree
 from ..errors import CheckpointError, UserError
 from ..files import PieceReader, StoredArray, StoredPiece, own_pieces, write_tensor_file
 from ..layout import AbstractProcesses, OneProcess
+from ..models import with_grouped_outputs
 from ..runtime import package_version
 from ._old_checkpoint import old_arrays
 
 _STEP = re.compile(r"step-(\d{6,})")
 _REPLACED = re.compile(r"\.replaced-step-(\d{6,})")
+# 1: a file a tree, and the outputs of layers that one product computes lie one after the other; 2: pieces, in groups.
 _FORMAT = 2
 
 
@@ -204,7 +206,8 @@ def load_checkpoint(folder: Path, templates: Mapping[str, PyTree]) -> tuple[dict
             arrays = old_arrays(path, summaries[name]["crc32"], way_out)
         else:
             arrays = {array: _stored(about) for array, about in summaries[name].items()}
-        trees[name] = reader.read_tree(path, template, arrays)
+        tree = reader.read_tree(path, template, arrays)
+        trees[name] = with_grouped_outputs(tree) if version == 1 else tree
     return trees, {**meta, "step": step}
 
 
