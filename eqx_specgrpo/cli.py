@@ -1,5 +1,6 @@
 """The command line: it parses, calls and prints. JAX is imported inside the commands, so that `--help` is immediate."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from .errors import UserError
 from .runtime import (
     check_jax,
     check_output_arrived,
+    ending_of_one_of,
     ending_on_our_terms,
     guarded_streams,
     hold_standard_descriptors,
@@ -102,6 +104,15 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved configuration, check what it names, and stop.")
     ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where the processes of a run meet: the first one's host, and a free port. srun and mpirun say so.",
+        ),
+    ] = None,
+    process: Annotated[int | None, typer.Option(min=0, help="Which of the processes this is, from 0.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="How many processes do the run together.")] = None,
 ) -> None:
     """Train a policy with GRPO, its rollouts decoded speculatively by a draft that keeps learning."""
     from .config import draft_flags, dump_config, load_config
@@ -137,15 +148,23 @@ def run(
         print(dump_config(resolved), end="")
         check_output_arrived()
         return
+    from .layout import join_processes, process_place
+
+    # Before JAX looks for devices, those of the other processes among them.
+    together = join_processes(process_place(os.environ, coordinator, process, processes), environment=os.environ)
     check_jax()
     from . import train
 
     # In a step the first signal only asks; at once is before the steps, after them, or a second time.
-    with ending_on_our_terms(
-        f"Stopped at once. What was saved in {resolved.out} is whole; go on with: "
-        f"specgrpo run --resume --out {shlex.quote(resolved.out)}"
+    with (
+        ending_of_one_of(together.count),
+        ending_on_our_terms(
+            f"Stopped at once. What was saved in {resolved.out} is whole; go on with: "
+            f"specgrpo run --resume --out {shlex.quote(resolved.out)}"
+        ),
     ):
-        train.run(resolved, resume=resume, accept_changes=accept_changes)
+        train.run(resolved, resume=resume, accept_changes=accept_changes, processes=together)
+        together.close()
 
 
 @app.command()

@@ -38,7 +38,7 @@ from ..drafts import (
 from ..errors import UserError
 from ..files import is_import_spec, user_path
 from ..grpo import AbstractEntropyControl, LossSettings, make_optimizer
-from ..layout import AbstractDeviceMesh, make_mesh
+from ..layout import AbstractDeviceMesh, AbstractProcesses, OneProcess, make_mesh
 from ..models import AbstractLanguageModel, Tokenizer, load_pretrained
 from ..sampling import AbstractSampling, TruncatedSampling
 from ..tasks import ORDERS, AbstractOrder, AbstractTask, Rewards
@@ -75,6 +75,7 @@ class RunParts(eqx.Module):
     draft_loss: AbstractDraftLoss
     policy_optimizer: optax.GradientTransformation
     draft_optimizer: optax.GradientTransformation
+    processes: AbstractProcesses = OneProcess()
 
     @property
     def truncation(self) -> TruncatedSampling | None:
@@ -208,6 +209,7 @@ def make_parts(
     *,
     with_rewards: bool = True,
     given: Given = NOTHING_GIVEN,
+    processes: AbstractProcesses | None = None,
 ) -> RunParts:
     """Everything but the weights. Distilling a draft needs no rewards: without them, every completion is worth 0."""
     if with_rewards:
@@ -239,6 +241,7 @@ def make_parts(
             max_grad_norm=grpo.max_grad_norm,
         ),
         draft_optimizer=make_optimizer(max_grad_norm=config.draft.max_grad_norm),
+        processes=OneProcess() if processes is None else processes,
     )
 
 

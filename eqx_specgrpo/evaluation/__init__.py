@@ -9,4 +9,10 @@ from ._evaluate import (
     evaluate as evaluate,
     make_evaluation as make_evaluation,
 )
+from ._gathered import (
+    Judgement as Judgement,
+    gather_rewards as gather_rewards,
+    gather_rollouts as gather_rollouts,
+    own_prompts as own_prompts,
+)
 from ._metrics import evaluation_line as evaluation_line

@@ -1,7 +1,8 @@
 """Completions of held-out prompts, judged: what a policy is worth, as it is."""
 
+import functools as ft
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -23,10 +24,11 @@ from ..decoding import (
 from ..drafts import AbstractDraft
 from ..errors import UserError
 from ..files import json_line
-from ..layout import AbstractDeviceMesh, make_mesh
+from ..layout import AbstractDeviceMesh, AbstractProcesses, OneProcess, make_mesh, nothing
 from ..models import AbstractLanguageModel, Tokenizer
 from ..sampling import AbstractSampling, GreedySampling
 from ..tasks import AbstractTask, Example, RewardLog, Rewards, TrainerState, collate
+from ._gathered import gather_rewards, gather_rollouts, own_prompts
 from ._metrics import ANSWER_COLUMN, NO_ANSWER, completion_metrics, function_metrics, reward_metrics
 
 _PROMPT_WIDTH = 32  # as a step's prompts are padded
@@ -156,6 +158,7 @@ def evaluate(
     where: TrainerState,
     on_progress: Callable[[DecodeProgress], None],
     length_state: Any = None,
+    processes: AbstractProcesses | None = None,
 ) -> EvaluationResult:
     """Measures a policy.
 
@@ -169,15 +172,24 @@ def evaluate(
     - `where`: what reward functions are told.
     - `on_progress`: called between the decoder's segments.
     - `length_state`: what the length controller has learned so far.
+    - `processes`: of the run, all of which evaluate together: each a part of the prompts, on devices of its own.
     """
     begin = time.perf_counter()
+    processes = OneProcess() if processes is None else processes
+    phase = f"step {where.global_step}: evaluation"
     key = jr.fold_in(jr.key(evaluation.seed), _RANDOM_NUMBERS)
     batches = []
     for number, prompts in enumerate(_batches(evaluation)):
         batch_key = jr.fold_in(key, number)
-        rollouts, length_state = _roll_out(evaluation, target, draft, prompts, batch_key, on_progress, length_state)
-        batches.append(rollouts)
-    return _judged(evaluation, batches, where, begin)
+        own = own_prompts(processes, prompts)
+        first_row = evaluation.samples * processes.share(len(prompts.lengths)).start
+        rollouts, length_state = _roll_out(
+            evaluation, target, draft, own, batch_key, on_progress, length_state, first_row
+        )
+        done = DecodeProgress(0, len(rollouts.group), int(rollouts.lengths.sum()))
+        waiting = ft.partial(on_progress, done)
+        batches.append(gather_rollouts(processes, f"{phase}, batch {number + 1}", rollouts, prompts, waiting))
+    return _judged(evaluation, batches, where, begin, processes)
 
 
 def _batches(evaluation: Evaluation) -> Iterator[Prompts]:
@@ -197,6 +209,7 @@ def _roll_out(
     key: Key[Array, ""],
     on_progress: Callable[[DecodeProgress], None],
     length_state: Any,
+    first_row: int,
 ) -> tuple[Rollouts, Any]:
     def on_segment(_: Any, new_state: Any) -> None:
         nonlocal length_state
@@ -217,24 +230,35 @@ def _roll_out(
         samples=evaluation.samples,
         max_rows=evaluation.max_rows,
         mesh=evaluation.mesh,
+        first_row=first_row,
         on_progress=on_progress,
         on_segment=on_segment,
     )
     return rollouts, length_state
 
 
-def _judged(evaluation: Evaluation, batches: Sequence[Rollouts], where: TrainerState, begin: float) -> EvaluationResult:
+def _judged(
+    evaluation: Evaluation,
+    batches: Sequence[Rollouts],
+    where: TrainerState,
+    begin: float,
+    processes: AbstractProcesses,
+) -> EvaluationResult:
     count, samples = len(evaluation.examples), evaluation.samples
     rows = [(batch, row) for batch in batches for row in range(len(batch.group))][: count * samples]
     ids = [batch.completion(row) for batch, row in rows]
     texts = [evaluation.tokenizer.decode(completion) for completion in ids]
-    prompts, columns = collate([example for example in evaluation.examples for _ in range(samples)])
-    log = RewardLog(len(ids))
-    per_function, total = evaluation.rewards(prompts, texts, ids, columns, where.global_step, where, log)
+    items = processes.share(count)  # those that this process judges
+    own = slice(items.start * samples, items.stop * samples)
+    prompts, columns = collate([example for example in evaluation.examples[items] for _ in range(samples)])
+    log = RewardLog(len(ids[own]))
+    per_function, total = evaluation.rewards(prompts, texts[own], ids[own], columns, where.global_step, where, log)
+    phase = f"step {where.global_step}: rewards of the evaluation"
+    per_function, total, extra, _ = gather_rewards(processes, phase, per_function, total, log, nothing)
     rewards = total.reshape(count, samples)
     with np.errstate(invalid="ignore"):  # NaN, where no function applied, is not right
         correct = rewards >= evaluation.threshold
-    answers = _answers(log, count, samples)
+    answers = _answers(extra, count, samples)
     lengths = np.array([batch.lengths[row] for batch, row in rows])
     stop_reasons = np.array([batch.stop_reasons[row] for batch, row in rows])
     metrics = reward_metrics(rewards, correct, answers, pass_ks(samples), evaluation.seed)
@@ -242,14 +266,14 @@ def _judged(evaluation: Evaluation, batches: Sequence[Rollouts], where: TrainerS
     metrics |= completion_metrics(lengths, stop_reasons, [batch.statistics for batch in batches])
     metrics["eval/num_prompts"], metrics["eval/num_samples"] = float(count), float(samples)
     metrics["eval/runtime"] = time.perf_counter() - begin
-    return EvaluationResult(metrics, _records(evaluation, rows, texts, per_function, total, log))
+    return EvaluationResult(metrics, _records(evaluation, rows, texts, per_function, total, extra))
 
 
-def _answers(log: RewardLog, count: int, samples: int) -> list[list[str | None]] | None:
+def _answers(extra: Mapping[str, Sequence[Any]], count: int, samples: int) -> list[list[str | None]] | None:
     """What each completion answers, if a reward function has told."""
-    if ANSWER_COLUMN not in log.extra:
+    if ANSWER_COLUMN not in extra:
         return None
-    flat = [None if answer in (None, NO_ANSWER) else json_line(answer) for answer in log.extra[ANSWER_COLUMN]]
+    flat = [None if answer in (None, NO_ANSWER) else json_line(answer) for answer in extra[ANSWER_COLUMN]]
     return [flat[item * samples : (item + 1) * samples] for item in range(count)]
 
 
@@ -259,13 +283,13 @@ def _records(
     texts: Sequence[str],
     per_function: Float[np.ndarray, "rows functions"],
     total: Float[np.ndarray, " rows"],
-    log: RewardLog,
+    extra: Mapping[str, Sequence[Any]],
 ) -> list[dict[str, Any]]:
     """One object a completion, with what the reward functions logged; our own keys count before theirs."""
     names = [f"rewards/{name}" for name in evaluation.rewards.names]
     return [
         {
-            **{name: values[place] for name, values in log.extra.items()},
+            **{name: values[place] for name, values in extra.items()},
             "item": place // evaluation.samples,
             "prompt": evaluation.examples[place // evaluation.samples].prompt,
             "completion": texts[place],

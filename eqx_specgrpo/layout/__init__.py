@@ -21,6 +21,7 @@ from ._processes import (
     NotInStepError as NotInStepError,
     OneProcess as OneProcess,
     OtherProcessError as OtherProcessError,
+    nothing as nothing,
 )
 from ._rules import (
     DATA as DATA,

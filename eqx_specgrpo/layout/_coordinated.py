@@ -213,8 +213,9 @@ class ManyProcesses(AbstractProcesses):
             for index, (before, since) in seen.items():
                 sign = alive.get(str(index), before)
                 seen[index] = (sign, now) if sign != before else (before, since)
-                self._waits_in[index] = sign.decode().partition(" ")[2]
                 silent = now - seen[index][1]
+                # Of one that was killed the last sign says where it was, not where it is.
+                self._waits_in[index] = sign.decode().partition(" ")[2] if silent < 3 * _BEAT else ""
                 if alive and index != self._index and silent > self._patience:
                     self._gone[index] = (
                         f"has given no sign of life for {silent:.0f} seconds: killed, out of memory, or its machine is "

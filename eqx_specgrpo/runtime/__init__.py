@@ -8,7 +8,11 @@ from ._environment import (
     check_jax as check_jax,
     set_aside_number_settings as set_aside_number_settings,
 )
-from ._exit import ending_on_our_terms as ending_on_our_terms, plain_messages as plain_messages
+from ._exit import (
+    ending_of_one_of as ending_of_one_of,
+    ending_on_our_terms as ending_on_our_terms,
+    plain_messages as plain_messages,
+)
 from ._memory import Memory as Memory, device_memory as device_memory, host_memory as host_memory
 from ._output import (
     GuardedOutput as GuardedOutput,

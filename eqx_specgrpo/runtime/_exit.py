@@ -1,10 +1,11 @@
 """How a command ends, whatever is called in it."""
 
+import os
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -48,6 +49,30 @@ def ending_on_our_terms(stopped_at_once: str) -> Iterator[None]:
             f"{frame.filename}, line {frame.lineno}: sys.exit({error.code!r}) was called there; raise an exception "
             "that says what is wrong instead"
         ) from error
+
+
+@contextmanager
+def ending_of_one_of(processes: int) -> Iterator[None]:
+    """Around what a command calls in one of several processes. Where it does not get to its end, the program ends at
+    once, with the message and the exit code that one process alone would have: JAX waits at the end of a program for
+    the other processes, and aborts if they do not come."""
+    if processes == 1:
+        yield
+        return
+    try:
+        with plain_messages():
+            yield
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    else:
+        return
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from ._loop import run as run
 from ._out_of_memory import out_of_memory_advice as out_of_memory_advice
 from ._planner import UpdatePlanner as UpdatePlanner
 from ._result import RunResult as RunResult
+from ._roll_out import roll_out as roll_out, roll_out_together as roll_out_together
 from ._segments import SegmentLog as SegmentLog
 from ._state import RunState as RunState
 from ._step import (
@@ -22,7 +23,6 @@ from ._step import (
     features_of as features_of,
     judge as judge,
     next_examples as next_examples,
-    roll_out as roll_out,
     score as score,
     step_key as step_key,
     update_draft as update_draft,

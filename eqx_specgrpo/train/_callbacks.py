@@ -23,6 +23,7 @@ class RunView:
     - `policy`, `draft`: as they are now, in float32. The next update reuses their arrays, so they are valid during the
         call only. Copy what you want to keep.
     - `tokenizer`: the policy's.
+    - `is_first`: whether this is the first process of the run, or the only one: it writes what is written once.
     """
 
     config: RunConfig
@@ -31,6 +32,7 @@ class RunView:
     policy: AbstractLanguageModel
     draft: AbstractDraft
     tokenizer: Tokenizer
+    is_first: bool = True
 
 
 class AbstractCallback(abc.ABC):

@@ -10,8 +10,9 @@ from ..drafts import AbstractDraft, NoDraft
 from ..models import AbstractLanguageModel
 from ..records import Comparison, RunProgress
 from ..runtime import count_compilations
+from ._roll_out import roll_out
 from ._segments import SegmentLog
-from ._step import next_examples, roll_out
+from ._step import next_examples
 
 _ROUNDS = 15
 _ENOUGH_SECONDS = 10.0

@@ -43,8 +43,9 @@ from ._lessons import (
     with_scheduled_rate,
 )
 from ._out_of_memory import out_of_memory_advice
+from ._roll_out import roll_out
 from ._state import RunState
-from ._step import next_examples, roll_out, step_key
+from ._step import next_examples, step_key
 
 DEFAULT_STEPS, DEFAULT_MINUTES = 300, 10.0
 _SECONDS_BETWEEN_SAVES = 60.0

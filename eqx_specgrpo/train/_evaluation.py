@@ -82,7 +82,8 @@ class HeldOutEvaluator(AbstractEvaluator):
         with self._progress.timed("evaluation", f"evaluation after step {done}"):
             result = self._measured(done, state, segments, stop)
             self._keep_best(done, state, result)
-            self._records.append({"step": done} | result.metrics, result.completions)
+            if self._parts.processes.is_first:
+                self._records.append({"step": done} | result.metrics, result.completions)
         steps = self._parts.config.steps
         self._progress.say(f"evaluation after step {done}/{steps}  {evaluation_line(result.metrics)}")
         return result.metrics
@@ -102,8 +103,9 @@ class HeldOutEvaluator(AbstractEvaluator):
             compute_copy(state.policy, dtype),
             compute_copy(state.draft, dtype),
             TrainerState(global_step=done, max_steps=parts.config.steps, epoch=epoch),
-            unless_urgent(stop, self._progress.decoding),
+            unless_urgent(stop, self._progress.decoding, parts.processes),
             segments.length_state,
+            parts.processes,
         )
 
     def _keep_best(self, done: int, state: RunState, result: EvaluationResult) -> None:
@@ -120,8 +122,9 @@ class HeldOutEvaluator(AbstractEvaluator):
         value, best = result.metrics[metric], self._records.best()
         if math.isnan(value) or (best is not None and best["value"] >= value):
             return
-        save_policy(self._parts, state.policy, self._records.best_path)
-        self._records.write_best(done, metric, value)
+        if self._parts.processes.is_first:
+            save_policy(self._parts, state.policy, self._records.best_path)
+            self._records.write_best(done, metric, value)
 
 
 def make_evaluator(

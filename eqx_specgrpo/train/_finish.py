@@ -24,6 +24,8 @@ def finish(
     """Writes policy and draft for others to load, and measures what speculation gives, unless that was done already or
     is not wanted."""
     config = parts.config
+    if not parts.processes.is_first:
+        return None  # it waits until the first one is done
     with progress.timed("saving", "saving policy/ and draft/"):
         save_policy(parts, state.policy, folder.policy_path)
         if config.draft.enabled:

@@ -20,8 +20,9 @@ from ..distill import draft_gradients, select_rows
 from ..drafts import AbstractDraft, remember
 from ..grpo import UpdateBatch, chunked_logprobs, compute_copy, make_update_batch, next_token_positions
 from ..models import AbstractLanguageModel, Features
+from ._roll_out import roll_out_together
 from ._state import RunState
-from ._step import POSITION_DECAY, draft_rows, features_of, next_examples, roll_out, step_key, update_draft
+from ._step import POSITION_DECAY, draft_rows, features_of, next_examples, step_key, update_draft
 
 # What a step's random numbers are for.
 DECODE, CHOOSE, COMPARE = 0, 1, 2
@@ -77,7 +78,8 @@ def make_lesson(
         grpo.max_completion_length,
     )
     key = step_key(parts.config.seed, -1 - number, DECODE)
-    rollouts = roll_out(parts, target, draft, prompts, key, on_progress)
+    phase = f"rollouts of lesson {number + 1}"
+    rollouts = roll_out_together(parts, target, draft, prompts, key, phase, on_progress)
     batch = make_update_batch(rollouts, np.zeros(len(rollouts.group), np.float32))
     return Lesson(rollouts, batch, features_of(target, batch, layers))
 

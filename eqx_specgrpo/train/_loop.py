@@ -39,11 +39,11 @@ from ..decoding import FixedLength
 from ..drafts import AbstractDraft, remember
 from ..errors import UserError
 from ..grpo import compute_copy
+from ..layout import AbstractProcesses, OneProcess
 from ..models import AbstractLanguageModel
 from ..records import (
     AbstractRunFolder,
     EvaluationRecords,
-    RunFolder,
     RunProgress,
     Trackers,
     check_trackers,
@@ -72,6 +72,7 @@ from ._segments import SegmentLog
 from ._state import RunState
 from ._step import draft_rows, step_key, update_draft, update_policy
 from ._step_records import completion_records, rollout_metrics, vocabulary_metrics
+from ._together import check_alike, check_own_devices, least_memory, run_folder, step_fingerprint, telling_others
 from ._tracked import track_summary, tracked
 
 
@@ -86,6 +87,7 @@ def run(
     resume: bool = False,
     console: Console | None = None,
     accept_changes: bool = False,
+    processes: AbstractProcesses | None = None,
 ) -> RunResult:
     """Trains a policy with GRPO, its rollouts decoded speculatively by a draft that keeps learning.
 
@@ -108,6 +110,9 @@ def run(
     - `resume`: whether to go on from the newest checkpoint in the run folder.
     - `console`: where progress goes; by default standard output, and where that is closed or full, nowhere.
     - `accept_changes`: whether to resume even if the task's data or the starting model has changed.
+    - `processes`: that do the run together, from [`eqx_specgrpo.layout.join_processes`][]; each calls this with the
+        same arguments. By default this one alone. Only the first one writes records and shows progress; callbacks are
+        called in all of them.
 
     **Returns:**
 
@@ -118,7 +123,8 @@ def run(
     `UserError` for errors that a user can correct, and `Stopped` after SIGINT, SIGTERM or SIGHUP. The steps that were
     done until then are in the folder.
     """
-    console = console or progress_console()
+    processes = OneProcess() if processes is None else processes
+    console = (console or progress_console()) if processes.is_first else Console(quiet=True)
     progress = RunProgress(console)
     config, given = given_and_named(config, task=task, rewards=rewards, policy=policy, draft=draft, resume=resume)
     del task, rewards, policy, draft
@@ -129,34 +135,46 @@ def run(
     config = with_steps_of_epochs(config, prompts)
     check_draft_options(config.draft)
     check_trackers(config.tracking)
-    with RunFolder(Path(config.out), resume) as folder, progress, stopped_at_once(), out_of_memory_advice():
+    with (
+        telling_others(processes),
+        run_folder(Path(config.out), resume, processes) as folder,
+        progress,
+        stopped_at_once(),
+        out_of_memory_advice(),
+    ):
         before = load_config(folder.config_path) if resume else config
         inputs = run_inputs(config, prompts, None if held_out is None else held_out[0], given)
         if resume:
             check_resume(before, config)
             check_inputs(folder, config, inputs, accept=accept_changes)
+        check_alike(processes, config, inputs, folder)
         with progress.timed("loading", f"loading {model_name(config)}"):
-            parts, state, reference = _load(config, given, resume, progress)
+            parts, state, reference = _load(config, given, resume, progress, processes)
+            check_own_devices(parts)
             evaluator = make_evaluator(parts, held_out, state.policy, folder.path, progress)
             start, state = _start_or_resume(folder, resume, state, config)
             progress.advise(rate_advice(before, config, start))
             folder.write_config(dump_config(config))
-            memory = _memory_at_start(folder, start, state)
+            memory = _memory_at_start(folder, start, state, processes)
             folder.write_machine(start, machine() | {"memory": memory and memory._asdict()})
             planner = UpdatePlanner(memory, progress.note)
             folder.write_inputs(start, inputs)
+            processes.exchange("the records are there", b"")
         for line in [*header(parts, state, start), *evaluator.header()]:
             progress.say(line)
         callback.begin(_view(parts, state, folder, start))
-        with _times_written(folder, progress, start + 1), tracked(config, folder, progress, start) as trackers:
+        with (
+            _times_written(folder, progress, start + 1),
+            tracked(config, folder, progress, start, processes.is_first) as trackers,
+        ):
             saved: int | None = start
             is_new = latest_checkpoint(folder.path) is None
             if is_new and config.draft.warms_up and state.draft.train_length > 0:
                 with progress.timed("warm-up", "warming up the draft"):
                     state, saved = _warm_up(parts, state, progress), None
             segments, lengths = SegmentLog(), PromptLengths.of_run(folder.completions_path)
-            with stop_requests(on_stop(progress)) as stop:
-                keeper = Keeper(folder, config, saved, progress, console, stop)
+            with stop_requests(on_stop(progress), processes) as stop:
+                keeper = Keeper(folder, config, saved, progress, console, stop, processes)
                 for done in range(start, config.steps + 1):
                     with keeper.before(done, state), out_of_memory_advice():  # here too: what is done is saved then
                         measured = evaluator.after(done, state, segments, stop)
@@ -175,6 +193,7 @@ def run(
                         callback.step(_view(parts, state, folder, done + 1), metrics)
             comparison = finish(parts, state, folder, progress, segments)
             track_summary(trackers, folder, progress, start, comparison)
+        processes.exchange("all is written", b"")
         progress.close()
         sum_up(config, folder, comparison, console)
         callback.end(_view(parts, state, folder, config.steps))
@@ -183,7 +202,8 @@ def run(
 
 
 def _view(parts: RunParts, state: RunState, folder: AbstractRunFolder, done: int) -> RunView:
-    return RunView(parts.config, folder.path, done, state.policy, state.draft, parts.tokenizer)
+    is_first = parts.processes.is_first
+    return RunView(parts.config, folder.path, done, state.policy, state.draft, parts.tokenizer, is_first)
 
 
 @contextmanager
@@ -200,7 +220,7 @@ def _times_written(folder: AbstractRunFolder, progress: RunProgress, from_step: 
 
 
 def _load(
-    config: RunConfig, given: Given, resume: bool, progress: RunProgress
+    config: RunConfig, given: Given, resume: bool, progress: RunProgress, processes: AbstractProcesses
 ) -> tuple[RunParts, RunState, AbstractLanguageModel | None]:
     """The parts, the state before the first step, and the reference, which only some losses ask for.
 
@@ -211,7 +231,7 @@ def _load(
         progress.advise(dtype_advice(config.model.dtype, policy.hidden_size))
         progress.advise(lora_advice(config.lora, config.grpo.learning_rate))
     draft = make_draft(config.draft, whole_model(policy), config.seed, tokenizer, given.start_draft())
-    parts = make_parts(config, tokenizer, draft, given=given)
+    parts = make_parts(config, tokenizer, draft, given=given, processes=processes)
     reference = fixed_reference(parts, policy)
     state = RunState.fresh(policy, draft, parts.policy_optimizer, parts.draft_optimizer)
     state = dataclasses.replace(with_loss_state(parts, state), order=parts.order.init(parts.task))
@@ -241,14 +261,16 @@ def _start_or_resume(
     return meta["step"], dataclasses.replace(state.with_trees(trees), position=position)
 
 
-def _memory_at_start(folder: AbstractRunFolder, start: int, state: RunState) -> Memory | None:
+def _memory_at_start(
+    folder: AbstractRunFolder, start: int, state: RunState, processes: AbstractProcesses
+) -> Memory | None:
     """What the first start of the run had: what is computed depends on it, and goes on as it began."""
     if start > 0:
         before = folder.read_machine(start)
         if before is not None and "memory" in before:
             return None if before["memory"] is None else Memory(**before["memory"])
     jax.block_until_ready(eqx.filter(state, eqx.is_array))
-    return device_memory()
+    return least_memory(processes, device_memory())
 
 
 def _warm_up(parts: RunParts, state: RunState, progress: RunProgress) -> RunState:
@@ -302,7 +324,7 @@ def _one_step(
         target = compute_copy(state.policy, config.model.dtype)
         draft = compute_copy(state.draft, config.model.dtype)
         segments.after_training(parts.length, draft.max_length, state.draft_acceptance)
-    decoding = unless_urgent(stop, progress.decoding)
+    decoding = unless_urgent(stop, progress.decoding, parts.processes)
     sample = sample_step(parts, state, target, draft, done, progress, segments, lengths, decoding)
     del draft
     weights = target if grpo.num_iterations == 1 else None  # with several, it would be held beside later ones
@@ -311,6 +333,7 @@ def _one_step(
     metrics = {"step": step} | rollout_metrics(scored, parts.rewards.names) | segments.metrics()
     metrics |= vocabulary_metrics(state.draft, rollouts) | sample.metrics
 
+    parts.processes.agree(f"step {step}: update", step_fingerprint(step, state.position, scored))
     with progress.timed("update", f"step {step}: policy update"):
         reference = current_reference(parts, state, reference)
         rate = learning_rate(config, done)
@@ -336,6 +359,7 @@ def _one_step(
             metrics |= draft_metrics
             jax.block_until_ready(eqx.filter(state.draft, eqx.is_array))
 
+    parts.processes.agree(f"step {step}: updated", {"loss": metrics["loss"], "gradient norm": metrics["grad_norm"]})
     metrics |= step_times(progress.times.laps())
     metrics["num_tokens"] = int(rollouts.lengths.sum() + rollouts.prompts.lengths[rollouts.group].sum())
     metrics["spec/tokens_per_second"] = sample.num_tokens / metrics["time/rollout"]

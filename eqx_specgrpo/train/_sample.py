@@ -14,14 +14,16 @@ from .._types import Rollouts, ScoredRollouts
 from ..config import RunParts
 from ..decoding import DecodeProgress
 from ..drafts import AbstractDraft
+from ..evaluation import Judgement, gather_rewards, gather_rollouts, own_prompts
 from ..grpo import frac_reward_zero_std, make_update_batch
 from ..models import AbstractLanguageModel
 from ..records import RunProgress
-from ..tasks import Example, RewardLog, indices_from
+from ..tasks import Example, indices_from
 from ._diverged import naming_the_step
 from ._groups import join_groups, rows_of_groups
 from ._lessons import CHOOSE, DECODE
 from ._prompt_lengths import PromptLengths
+from ._roll_out import roll_out, waiting
 from ._segments import SegmentLog
 from ._state import RunState
 from ._step import (
@@ -30,7 +32,6 @@ from ._step import (
     features_of,
     judge,
     next_examples,
-    roll_out,
     step_key,
     update_draft,
 )
@@ -43,20 +44,18 @@ class SampleBatch(NamedTuple):
 
     - `indices`, `examples`: the items.
     - `rollouts`: their completions.
-    - `per_function`, `total`: rewards.
+    - `rewards`: of the completions, and what reward functions wrote down.
     - `advantages`: of the batch for itself.
-    - `texts`, `log`: what was judged, and what reward functions wrote down.
+    - `texts`: what was judged.
     - `seconds`: of decoding and judging.
     """
 
     indices: list[int]
     examples: list[Example]
     rollouts: Rollouts
-    per_function: Float[np.ndarray, "rows functions"]
-    total: Float[np.ndarray, " rows"]
+    rewards: Judgement
     advantages: Float[np.ndarray, " rows"]
     texts: list[str]
-    log: RewardLog
     seconds: float
 
     @property
@@ -125,7 +124,7 @@ def sample_step(
     - `lengths`: of earlier completions.
     - `decoding`: called between the decoder's segments.
     """
-    grpo, step = parts.config.grpo, done + 1
+    grpo, step, processes = parts.config.grpo, done + 1, parts.processes
     count, most = grpo.prompts_per_step, max(1, grpo.max_sample_batches)
     key = step_key(parts.config.seed, done, DECODE)
 
@@ -138,13 +137,20 @@ def sample_step(
                 parts.task, parts.tokenizer, state.policy, start, count, grpo.max_completion_length, indices
             )
             batch_key, expected = jr.fold_in(key, number) if number else key, lengths.expected(examples)
+            share, mine = processes.share(count), own_prompts(processes, prompts)
+            first_row = grpo.num_generations * share.start
             with naming_the_step(step):
-                rollouts = roll_out(parts, target, draft, prompts, batch_key, decoding, segments, expected)
+                own = roll_out(parts, target, draft, mine, batch_key, decoding, segments, expected[share], first_row)
         with progress.timed("reward", f"step {step}: rewards{which}"):
-            per_function, total, texts, log = judge(parts, examples, rollouts, done, start)
-            made = advantages(parts, per_function, total, rollouts.group, count)
+            per_function, total, texts, log = judge(parts, examples[share], own, done, start)
+            phase, wait = f"step {step}{which}", waiting(decoding, own)
+            rewards = gather_rewards(processes, f"{phase}: rewards", per_function, total, log, wait)
+            rollouts = gather_rollouts(processes, f"{phase}: rollouts", own, prompts, wait)
+            if processes.count > 1:
+                texts = [parts.tokenizer.decode(rollouts.completion(row)) for row in range(len(rollouts.group))]
+            made = advantages(parts, rewards.per_function, rewards.total, rollouts.group, count)
         seconds = time.perf_counter() - begin
-        return SampleBatch(indices, examples, rollouts, per_function, total, made, texts, log, seconds)
+        return SampleBatch(indices, examples, rollouts, rewards, made, texts, seconds)
 
     batches = [answered(0)]
     while len(batches) < most and sum(int(batch.teaches.sum()) for batch in batches) < count:
@@ -182,13 +188,13 @@ def _chosen(parts: RunParts, state: RunState, batches: list[SampleBatch], count:
     of_batch = [[group for where, group in chosen if where == number] for number in range(len(batches))]
     first = batches[0]
     if of_batch[0] == list(range(count)):
-        scored = ScoredRollouts(first.rollouts, first.per_function, first.total, first.advantages)
-        examples, texts, extra = first.examples, first.texts, first.log.extra
+        scored = ScoredRollouts(first.rollouts, first.rewards.per_function, first.rewards.total, first.advantages)
+        examples, texts, extra = first.examples, first.texts, first.rewards.extra
     else:
         scored, examples, texts, extra = _joined(parts, batches, of_batch)
     position = state.position + used
     indices = [index for batch in batches for index in batch.indices][:used]
-    means = np.concatenate([_group_means(batch.total, batch.rollouts.group, count) for batch in batches])[:used]
+    means = np.concatenate([_group_means(batch.rewards.total, batch.rollouts.group, count) for batch in batches])[:used]
     order = parts.order.start(state.order, parts.task, position - 1)
     metrics = _logged(batches)
     if is_dynamic:
@@ -215,13 +221,17 @@ def _joined(
     rollouts = join_groups([(batch.rollouts, kept) for batch, kept in zip(batches, of_batch, strict=True)])
     pairs = [(batch, rows_of_groups(batch.rollouts.group, kept)) for batch, kept in zip(batches, of_batch, strict=True)]
     examples = [batch.examples[group] for batch, kept in zip(batches, of_batch, strict=True) for group in kept]
-    per_function = np.concatenate([batch.per_function[rows] for batch, rows in pairs])
-    total = np.concatenate([batch.total[rows] for batch, rows in pairs])
+    per_function = np.concatenate([batch.rewards.per_function[rows] for batch, rows in pairs])
+    total = np.concatenate([batch.rewards.total[rows] for batch, rows in pairs])
     made = advantages(parts, per_function, total, rollouts.group, len(examples))
     texts = [batch.texts[row] for batch, rows in pairs for row in rows]
-    names = dict.fromkeys(name for batch, _ in pairs for name in batch.log.extra)
+    names = dict.fromkeys(name for batch, _ in pairs for name in batch.rewards.extra)
     extra: dict[str, list[Any]] = {
-        name: [batch.log.extra[name][row] if name in batch.log.extra else None for batch, rows in pairs for row in rows]
+        name: [
+            batch.rewards.extra[name][row] if name in batch.rewards.extra else None
+            for batch, rows in pairs
+            for row in rows
+        ]
         for name in names
     }
     return ScoredRollouts(rollouts, per_function, total, made), examples, texts, extra
@@ -239,14 +249,16 @@ def _group_means(
 
 def _logged(batches: list[SampleBatch]) -> dict[str, float]:
     """What reward functions gave to `log_metric`, the mean over the batches that they gave it in."""
-    names = dict.fromkeys(name for batch in batches for name in batch.log.metrics)
-    found = {name: [batch.log.metrics[name] for batch in batches if name in batch.log.metrics] for name in names}
+    names = dict.fromkeys(name for batch in batches for name in batch.rewards.metrics)
+    found = {
+        name: [batch.rewards.metrics[name] for batch in batches if name in batch.rewards.metrics] for name in names
+    }
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def _cost(batches: list[SampleBatch], scored: ScoredRollouts, count: int) -> dict[str, float]:
     """What dynamic sampling took and gave."""
-    total = np.concatenate([batch.total for batch in batches])
+    total = np.concatenate([batch.rewards.total for batch in batches])
     valid = total[~np.isnan(total)]
     group = np.concatenate([batch.rollouts.group + number * count for number, batch in enumerate(batches)])
     moved = scored.rollouts.group[scored.advantages != 0]

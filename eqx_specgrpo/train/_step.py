@@ -1,8 +1,8 @@
-"""The four phases of a training step, each a function of what it needs: roll out, score, update the policy, update
-the draft. `_loop.py` puts them together."""
+"""The phases of a training step, each a function of what it needs: score, update the policy, update the draft. Rolling
+out is in `_roll_out.py`; `_loop.py` puts them together."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Int, Key
 
 from .._types import Prompts, Rollouts, ScoredRollouts
 from ..config import RunParts, check_prompt
-from ..decoding import DecodeProgress, decode
 from ..distill import DraftBatch, draft_gradients, fit_temperature, select_rows
 from ..drafts import AbstractDraft, tempered_part, with_temperature
 from ..errors import Stopped, UserError
@@ -42,7 +41,6 @@ from ..runtime import SMALL_HIDDEN_SIZE
 from ..tasks import AbstractTask, Example, RewardLog, TrainerState, collate
 from ._loss_inputs import loss_inputs, with_entropy_mask
 from ._planner import UpdatePlanner
-from ._segments import SegmentLog
 from ._state import PolicyUpdate, RunState
 from ._step_records import check_names
 
@@ -86,46 +84,6 @@ def _example(task: AbstractTask, tokenizer: Tokenizer, position: int, index: int
         return example, tokenizer.encode_prompt(example.prompt)
     except UserError as error:
         raise UserError(f"the prompt of item {position}: {error}") from error
-
-
-def roll_out(
-    parts: RunParts,
-    target: AbstractLanguageModel,
-    draft: AbstractDraft,
-    prompts: Prompts,
-    key: Key[Array, ""],
-    on_progress: Callable[[DecodeProgress], None] | None = None,
-    segments: SegmentLog | None = None,
-    expected_lengths: Sequence[float] | None = None,
-) -> Rollouts:
-    """Completions of the prompts, `num_generations` each.
-
-    **Arguments:**
-
-    - `segments`: goes on with what the length controller has learned, and collects what it sees.
-    - `expected_lengths`: see [`eqx_specgrpo.decoding.decode`][]; for `grpo.max_rows`.
-    """
-    grpo = parts.config.grpo
-    segments = SegmentLog() if segments is None else segments
-    return decode(
-        target,
-        prompts,
-        draft=draft,
-        verifier=parts.verifier,
-        length=parts.length,
-        length_state=segments.length_state,
-        sampling=parts.sampling,
-        key=key,
-        max_new_tokens=grpo.max_completion_length,
-        eos_ids=parts.tokenizer.eos_ids,
-        stop=parts.stop,
-        samples=grpo.num_generations,
-        max_rows=grpo.max_rows,
-        expected_lengths=expected_lengths,
-        mesh=parts.mesh.for_rollouts(),
-        on_progress=on_progress,
-        on_segment=segments,
-    )
 
 
 def judge(

@@ -18,19 +18,23 @@ from ..records import (
 
 
 @contextmanager
-def tracked(config: RunConfig, folder: AbstractRunFolder, progress: RunProgress, done: int) -> Iterator[Trackers]:
+def tracked(
+    config: RunConfig, folder: AbstractRunFolder, progress: RunProgress, done: int, is_first: bool
+) -> Iterator[Trackers]:
     """The trackers that the configuration names, for the length of a `with` block.
 
     **Arguments:**
 
     - `done`: how many steps were done before.
+    - `is_first`: whether this is the first process of the run; others track nothing.
     """
+    names = config.tracking if is_first else []
     path = folder.path.resolve()
     settings = flattened(config.model_dump(mode="json"))
     run = TrackedRun(config.run_name or path.name, config.project, path, settings, done, {})
-    begun = begun_trackers(config.tracking, run, config.log_completions_steps, progress.say, progress.advise)
+    begun = begun_trackers(names, run, config.log_completions_steps, progress.say, progress.advise)
     with ExitStack() as stack:
-        if config.tracking:  # importing them takes seconds
+        if names:  # importing them takes seconds
             with progress.timed("trackers", f"beginning {', '.join(config.tracking)}"):
                 trackers = stack.enter_context(begun)
         else:
