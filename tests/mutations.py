@@ -481,7 +481,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a run decodes on one device",
-        "train/_step.py",
+        "train/_roll_out.py",
         "        mesh=parts.mesh.for_rollouts(),\n",
         "",
         "on_devices/test_parts.py::test_a_run_decodes_on_its_mesh",
