@@ -11,7 +11,7 @@ from eqx_specgrpo.drafts import NoDraft
 from eqx_specgrpo.errors import UserError
 from eqx_specgrpo.evaluation import _evaluate as evaluate_module, make_evaluation
 from eqx_specgrpo.tasks import TrainerState
-from eqx_specgrpo.train import _step as step_module
+from eqx_specgrpo.train import _roll_out as roll_out_module
 
 PROMPTS = Prompts.from_lists([[5, 6], [7]])
 
@@ -31,9 +31,9 @@ def handed_over(monkeypatch, module) -> list[dict]:
 @pytest.mark.parametrize("model, data", [(1, 4), (2, 2), (4, 1)])
 def test_a_run_decodes_on_its_mesh(tiny_folder, tmp_path, monkeypatch, model, data):
     parts = make_parts(tiny_config(tiny_folder, tmp_path, f"devices.model={model}"), tiny_tokenizer(), NoDraft())
-    seen = handed_over(monkeypatch, step_module)
+    seen = handed_over(monkeypatch, roll_out_module)
     with pytest.raises(KeyError, match="enough seen"):
-        step_module.roll_out(parts, tiny_model(), NoDraft(), PROMPTS, jr.key(0))
+        roll_out_module.roll_out(parts, tiny_model(), NoDraft(), PROMPTS, jr.key(0))
     mesh = seen[0]["mesh"]
     assert (mesh.data, mesh.model) == (data, model) and mesh is parts.mesh
 
