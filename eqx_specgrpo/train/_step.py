@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from .._types import Prompts, Rollouts, ScoredRollouts
 from ..config import RunParts, check_prompt
-from ..decoding import DecodeProgress, decode
+from ..decoding import DecodeProgress, decode, default_smallest_bucket
 from ..distill import DraftBatch, draft_gradients, fit_temperature, select_rows
 from ..drafts import AbstractDraft, tempered_part, with_temperature
 from ..errors import Stopped, UserError
@@ -106,8 +106,9 @@ def roll_out(
     - `expected_lengths`: see [`eqx_specgrpo.decoding.decode`][]; for `grpo.max_rows`.
     """
     grpo = parts.config.grpo
-    segments = SegmentLog() if segments is None else segments
-    return decode(
+    segments = SegmentLog(parts.length) if segments is None else segments
+    smallest = default_smallest_bucket(target)
+    rollouts = decode(
         target,
         prompts,
         draft=draft,
@@ -123,9 +124,16 @@ def roll_out(
         max_rows=grpo.max_rows,
         expected_lengths=expected_lengths,
         mesh=parts.mesh.for_rollouts(),
+        smallest_bucket=smallest,
+        compiler=segments.compiler,
         on_progress=on_progress,
         on_segment=segments,
     )
+    # A shard stands for all: they go on in step, and rows are dealt out to them.
+    data = parts.mesh.for_rollouts().data
+    of_shard = np.sort(np.asarray(rollouts.lengths))[::-1][::data]
+    segments.decoded(of_shard, smallest, grpo.max_rows and -(-grpo.max_rows // data))
+    return rollouts
 
 
 def judge(
