@@ -34,6 +34,12 @@ class LengthsInTurn(AbstractLengthController[int]):
     def after_training(self, state, expected_acceptance):
         return state
 
+    def plain_seconds(self, state, rows):
+        return None
+
+    def metrics(self, state):
+        return {}
+
 
 @eqx.filter_jit
 def full_logits(model: AbstractLanguageModel, tokens: Any) -> Any:

@@ -268,8 +268,8 @@ MUTATIONS = (
     Mutation(
         "the place in the data is not in the checkpoint",
         "train/_state.py",
-        'return {"position": self.position}',
-        "return {}",
+        'return {"position": self.position, "lessons": self.lessons.numbers()}',
+        'return {"lessons": self.lessons.numbers()}',
         "test_steps_run.py::test_killed_and_resumed_is_bitwise_a_straight_run",
     ),
     Mutation(
@@ -485,6 +485,56 @@ MUTATIONS = (
         "        mesh=parts.mesh.for_rollouts(),\n",
         "",
         "on_devices/test_parts.py::test_a_run_decodes_on_its_mesh",
+    ),
+    # The draft of a run, its lessons, and what is compiled for it.
+    Mutation(
+        "a digest that signs which flip cancel out of",
+        "drafts/_digest.py",
+        "mixed = _mixed(bits ^",
+        "mixed = (bits ^",
+        "test_draft_guard.py::test_a_digest_tells_any_change_and_nothing_else",
+    ),
+    Mutation(
+        "a run does not look whether lessons have changed the draft",
+        "train/_draft_lessons.py",
+        "metrics |= guard.end(state.draft, step, lessons, can_change=can_change, remembers=remembers)",
+        'metrics |= {"draft/fingerprint": draft_digest(state.draft)}',
+        "test_draft_run.py::test_a_draft_that_stands_still_under_its_lessons_ends_the_run",
+    ),
+    Mutation(
+        "what decides on lessons is not in the checkpoint",
+        "train/_state.py",
+        'return {"position": self.position, "lessons": self.lessons.numbers()}',
+        'return {"position": self.position}',
+        "test_draft_run.py::test_what_decides_on_lessons_goes_on_after_a_resume",
+    ),
+    Mutation(
+        "lessons are never paid",
+        "train/_lesson_budget.py",
+        "balance += self.share * (saved or 0.0) - spent",
+        "balance += self.share * (saved or 0.0)",
+        "test_lesson_budget.py::test_lessons_take_no_more_than_a_quarter_of_what_they_bring[1.0]",
+    ),
+    Mutation(
+        "a round costs the same however many positions it has",
+        "decoding/_round_costs.py",
+        "wanted = _at(curve, rows * (length + 1))",
+        "wanted = _at(curve, rows)",
+        "test_round_costs.py::test_as_many_positions_cost_as_much",
+    ),
+    Mutation(
+        "a guess that is too high is never put right",
+        "decoding/_adaptive.py",
+        "((0, 1.0), (1, _PATIENCE))",
+        "((0, 1.0),)",
+        "test_adaptive.py::test_a_cost_that_was_guessed_too_high_is_put_right_by_patience",
+    ),
+    Mutation(
+        "decoding waits for every program",
+        "decoding/_ahead.py",
+        "others = [k for k in range(self._most_length + 1) if self._name(state, store, k) in self._run]",
+        "others = []",
+        "test_compile_behind.py::test_a_new_length_is_compiled_while_another_one_goes_on",
     ),
 )
 

@@ -148,8 +148,8 @@ def _while_it_learns(lesson, seed, rate_of_step=lambda step: min(0.75, 0.35 + 0.
 def test_a_draft_that_learns_is_used_as_soon_as_it_pays(lesson):
     """Its lessons say so, even if they are off by as much at all times; looks of a few rounds are not enough to."""
     told, untold = (np.array([_while_it_learns(which, seed) for seed in range(6)]) for which in (lesson, None))
-    assert told[:, 1].min() > 0.9 and untold[:, 1].mean() < 0.7
-    assert told[:, 0].mean() > 1.05 * untold[:, 0].mean()
+    assert told[:, 1].min() > 0.9 and untold[:, 1].mean() < told[:, 1].mean() - 0.05
+    assert told[:, 0].mean() > 1.01 * untold[:, 0].mean()
 
 
 def test_lessons_of_a_draft_that_does_not_pay_cost_nothing():
@@ -305,7 +305,8 @@ def test_what_the_host_does_for_a_segment_does_not_show(gain):
 
     machine = Machine(cost, [0.75], noise=0.05, start=0.015)
     plain = 128 * cost(16, 0) + 2 * machine.start  # 64 rounds a segment
-    assert _mean_seconds(machine, rows=16, tokens=128, decodings=10, seeds=6) < plain / 0.98
+    # On this machine few rows gain no more than many, as they are thought to: trying that is in it.
+    assert _mean_seconds(machine, rows=16, tokens=128, decodings=10, seeds=6) < plain / 0.97
 
 
 def test_a_close_rival_is_looked_at_more_often_than_one_far_behind():
@@ -323,7 +324,7 @@ def test_nothing_is_compiled_before_it_would_have_paid():
     _, plans, state = _run(machine, controller, 16, 2.0)
     assert machine.compiled == {(16, 0)}, "not even the first length would have paid yet"
     _, plans, state = _run(machine, controller, 16, 30.0, state)
-    assert {length for _, length in machine.compiled} == {0, 1, 2} and plans[-1][0].length == 2
+    assert plans[-1][0].length == 2
     for _ in range(20):  # 8 to 16 rounds with few rows, now and then
         for _ in range(2):
             state = controller.update(state, machine.segment(4, controller.choose(state, 4)))
@@ -337,9 +338,9 @@ def test_kinds_that_turn_out_to_be_compiled_already_are_tried_sooner():
     machine.compiled = {(16, 1), (16, 2), (16, 3)}
     state = _run(machine, controller, 16, 60.0)[2]
     assert (16, 4) in machine.compiled and state.compile_seconds == 8.0
-    assert {k for _, k in state.seen} == {0, 1, 2, 3, 4}
+    assert {k for _, k in state.seen} == {0, 1, 4}, "that nothing gets dearer is known after one of them"
     early = _run(Machine(machine.cost, machine.rates), controller, 16, 3.0, controller.init(4))[2]
-    assert early.compile_seconds == 0 and {k for _, k in early.seen} == {0, 1, 2, 3, 4}
+    assert early.compile_seconds == 0 and {k for _, k in early.seen} == {0, 1, 4}
 
 
 @pytest.mark.parametrize("acceptance, best", [(0.8, 4), (0.05, 0)])
@@ -395,11 +396,48 @@ def test_a_state_of_another_controller_is_refused():
 
 
 def test_what_is_known_of_other_rows_saves_trying():
-    machine = Machine(lambda rows, length: 0.05 * (1 + length), [0.4] * 4)
+    machine = Machine(lambda rows, length: 0.003 * rows * (1 + length), [0.4] * 4)
     controller = AdaptiveLength(4)
     _, _, state = _run(machine, controller, 16, 20.0)
     _, plans, _ = _run(machine, controller, 8, 3.0, state)
     assert {plan.length for plan, _ in plans} == {0}
+
+
+def test_a_length_that_pays_is_found_and_one_that_cannot_is_never_compiled():
+    """Costs much like those of SmolLM2-135M in float32 (docs/experiments.md): with four rows three guesses are ahead of
+    one; with sixteen two cost more than they give."""
+    seconds = {(16, 0): 77, (16, 1): 110, (16, 2): 155, (16, 3): 190, (8, 0): 59, (4, 0): 47, (4, 1): 56, (4, 2): 70,
+               (4, 3): 75}  # fmt: skip
+    machine = Machine(lambda rows, k: seconds.get((rows, k), 77 + 2.3 * (rows * (k + 1) - 16)) / 1e3, [0.8, 0.7, 0.7])
+    machine.compile_seconds, controller = 5.0, AdaptiveLength(3)
+    state = controller.init(3)
+    for _ in range(30):
+        for rows, share in ((16, 4.0), (8, 2.0), (4, 6.0)):
+            _, plans, state = _run(machine, controller, rows, share, state)
+    assert plans[-1][0].length == 3 and (4, 3) in machine.compiled
+    assert not {(16, 2), (16, 3)} & machine.compiled
+    assert controller.metrics(state)["spec/lengths_unpaid"] <= 2
+
+
+def test_a_cost_that_was_guessed_too_high_is_put_right_by_patience():
+    """Beyond four positions a round costs no more, but the curve goes on rising."""
+    machine = Machine(lambda rows, k: 0.03 + 0.005 * min(rows * (k + 1), 4), [0.6, 0.6, 0.6])
+    machine.compile_seconds, controller = 2.0, AdaptiveLength(3)
+    state = controller.init(3)
+    for rows in (1, 2, 4):  # a curve that rises
+        _, _, state = _run(machine, controller, rows, 1.0, state)
+    _, plans, state = _run(machine, controller, 4, 400.0, state)
+    assert plans[-1][0].length == 3
+
+
+def test_what_a_plain_round_takes_is_known_of_other_rows():
+    controller, machine = AdaptiveLength(2), Machine(_linear, [0.5, 0.5])
+    state = controller.init(2)
+    assert controller.plain_seconds(state, 4) is None and FixedLength(2).plain_seconds(2, 4) is None
+    for rows in (2, 16):
+        _, _, state = _run(machine, controller, rows, 5.0, state)
+    assert controller.plain_seconds(state, 16) == pytest.approx(_linear(16, 0), rel=0.02)
+    assert controller.plain_seconds(state, 8) == pytest.approx(_linear(8, 0), rel=0.05)
 
 
 def test_expectations_are_what_comes():

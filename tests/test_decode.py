@@ -262,6 +262,12 @@ class CyclingLength(AbstractLengthController[tuple[int, ...]]):
     def after_training(self, state, expected_acceptance):
         return state
 
+    def plain_seconds(self, state, rows):
+        return None
+
+    def metrics(self, state):
+        return {}
+
 
 def test_the_draft_length_may_change_from_segment_to_segment(target, heads, plain):
     observations: list[SegmentObservation] = []

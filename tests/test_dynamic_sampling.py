@@ -106,9 +106,11 @@ def test_what_a_step_does_without_teaches_the_draft(tiny_folder: Path, tmp_path,
         return features_of(target, lesson, layers)
 
     monkeypatch.setattr(sample_module, "features_of", watched)
-    assert learn_left_out(parts, state, policy, [(first, []), (second, [])], 0) is state and not lessons
+    unchanged, number = learn_left_out(parts, state, policy, [(first, []), (second, [])], 0)
+    assert unchanged is state and number == 0 and not lessons
     before = arrays(state.draft)
-    taught = learn_left_out(parts, state, policy, [(first, [1]), (second, [0, 1])], 0)
+    taught, number = learn_left_out(parts, state, policy, [(first, [1]), (second, [0, 1])], 0)
+    assert number == 2
     assert any(not np.array_equal(*pair) for pair in zip(before, arrays(taught.draft), strict=True))
     numbers = [sorted(int(token) - 1 for token in lesson.completion_tokens[:, 0]) for lesson in lessons]
     assert numbers[0] == [4, 5, 6, 7] and len(numbers[1]) == 4 and set(numbers[1]) <= set(range(100, 108))

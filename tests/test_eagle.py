@@ -270,6 +270,12 @@ class Alternating(AbstractLengthController[int]):
     def after_training(self, state, expected_acceptance):
         return state
 
+    def plain_seconds(self, state, rows):
+        return None
+
+    def metrics(self, state):
+        return {}
+
 
 TEXTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
 

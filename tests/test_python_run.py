@@ -26,7 +26,7 @@ from eqx_specgrpo.tasks import Arithmetic, arithmetic_reward, soft_overlong
 from eqx_specgrpo.train._callbacks import NoCallback, as_callback
 
 ROWS = [{"question": f"{number} + 1 =", "answer": str(number + 1)} for number in range(6)]
-MEASURED = ("time/", "compile/", "spec/tokens_per_second")
+MEASURED = ("time/", "compile/", "spec/tokens_per_second", "spec/seconds", "draft/seconds")
 
 
 def short(completion_ids, **kwargs):

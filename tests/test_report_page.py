@@ -210,7 +210,7 @@ def test_each_metric_is_shown_once():
 
 def test_charts_are_of_metrics_that_there_are():
     """A metric that was renamed would leave its chart without a line."""
-    text = (ROOT / "docs" / "run.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "run_folder.md").read_text(encoding="utf-8")
     named = {re.sub(r"\{\w+\}", "*", name) for name in re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)}
     wanted = {name for section in SECTIONS for chart in section.charts for name in chart.metrics}
     assert wanted - named <= {"eval/*"} | ({"eval/*"} if not any(name.startswith("eval/") for name in named) else set())

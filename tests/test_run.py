@@ -51,7 +51,7 @@ from eqx_specgrpo.train._segments import SegmentLog
 from eqx_specgrpo.train._state import RunState
 from eqx_specgrpo.train._step import draft_rows
 
-MEASURED = ("time/", "compile/", "spec/tokens_per_second")  # differs from run to run
+MEASURED = ("time/", "compile/", "spec/tokens_per_second", "spec/seconds", "draft/seconds")  # differs from run to run
 
 METRICS = {
     # TRL's names, and the steps.
@@ -391,7 +391,7 @@ def test_rows_that_wait_take_the_places_of_finished_ones(tiny_folder, tmp_path):
         config = tiny_config(tiny_folder, tmp_path, "draft.mode=off", f"grpo.max_rows={rows}")
         parts = make_parts(config, tokenizer, make_draft(config.draft, policy))
         _, prompts = train.next_examples(parts.task, tokenizer, policy, 0, 2, 16)
-        segments = Segments()
+        segments = Segments(parts.length)
         found[rows] = train.roll_out(
             parts,
             compute_copy(policy, "float32"),

@@ -23,7 +23,7 @@ from tiny_run import (
 from eqx_specgrpo import train
 from eqx_specgrpo.records import EvaluationRecords, read_records
 
-MEASURED = ("time/", "compile/", "spec/tokens_per_second", "eval/runtime")
+MEASURED = ("time/", "compile/", "spec/tokens_per_second", "spec/seconds", "draft/seconds", "eval/runtime")
 
 # Right in a quarter of the completions of a random model, so that a third of the groups of four have no spread.
 RARE = """

@@ -137,6 +137,11 @@ class DraftConfig(_Section):
     fraction: float = Field(
         default=0.25, gt=0, le=1, description="share of a step's completions that the draft learns from"
     )
+    lesson_share: Annotated[Annotated[float, Field(gt=0)] | None, _NoneWord] = Field(
+        default=0.25,
+        description="lessons take at most this share of the seconds that speculation saves, after the first ten steps; "
+        "none, and always with draft.adaptive = false: one lesson in every step",
+    )
     warmup: int = Field(
         default=20, ge=0, description="updates that a fresh draft makes on the first rollouts, before the first step"
     )

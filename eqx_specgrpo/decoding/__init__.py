@@ -17,6 +17,12 @@ from ..sampling import (
 from ._adaptive import AdaptiveLength as AdaptiveLength
 from ._adaptive_state import AdaptiveState as AdaptiveState
 from ._block import Block as Block
+from ._buckets import default_smallest_bucket as default_smallest_bucket
+from ._compiler import (
+    AbstractCompiler as AbstractCompiler,
+    CompileAtOnce as CompileAtOnce,
+    CompileBehind as CompileBehind,
+)
 from ._coupled import Coupled as Coupled
 from ._decode import DecodeProgress as DecodeProgress, decode as decode
 from ._finite import NonFiniteLogits as NonFiniteLogits
@@ -28,6 +34,7 @@ from ._length import (
     SegmentObservation as SegmentObservation,
     SegmentPlan as SegmentPlan,
 )
+from ._plain_time import plain_seconds as plain_seconds
 from ._programs import decode_programs as decode_programs
 from ._rejection import Rejection as Rejection
 from ._round import decode_round as decode_round

@@ -13,6 +13,7 @@ from ._adaptive_state import (
     expected_seconds,
     expected_speed,
     expected_tokens,
+    guessed_seconds,
     initial_state,
     known_lengths,
     with_lesson,
@@ -33,6 +34,7 @@ _BENEFIT_OF_DOUBT = 8.0  # tokens taken to be accepted at each position of an un
 # come out even.
 _UNEVEN_ENDS = 1.05
 _UNEVEN_LOOK = 0.35  # of the time of a look at drafting while plain decoding is best, at most: lost at the ends of rows
+_PATIENCE = 10.0  # how many times its compilation a length must be worth that pays only at the cost hoped for
 _CLEARLY = 1.03  # a shorter length is preferred, plain decoding above all, unless it is so much slower
 
 
@@ -44,10 +46,11 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
     position `i` among those whose predecessors were, with as many rows: those that are left at the end are often the
     ones that are hard to draft for. Of the lengths whose `E(k) / c(rows, k)` is about the largest the shortest is used;
     where there is more than one row, drafting has to be ahead by what is lost when rows finish at different times.
-    Others are tried, one step at a time, once that would have paid for their compilation; lengths that were tried are
-    looked at again now and then, the better the more often, so that a draft or a policy that has changed is noticed,
-    but for no more than `exploration` of the time (by an estimate, where plain decoding is best: each look makes its
-    rows finish at different times).
+    What was never run is guessed by its positions, `rows * (k + 1)`, along what was measured of others. By that another
+    length is tried once it would have paid for its compilation, and one that cannot pay is never compiled; lengths that
+    were tried are looked at again now and then, the better the more often, so that a draft or a policy that has changed
+    is noticed, but for no more than `exploration` of the time (by an estimate, where plain decoding is best: each look
+    makes its rows finish at different times).
 
     Where a draft learns between two decodings, `after_training` says how much likelier its tokens have become: what was
     seen is moved by as much, so that a draft that was not worth using is used as soon as it is.
@@ -76,7 +79,7 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
 
     def init(self, max_length: int) -> AdaptiveState:
         longest = min(self.longest, max_length)
-        return initial_state((*(k for k in (0, 1, 2, 3, 4, 6) if k < longest), longest))
+        return initial_state((*(k for k in (0, 1, 2, 3, 4, 6, 8) if k < longest), longest))
 
     def choose(self, state: AdaptiveState, rows: int) -> SegmentPlan:
         if not isinstance(state, AdaptiveState) or state.lengths[-1] > self.longest:
@@ -104,22 +107,25 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
         """An untried length, if what it promises would have paid for its compilation by now.
 
         So no more time is lost by trying than was lost by not trying, and where few rows are decoded for a moment at
-        the end, nothing is compiled for them.
+        the end, nothing is compiled for them. What it costs is guessed; in case it was guessed too high, a length that
+        would pay at the least cost that can be hoped for is tried as well, ten times as patiently.
         """
-        untried = [k for k in state.lengths if k not in known]
-        longer = [k for k in untried if k > known[-1]][:1]
-        if best < known[-1] and len(known) > 2:
-            longer = []  # beyond the best length it only gets worse
-        candidates = [k for k in untried if k < known[-1]] + longer
-        if not candidates:
+        candidates = [k for k in state.lengths if k not in known]
+        if len({r * (k + 1) for r, k in state.costs}) == 1:
+            candidates = candidates[:1]  # nothing tells yet how a round's cost grows: one step at a time
+        costs = COMPILE_GUESS if state.compile_seconds is None else state.compile_seconds
+        if not candidates or state.spent[rows] < costs:
             return None
         speed = _speed(state, rows, best)
-        promises = {k: _speed(state, rows, k, _BENEFIT_OF_DOUBT if k > best else 0.0) for k in candidates}
-        length = max(candidates, key=lambda k: promises[k])
-        worth = 1 - speed / promises[length]
-        costs = COMPILE_GUESS if state.compile_seconds is None else state.compile_seconds
-        pays = worth > 1 - 1 / _CLEARLY and worth * state.spent[rows] >= costs
-        return length if pays else None
+        tokens = {k: expected_tokens(state, rows, k, _BENEFIT_OF_DOUBT if k > best else 0.0) for k in candidates}
+        seconds = guessed_seconds(state, rows, candidates)
+        for which, patience in ((0, 1.0), (1, _PATIENCE)):
+            promises = {k: tokens[k] / seconds[k][which] / _ends(rows, k) for k in candidates}
+            length = next(k for k in candidates if _CLEARLY * promises[k] >= max(promises.values()))
+            worth = 1 - speed / promises[length]
+            if worth > 1 - 1 / _CLEARLY and worth * state.spent[rows] >= patience * costs:
+                return length
+        return None
 
     def _worth_a_look(self, state: AdaptiveState, rows: int, known: list[int], best: int) -> int | None:
         """A length that is hardly known, or the one that was not looked at for longest, of those that may be.
@@ -145,10 +151,13 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
         rows, length, seconds = observation.rows, observation.plan.length, observation.seconds
         was_known = (rows, length) in state.costs
         state = with_observation(state, observation)
-        if not was_known or seconds is None:
+        known = known_lengths(state, rows)
+        if not known:
             return state
-        best = _best(state, rows, known_lengths(state, rows))
-        if length == best:
+        best = _best(state, rows, known)
+        if all(state.costs[rows, k].looks >= ENOUGH_LOOKS for k in known):
+            state = dataclasses.replace(state, paid=state.paid | {(rows, best)})
+        if not was_known or seconds is None or length == best:
             return state
         behind = max(0.0, 1 - _speed(state, rows, length) / _speed(state, rows, best))
         if best == 0 and rows > 1:
@@ -158,11 +167,25 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
     def after_training(self, state: AdaptiveState, expected_acceptance: Sequence[float] | None) -> AdaptiveState:
         return with_lesson(state, expected_acceptance)
 
+    def plain_seconds(self, state: AdaptiveState, rows: int) -> float | None:
+        return expected_seconds(state, rows, 0) if state.costs else None
 
-def _speed(state: AdaptiveState, rows: int, length: int, benefit: float = 0.0) -> float:
-    """Tokens a second of a row, less what uneven ends cost: nothing where there is one row, or none drafts."""
-    ends = 1.0 if length == 0 or rows == 1 else _UNEVEN_ENDS
-    return expected_speed(state, rows, length, benefit) / ends
+    def metrics(self, state: AdaptiveState) -> dict[str, float]:
+        """`spec/lengths_tried`: lengths above 0 that were run, each number of rows for itself; `spec/lengths_unpaid`:
+        of these, such as were never the best choice."""
+        tried = {kind for kind in state.seen if kind[1] > 0}
+        unpaid = {kind for kind in tried - state.paid if kind in state.costs}
+        return {"spec/lengths_tried": float(len(tried)), "spec/lengths_unpaid": float(len(unpaid))}
+
+
+def _speed(state: AdaptiveState, rows: int, length: int) -> float:
+    """Tokens a second of a row, less what uneven ends cost."""
+    return expected_speed(state, rows, length) / _ends(rows, length)
+
+
+def _ends(rows: int, length: int) -> float:
+    """What uneven ends cost: nothing where there is one row, or none drafts."""
+    return 1.0 if length == 0 or rows == 1 else _UNEVEN_ENDS
 
 
 def _as_with_most_alike(state: AdaptiveState, rows: int) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import equinox as eqx
 
 from ._length import SegmentObservation
+from ._round_costs import guessed_log_seconds
 
 _FORGET_AFTER = 3000.0  # rounds of a row after which an observation of acceptance has lost most of its weight
 _UNSEEN_ACCEPTANCE = 0.7  # at the first position, before anything was drafted and where no lesson says more
@@ -56,6 +57,7 @@ class AdaptiveState(eqx.Module):
     - `spent`: of these, by number of rows.
     - `lost`: of these, what looking again has cost, by length.
     - `seen`: kinds of segments, (rows, length), that were run.
+    - `paid`: of these, what was the best choice at some time.
     - `compile_seconds`: what a new kind costs to compile: the most that was seen, or less where kinds that were new
         had been compiled already; `None` before the first segment.
     """
@@ -70,6 +72,7 @@ class AdaptiveState(eqx.Module):
     spent: dict[int, float]
     lost: dict[int, float]
     seen: frozenset[tuple[int, int]]
+    paid: frozenset[tuple[int, int]]
     compile_seconds: float | None
 
 
@@ -86,6 +89,7 @@ def initial_state(lengths: tuple[int, ...]) -> AdaptiveState:
         spent={},
         lost=dict.fromkeys(lengths, 0.0),
         seen=frozenset(),
+        paid=frozenset(),
         compile_seconds=None,
     )
 
@@ -105,9 +109,9 @@ def with_observation(state: AdaptiveState, observation: SegmentObservation) -> A
         spent={rows: 0.0} | state.spent,
     )
     kind = (rows, observation.plan.length)
-    compile_seconds = state.compile_seconds
-    if seconds is None:
-        compile_seconds = max(compile_seconds or 0.0, observation.compile_seconds)
+    compile_seconds, compiling = state.compile_seconds, observation.compile_seconds + observation.behind_seconds
+    if compiling > 0 or seconds is None:
+        compile_seconds = max(compile_seconds or 0.0, compiling)
     elif kind not in state.seen:
         compile_seconds = (COMPILE_GUESS if compile_seconds is None else compile_seconds) / 2
     state = dataclasses.replace(state, seen=state.seen | {kind}, compile_seconds=compile_seconds)
@@ -205,26 +209,33 @@ def expected_tokens(state: AdaptiveState, rows: int, length: int, benefit: float
 
 
 def expected_seconds(state: AdaptiveState, rows: int, length: int) -> float:
-    """Seconds of a round: measured, or guessed low from what was measured with as many rows.
+    """Seconds of a round: measured, or guessed from what was."""
+    return math.exp(_log_cost(state, rows, length) + state.slowness)
 
-    A guess that is too low is put right by trying; one that is too high would never be.
+
+def guessed_seconds(state: AdaptiveState, rows: int, lengths: Sequence[int]) -> dict[int, tuple[float, float]]:
+    """Seconds of rounds that were never run, by length: the guess, and the least that can be hoped for, half way
+    between it and what the nearest shorter round costs.
+
+    A guess that is too low is put right by trying; for one that is too high there is hope.
     """
-    if (rows, length) in state.costs:
-        log_seconds = state.costs[rows, length].log_seconds
-    else:
-        log_seconds = _guessed_cost(state, rows, length)
-    return math.exp(log_seconds + state.slowness)
-
-
-def _guessed_cost(state: AdaptiveState, rows: int, length: int) -> float:
     known = known_lengths(state, rows)
-    nearest = min(known, key=lambda k: abs(k - length))
-    for others in sorted(state.spent, key=lambda r: abs(math.log(r / rows))):
-        # The same step was taken with another number of rows: then as there.
-        if (others, length) in state.costs and (others, nearest) in state.costs:
-            step = state.costs[others, length].log_seconds - state.costs[others, nearest].log_seconds
-            return state.costs[rows, nearest].log_seconds + step
-    return state.costs[rows, nearest].log_seconds
+    found = {}
+    for length, guess in guessed_log_seconds(_log_costs(state), rows, lengths).items():
+        shorter = [k for k in known if k < length]
+        hope = (guess + min(guess, state.costs[rows, shorter[-1]].log_seconds)) / 2 if shorter else guess
+        found[length] = math.exp(guess + state.slowness), math.exp(hope + state.slowness)
+    return found
+
+
+def _log_cost(state: AdaptiveState, rows: int, length: int) -> float:
+    if (rows, length) in state.costs:
+        return state.costs[rows, length].log_seconds
+    return guessed_log_seconds(_log_costs(state), rows, [length])[length]
+
+
+def _log_costs(state: AdaptiveState) -> dict[tuple[int, int], float]:
+    return {kind: cost.log_seconds for kind, cost in state.costs.items()}
 
 
 def known_lengths(state: AdaptiveState, rows: int) -> list[int]:
@@ -232,6 +243,6 @@ def known_lengths(state: AdaptiveState, rows: int) -> list[int]:
     return [k for k in state.lengths if (rows, k) in state.costs]
 
 
-def expected_speed(state: AdaptiveState, rows: int, length: int, benefit: float = 0.0) -> float:
+def expected_speed(state: AdaptiveState, rows: int, length: int) -> float:
     """Tokens a second of a row."""
-    return expected_tokens(state, rows, length, benefit) / expected_seconds(state, rows, length)
+    return expected_tokens(state, rows, length) / expected_seconds(state, rows, length)

@@ -17,8 +17,10 @@ from ..layout import ROWS, WHOLE, AbstractDeviceMesh, Layout, OneDevice
 from ..models import AbstractLanguageModel, caches_can_grow, default_cache_dtype
 from ..runtime import check_jax, count_compilations
 from ..sampling import AbstractSampling, GreedySampling, Sampling
+from ._ahead import WHILE_WAITING, SegmentPrograms
 from ._block import Block
 from ._buckets import bucket_for, default_smallest_bucket, shrink_below
+from ._compiler import AbstractCompiler, CompileAtOnce
 from ._finite import require_finite
 from ._greedy_match import GreedyMatch
 from ._length import AbstractLengthController, FixedLength, SegmentObservation
@@ -69,6 +71,7 @@ def decode(
     loop: AbstractSegmentLoop | None = None,
     mesh: AbstractDeviceMesh | None = None,
     first_row: int = 0,
+    compiler: AbstractCompiler | None = None,
     on_progress: Callable[[DecodeProgress], None] | None = None,
     on_segment: Callable[[SegmentObservation, Any], None] | None = None,
 ) -> Rollouts:
@@ -110,6 +113,9 @@ def decode(
         On devices of several processes all of these make the same call, and each gets all rollouts.
     - `first_row`: what the first row's index is counted from, where the rows are some of a larger decoding: of those
         that other processes have.
+    - `compiler`: what compiles programs of smaller batches and of other draft lengths; by default
+        [`eqx_specgrpo.decoding.CompileAtOnce`][]. Under [`eqx_specgrpo.decoding.CompileBehind`][] decoding goes on
+        without them until they are there.
     - `on_progress`: called between segments.
     - `on_segment`: called after each segment with its counts and times and the controller's new state.
 
@@ -164,6 +170,7 @@ def decode(
     if cache_dtype is None:
         cache_dtype = default_cache_dtype(target)
     loop = default_loop(target) if loop is None else loop
+    programs = SegmentPrograms(CompileAtOnce() if compiler is None else compiler, modules, loop, mesh, draft.max_length)
     rooms = room_ladder(prompts.tokens.shape[1], max_new_tokens + block, can_grow=caches_can_grow(target))
     keeper = RoomKeeper(rooms, block, loop)
     division = Division(mesh.data, len(prompts.lengths), samples)
@@ -228,7 +235,11 @@ def decode(
             admission = Admission(rows, waiting.waiting)
             admits = admission.is_due(of_shard)
             # All shards have as many rows: as many as the fullest needs.
-            bucket = bucket_for(int(of_shard.sum(1).max()), smallest_bucket)
+            needed = bucket = bucket_for(int(of_shard.sum(1).max()), smallest_bucket)
+            half, first = shrink_below(rows, smallest_bucket), 0
+            if admission.size == 0 and 0 < active.sum() < len(row_ids):
+                first = length.choose(length_state, min(half, bucket)).length if half else first
+                bucket = programs.shrunk_to(state, store, rows, bucket, half, keeper.room.whole, first)
             shrinks = admission.size == 0 and bucket < rows
             if len(segments) > 0 and (admits or shrinks or not active.any()):
                 # Rows are moved when nothing is under way, by what is true then.
@@ -264,6 +275,7 @@ def decode(
                 places = mesh.put(keep.reshape(-1).astype(np.int32), ROWS)
                 state = jax.block_until_ready(keep_rows(state, store, places, keeper.room.whole, mesh))
                 store, rows = PromptsInRows(), bucket
+                programs.shrunk(state, store, first)
                 active, emitted = active[kept], int(output.lengths[row_ids].sum())
                 longest = int(output.lengths[row_ids].max())
             plan = length.choose(length_state, rows)
@@ -272,6 +284,10 @@ def decode(
                     f"{type(length).__name__} planned to draft {plan.length} tokens, but this draft drafts at most "
                     f"{draft.max_length}: was the length_state made for another draft?"
                 )
+            plan = programs.ready_plan(plan, state, store)
+            waits = admission.size == 0 and needed < rows  # for the programs of a smaller batch
+            if waits:
+                plan = dataclasses.replace(plan, max_rounds=min(plan.max_rounds, WHILE_WAITING))
             if stop.most_rounds is not None:
                 plan = dataclasses.replace(plan, max_rounds=min(plan.max_rounds, stop.most_rounds))
             fitting = keeper.fit(plan, longest + segments.most_tokens)
@@ -287,7 +303,19 @@ def decode(
                 stop_below, enough = admission.stop_below, 1
             else:
                 stop_below, enough = np.full(mesh.data, shrink_below(rows, smallest_bucket)), mesh.data
-            state = segments.run(modules, store, state, fitting, stop_below, enough)
+            if waits:
+                stop_below = np.zeros_like(stop_below)
+            state = segments.run(
+                modules,
+                store,
+                state,
+                fitting,
+                stop_below,
+                enough,
+                beside=programs.is_busy,
+                behind=programs.compiled_behind(state, store, fitting.length),
+            )
+            programs.ran(state, store, fitting.length)
             if segments.is_full:
                 active, emitted, longest, length_state = look(segments, length_state)
     return output.rollouts(prompts, samples)

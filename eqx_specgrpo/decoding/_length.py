@@ -53,8 +53,11 @@ class SegmentObservation(eqx.Module):
         many.
     - `plan`: the plan that it followed.
     - `rounds`: rounds run.
-    - `seconds`: wall-clock time, or `None` if a program was compiled within it.
-    - `compile_seconds`: of compilation within it.
+    - `seconds`: wall-clock time, or `None` if it says nothing of the rounds: a program was compiled within it, or in
+        another thread beside it.
+    - `compile_seconds`: of compilation within it, which was waited for.
+    - `behind_seconds`: that its program took to compile while others ran.
+    - `elapsed`: wall-clock time in any case.
     - `accepted`: for each draft position, accepted tokens summed over rows and rounds.
     - `active_rounds`: rounds summed over the rows that were still active in them.
     - `tokens`: tokens emitted, over all rows.
@@ -68,6 +71,8 @@ class SegmentObservation(eqx.Module):
     active_rounds: int
     tokens: int
     compile_seconds: float = 0.0
+    behind_seconds: float = 0.0
+    elapsed: float = 0.0
 
 
 class AbstractLengthController(eqx.Module, Generic[State]):
@@ -95,6 +100,15 @@ class AbstractLengthController(eqx.Module, Generic[State]):
         - `expected_acceptance`: of each draft position, as the draft's last lesson found it on finished completions of
             the target's own (`sum(min(target, draft))` over the vocabulary, on average); `None` if there was none.
         """
+
+    @abstractmethod
+    def plain_seconds(self, state: State, rows: int) -> float | None:
+        """What a round of plain decoding with so many rows takes, as far as the controller knows: from what it has
+        seen of such rounds, or of others like them. `None` if it knows of none."""
+
+    @abstractmethod
+    def metrics(self, state: State) -> dict[str, float]:
+        """Figures on what it has learned, by name, for a run's records."""
 
 
 class FixedLength(AbstractLengthController[int]):
@@ -128,3 +142,11 @@ class FixedLength(AbstractLengthController[int]):
     def after_training(self, state: int, expected_acceptance: Sequence[float] | None) -> int:
         del expected_acceptance
         return state
+
+    def plain_seconds(self, state: int, rows: int) -> float | None:
+        del state, rows
+        return None
+
+    def metrics(self, state: int) -> dict[str, float]:
+        del state
+        return {}

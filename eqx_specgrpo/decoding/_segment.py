@@ -4,6 +4,7 @@ import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -184,6 +185,18 @@ def run_segment(
     return state, SegmentReport(active, *numbers)
 
 
+class _Flight(NamedTuple):
+    """A segment under way: when it began, how much had been compiled then, whether something is compiled beside it, and
+    what its program took to compile beside others."""
+
+    plan: SegmentPlan
+    report: SegmentReport
+    began: float
+    compiled: float
+    beside: bool
+    behind: float
+
+
 class SegmentQueue:
     """The segments that the device was given and the host has not looked at yet, oldest first."""
 
@@ -191,7 +204,7 @@ class SegmentQueue:
         self._loop = loop
         self._mesh = mesh
         self._compilations = compilations
-        self._flights: deque[tuple[SegmentPlan, SegmentReport, float, float]] = deque()
+        self._flights: deque[_Flight] = deque()
         self._landed_at = 0.0
 
     def __len__(self) -> int:
@@ -205,7 +218,8 @@ class SegmentQueue:
     @property
     def most_tokens(self) -> int:
         """The most tokens that a row may emit in them."""
-        return sum(self._loop.most_rounds(plan.max_rounds) * (plan.length + 1) for plan, *_ in self._flights)
+        plans = [flight.plan for flight in self._flights]
+        return sum(self._loop.most_rounds(plan.max_rounds) * (plan.length + 1) for plan in plans)
 
     def run(
         self,
@@ -215,8 +229,17 @@ class SegmentQueue:
         plan: SegmentPlan,
         stop_below: Int[np.ndarray, " shards"],
         enough: int,
+        *,
+        beside: bool = False,
+        behind: float = 0.0,
     ) -> DecodeState:
-        """Gives the devices a segment, see `run_segment`. DONATES the state."""
+        """Gives the devices a segment, see `run_segment`. DONATES the state.
+
+        **Arguments:**
+
+        - `beside`: whether programs are compiled in another thread meanwhile.
+        - `behind`: seconds that this segment's program took there.
+        """
         began, compiled = time.perf_counter(), self._compilations.seconds
         max_rounds, shards = self._mesh.put((np.int32(plan.max_rounds), np.int32(enough)), WHOLE)
         below = self._mesh.put(stop_below.astype(np.int32), ROWS)
@@ -224,12 +247,12 @@ class SegmentQueue:
         state, report = run_segment(context, state, max_rounds, below, plan.length, self._mesh, shards)
         for array in jax.tree.leaves(report):
             array.copy_to_host_async()
-        self._flights.append((plan, report, began, compiled))
+        self._flights.append(_Flight(plan, report, began, compiled, beside, behind))
         return state
 
     def look(self) -> tuple[SegmentReport, SegmentObservation]:
         """Waits for the oldest segment."""
-        plan, report, began, compiled = self._flights.popleft()
+        plan, report, began, compiled, beside, behind = self._flights.popleft()
         report = self._mesh.fetch(report)
         now = time.perf_counter()
         # One that was given while another ran has begun when that one was seen to end.
@@ -240,10 +263,12 @@ class SegmentQueue:
             rows=len(report.active) // self._mesh.data,
             plan=plan,
             rounds=int(report.rounds),
-            seconds=None if compiling > 0 else seconds,
+            seconds=None if compiling > 0 or beside else seconds,
             accepted=tuple(report.accepted[: plan.length].tolist()),
             active_rounds=int(report.active_rounds),
             tokens=int(report.tokens),
             compile_seconds=compiling,
+            behind_seconds=behind,
+            elapsed=seconds,
         )
         return report, observation

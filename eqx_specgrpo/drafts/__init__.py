@@ -5,6 +5,7 @@ from ._base import (
     check_fit as check_fit,
     pick_positions as pick_positions,
 )
+from ._digest import draft_digest as draft_digest
 from ._eagle import EagleDraft as EagleDraft
 from ._fallback import FallbackDraft as FallbackDraft
 from ._history import AbstractHistoryDraft as AbstractHistoryDraft, remember as remember

@@ -59,7 +59,7 @@ class Fused:
         """The inverse of `joined`."""
         grouped = array.reshape(self.groups, self.group_size, *array.shape[1:])
         return [
-            grouped[:, start:end].reshape(size, *array.shape[1:])
+            grouped[:, start:end].reshape(size, *array.shape[1:])  # pyright: ignore[reportReturnType]
             for size, (start, end) in zip(self.sizes, self.places(), strict=True)
         ]
 

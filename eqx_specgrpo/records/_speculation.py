@@ -57,7 +57,7 @@ def speculation_balance(
 
     Plain rollouts of the same tokens are taken to go at the rate of the comparison. That is the rate at the end of the
     run: earlier completions may have been longer or shorter. Without a comparison it is what the run itself expected,
-    from its own rounds of plain decoding (`spec/seconds_saved`).
+    from its own rounds of plain decoding (`draft/seconds_saved`).
 
     **Arguments:**
 
@@ -83,7 +83,9 @@ def speculation_balance(
         saved = tokens / comparison.plain - (decoding - decoding_compiled)
         compiled = warm_up_compiled + lessons_compiled + decoding_compiled - comparison.compiling
         return Balance(saved, -draft, -max(0.0, compiled), "by the comparison")
-    expected = [record["spec/seconds_saved"] for record in metrics if record.get("spec/seconds_saved") is not None]
+    names = ("draft/seconds_saved", "spec/seconds_saved")  # the second in records of earlier versions
+    found = [next((record[name] for name in names if record.get(name) is not None), None) for record in metrics]
+    expected = [seconds for seconds in found if seconds is not None]
     if not expected:
         return None
     compiled = warm_up_compiled + lessons_compiled

@@ -1,6 +1,7 @@
 """What JAX compiles, and how long it takes."""
 
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,24 +30,32 @@ class CompileCounter:
     - `count`: programs compiled that took long enough to notice.
     - `programs`: programs compiled, small ones and loaded ones included.
     - `loaded`: of them, those that came from the compilation cache.
-    - `seconds`: time spent compiling, tracing and small programs included.
+    - `seconds`: time spent compiling, tracing and small programs included, in the thread that has attached it: what it
+        has waited for.
+    - `seconds_behind`: the same in other threads.
     """
 
     count: int
     programs: int
     loaded: int
     seconds: float
+    seconds_behind: float
 
     def __init__(self, tell: Callable[[str], None] | None = None, watch: Callable[[str | None], None] | None = None):
         self._tell, self._watch = tell, watch
         self.count = self.programs = self.loaded = 0
-        self.seconds = self._untold = 0.0
-        self._under_way = 0  # stages; a little program may be compiled while a larger one is traced
+        self.seconds = self.seconds_behind = 0.0
+        self._waiting = threading.get_ident()
+        # Of each thread: stages under way, since a little program may be compiled while a larger one is traced; and
+        # seconds of stages that have led to no program yet.
+        self._under_way: dict[int, int] = {}
+        self._untold: dict[int, float] = {}
 
     def attach(self) -> None:
         """Begins to count."""
         import jax  # here, so that a program can set up its process before JAX reads the environment
 
+        self._waiting = threading.get_ident()
         jax.monitoring.register_scalar_listener(self._begin)
         jax.monitoring.register_event_duration_secs_listener(self._end)
         jax.monitoring.register_event_listener(self._event)
@@ -63,20 +72,26 @@ class CompileCounter:
         del value
         if event not in _STAGES:
             return
-        self._under_way += 1
-        if self._watch is not None and self._under_way == 1:
+        thread = threading.get_ident()
+        self._under_way[thread] = self._under_way.get(thread, 0) + 1
+        if self._watch is not None and self._under_way[thread] == 1 and thread == self._waiting:
             self._watch(_name(details))
 
     def _end(self, event: str, duration_secs: float, **details: Any) -> None:
         if event not in _STAGES:
             return
-        self._under_way = max(0, self._under_way - 1)
-        if self._under_way == 0:
+        thread = threading.get_ident()
+        self._under_way[thread] = max(0, self._under_way.get(thread, 0) - 1)
+        if self._under_way[thread] == 0:
             # Tracing counts once something is compiled: to ask for shapes alone also traces, and compiles nothing.
-            self._untold += duration_secs
-            if event == _COMPILED:
-                self.seconds, self._untold = self.seconds + self._untold, 0.0
-            if self._watch is not None:
+            untold = self._untold.pop(thread, 0.0) + duration_secs
+            if event != _COMPILED:
+                self._untold[thread] = untold
+            elif thread == self._waiting:
+                self.seconds += untold
+            else:
+                self.seconds_behind += untold
+            if self._watch is not None and thread == self._waiting:
                 self._watch(None)
         if event != _COMPILED:
             return
@@ -84,7 +99,8 @@ class CompileCounter:
         if duration_secs >= _WORTH_TELLING:
             self.count += 1
             if self._tell is not None:
-                self._tell(f"compiled {_name(details)} in {duration_secs:.1f} s")
+                behind = "" if thread == self._waiting else ", while decoding went on"
+                self._tell(f"compiled {_name(details)} in {duration_secs:.1f} s{behind}")
 
     def _event(self, event: str, **details: Any) -> None:
         del details

@@ -38,7 +38,7 @@ def finish(
     if not config.compare:
         return None
     progress.say("policy/ and draft/ are saved; what follows measures, and may be stopped (compare=false: left out)")
-    segments.after_training(parts.length, state.draft.max_length, state.draft_acceptance)
+    segments.after_training(state.draft.max_length, state.draft_acceptance)
     with progress.timed("comparison", "comparing with plain decoding"):
         comparison = compare_with_plain(
             parts,

@@ -36,7 +36,7 @@ from ..config import (
     with_steps_of_epochs,
 )
 from ..decoding import FixedLength
-from ..drafts import AbstractDraft, remember
+from ..drafts import AbstractDraft
 from ..errors import UserError
 from ..grpo import compute_copy
 from ..layout import AbstractProcesses, OneProcess
@@ -50,27 +50,30 @@ from ..records import (
     latest_checkpoint,
     load_checkpoint,
     machine,
+    read_steps,
     step_times,
 )
 from ..runtime import Memory, device_memory, progress_console
 from ._callbacks import AbstractCallback, RunView, as_callback
+from ._draft_guard import DraftGuard
+from ._draft_lessons import teach_draft
 from ._ending import Keeper, on_stop, unless_urgent
 from ._evaluation import make_evaluator
 from ._finish import finish, sum_up
 from ._header import header
 from ._inputs import check_inputs, run_inputs
 from ._interrupt import StopRequest, stop_requests, stopped_at_once
-from ._lessons import CHOOSE, learn_lesson, make_lesson, recall_lesson, updates_per_lesson
+from ._lessons import learn_lesson, make_lesson, recall_lesson, updates_per_lesson
 from ._loss_state import current_reference, fixed_reference, with_loss_state, with_update
 from ._out_of_memory import out_of_memory_advice
 from ._planner import UpdatePlanner
 from ._policy import whole_model
 from ._prompt_lengths import PromptLengths
 from ._result import RunResult, metric_columns
-from ._sample import learn_left_out, sample_step
+from ._sample import sample_step
 from ._segments import SegmentLog
 from ._state import RunState
-from ._step import draft_rows, step_key, update_draft, update_policy
+from ._step import update_policy
 from ._step_records import completion_records, rollout_metrics, vocabulary_metrics
 from ._together import check_alike, check_own_devices, least_memory, run_folder, step_fingerprint, telling_others
 from ._tracked import track_summary, tracked
@@ -172,7 +175,8 @@ def run(
             if is_new and config.draft.warms_up and state.draft.train_length > 0:
                 with progress.timed("warm-up", "warming up the draft"):
                     state, saved = _warm_up(parts, state, progress), None
-            segments, lengths = SegmentLog(), PromptLengths.of_run(folder.completions_path)
+            segments, lengths = SegmentLog(parts.length), PromptLengths.of_run(folder.completions_path)
+            guard = DraftGuard(read_steps(folder.metrics_path) if start > 0 else ())
             with stop_requests(on_stop(progress), processes) as stop:
                 keeper = Keeper(folder, config, saved, progress, console, stop, processes)
                 for done in range(start, config.steps + 1):
@@ -186,7 +190,18 @@ def run(
                         break
                     with keeper.before(done, state), out_of_memory_advice():
                         state, metrics = _one_step(
-                            parts, state, reference, done, folder, trackers, progress, segments, lengths, stop, planner
+                            parts,
+                            state,
+                            reference,
+                            done,
+                            folder,
+                            trackers,
+                            progress,
+                            segments,
+                            lengths,
+                            stop,
+                            planner,
+                            guard,
                         )
                     keeper.after(done + 1, state)
                     with keeper.before(done + 1, state):
@@ -257,8 +272,8 @@ def _start_or_resume(
         )
     folder.rewind(meta["step"])
     EvaluationRecords(folder.path).rewind(meta["step"])
-    position = meta.get("position", meta["step"] * config.grpo.prompts_per_step)  # of earlier versions
-    return meta["step"], dataclasses.replace(state.with_trees(trees), position=position)
+    state = state.with_trees(trees).with_numbers(meta, meta["step"], config.grpo.prompts_per_step)
+    return meta["step"], state
 
 
 def _memory_at_start(
@@ -308,6 +323,7 @@ def _one_step(
     lengths: PromptLengths,
     stop: StopRequest,
     planner: UpdatePlanner,
+    guard: DraftGuard,
 ) -> tuple[RunState, dict[str, float | int]]:
     """Prompts, rollouts, rewards, policy update, draft update, records; the state after it, and its metrics.
 
@@ -323,7 +339,8 @@ def _one_step(
     with progress.timed("rollout", f"step {step}: rollout"):
         target = compute_copy(state.policy, config.model.dtype)
         draft = compute_copy(state.draft, config.model.dtype)
-        segments.after_training(parts.length, draft.max_length, state.draft_acceptance)
+        segments.after_training(draft.max_length, state.draft_acceptance)
+        guard.begin(state.draft, step)
     decoding = unless_urgent(stop, progress.decoding, parts.processes)
     sample = sample_step(parts, state, target, draft, done, progress, segments, lengths, decoding)
     del draft
@@ -346,18 +363,9 @@ def _one_step(
         jax.block_until_ready(eqx.filter(state.policy, eqx.is_array))
 
     state = dataclasses.replace(state, position=sample.position, order=sample.order)
-    if config.draft.learns:
-        for decoded, _ in sample.decoded:
-            state = dataclasses.replace(state, draft=remember(state.draft, decoded))
-    if config.draft.learns and state.draft.train_length > 0:
-        with progress.timed("draft", f"step {step}: draft update"):
-            rows = draft_rows(step_key(config.seed, done, CHOOSE), len(rollouts.group), config.draft.fraction)
-            state, draft_metrics = update_draft(
-                parts, state, update.weights, update.features, update.batch, rollouts.lengths, rows, step
-            )
-            state = learn_left_out(parts, state, update.weights, sample.decoded, done)
-            metrics |= draft_metrics
-            jax.block_until_ready(eqx.filter(state.draft, eqx.is_array))
+    saved = metrics.get("draft/seconds_saved")
+    state, draft_metrics = teach_draft(parts, state, sample, update, done, guard, saved, progress)
+    metrics |= draft_metrics
 
     parts.processes.agree(f"step {step}: updated", {"loss": metrics["loss"], "gradient norm": metrics["grad_norm"]})
     metrics |= step_times(progress.times.laps())
@@ -365,6 +373,7 @@ def _one_step(
     metrics["spec/tokens_per_second"] = sample.num_tokens / metrics["time/rollout"]
     metrics["compile/count"] = progress.compilations.count
     metrics["compile/seconds"] = progress.compilations.seconds
+    metrics["compile/seconds_behind"] = progress.compilations.seconds_behind
     with progress.timed("records", f"step {step}: records"):
         records = completion_records(step, sample.examples, scored, sample.texts, parts.rewards.names, sample.extra)
         folder.append_completions(records)

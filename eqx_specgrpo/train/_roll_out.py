@@ -3,11 +3,12 @@
 import functools as ft
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from jaxtyping import Array, Key
 
 from .._types import Prompts, Rollouts
 from ..config import RunParts
-from ..decoding import DecodeProgress, decode
+from ..decoding import DecodeProgress, decode, default_smallest_bucket
 from ..drafts import AbstractDraft
 from ..evaluation import gather_rollouts, own_prompts
 from ..layout import nothing
@@ -35,8 +36,9 @@ def roll_out(
     - `expected_lengths`: see [`eqx_specgrpo.decoding.decode`][]; for `grpo.max_rows`.
     """
     grpo = parts.config.grpo
-    segments = SegmentLog() if segments is None else segments
-    return decode(
+    segments = SegmentLog(parts.length) if segments is None else segments
+    smallest, mesh = default_smallest_bucket(target), parts.mesh.for_rollouts()
+    rollouts = decode(
         target,
         prompts,
         draft=draft,
@@ -51,11 +53,17 @@ def roll_out(
         samples=grpo.num_generations,
         max_rows=grpo.max_rows,
         expected_lengths=expected_lengths,
-        mesh=parts.mesh.for_rollouts(),
+        mesh=mesh,
         first_row=first_row,
+        smallest_bucket=smallest,
+        compiler=segments.compiler,
         on_progress=on_progress,
         on_segment=segments,
     )
+    # A shard stands for all: they go on in step, and rows are dealt out to them.
+    of_shard = np.sort(np.asarray(rollouts.lengths))[::-1][:: mesh.data]
+    segments.decoded(of_shard, smallest, grpo.max_rows and -(-grpo.max_rows // mesh.data))
+    return rollouts
 
 
 def roll_out_together(

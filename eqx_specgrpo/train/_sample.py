@@ -278,7 +278,7 @@ def learn_left_out(
     target: AbstractLanguageModel,
     decoded: Sequence[tuple[Rollouts, Sequence[int]]],
     done: int,
-) -> RunState:
+) -> tuple[RunState, int]:
     """One update of the draft for each batch of which the step does without some groups: to a draft they are as good.
 
     The update is as large as that of the step, and its features take a further forward of the target on these rows.
@@ -289,8 +289,12 @@ def learn_left_out(
     - `target`: the weights that gave the step's features.
     - `decoded`: see [`StepSample`][].
     - `done`: steps that came before.
+
+    **Returns:**
+
+    The state, and how many updates there were.
     """
-    fraction = parts.config.draft.fraction
+    fraction, lessons = parts.config.draft.fraction, 0
     for number, (rollouts, groups) in enumerate(decoded):
         if not groups:
             continue
@@ -305,4 +309,5 @@ def learn_left_out(
         features = features_of(target, lesson, state.draft.layers)
         everything = np.arange(len(rows))
         state, _ = update_draft(parts, state, target, features, lesson, rollouts.lengths[rows], everything, done + 1)
-    return state
+        lessons += 1
+    return state, lessons

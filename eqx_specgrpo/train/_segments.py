@@ -1,11 +1,12 @@
 """What a run knows of its decoding segments: the length controller's memory, and the figures of a step."""
 
+import math
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from ..decoding import AbstractLengthController, SegmentObservation
+from ..decoding import AbstractCompiler, AbstractLengthController, CompileAtOnce, SegmentObservation, plain_seconds
 
 
 class SegmentLog:
@@ -13,47 +14,72 @@ class SegmentLog:
 
     It is on the host, and is not saved in checkpoints, because it holds times of this machine.
 
+    **Arguments:**
+
+    - `length`: the controller of the run.
+    - `compiler`: of the programs of the run's rollouts.
+
     **Attributes:**
 
     - `length_state`: the controller's, or `None` before it was told anything.
     """
 
     length_state: Any
+    compiler: AbstractCompiler
 
-    def __init__(self):
+    def __init__(self, length: AbstractLengthController, compiler: AbstractCompiler | None = None):
         self.length_state = None
+        self.compiler = CompileAtOnce() if compiler is None else compiler
+        self._length = length
         self._segments: list[SegmentObservation] = []
         self._plain: dict[int, tuple[int, float]] = {}  # rounds of plain decoding and their seconds, by rows
+        self._decoded: list[tuple[Int[np.ndarray, " rows"], int, int | None]] = []
 
     def __call__(self, observation: SegmentObservation, length_state: Any) -> None:
         self._segments.append(observation)
         self.length_state = length_state
 
-    def after_training(
-        self, length: AbstractLengthController, max_length: int, acceptance: Float[Array, " draft"]
-    ) -> None:
-        """Tells the length controller that policy and draft were updated.
+    def decoded(self, lengths: Int[np.ndarray, " rows"], smallest_batch: int, max_rows: int | None) -> None:
+        """A decoding has ended.
 
         **Arguments:**
 
-        - `length`, `max_length`: the controller, and the draft's greatest length.
+        - `lengths`: of its completions.
+        - `smallest_batch`, `max_rows`: how it was batched.
+        """
+        self._decoded.append((lengths, smallest_batch, max_rows))
+
+    def after_training(self, max_length: int, acceptance: Float[Array, " draft"]) -> None:
+        """Tells the length controller that policy and draft have moved.
+
+        **Arguments:**
+
+        - `max_length`: the draft's greatest length.
         - `acceptance`: `RunState.draft_acceptance`: zeros before the draft's first update.
         """
-        state = length.init(max_length) if self.length_state is None else self.length_state
+        state = self._length.init(max_length) if self.length_state is None else self.length_state
         found = np.asarray(acceptance, np.float64)
-        self.length_state = length.after_training(state, found.tolist() if found.any() else None)
+        self.length_state = self._length.after_training(state, found.tolist() if found.any() else None)
 
     def metrics(self) -> dict[str, float]:
-        """Of the segments since the last call: rounds by draft length, what was expected against what came, and what
-        speculation saved.
+        """Of the segments since the last call: rounds by draft length, seconds by rows and of compiling, what was
+        expected against what came, and what speculation saved.
 
-        Segments in which a program was compiled, and those of which nothing was expected, count for the rounds only.
+        Segments in which a program was compiled, and those of which nothing was expected, are left out of what was
+        expected.
         """
         segments, self._segments = self._segments, []
         metrics: dict[str, float] = {}
         for segment in segments:
-            name = f"spec/rounds_length_{segment.plan.length}"
-            metrics[name] = metrics.get(name, 0.0) + segment.rounds
+            for name, value in (
+                (f"spec/rounds_length_{segment.plan.length}", float(segment.rounds)),
+                (f"spec/seconds_rows_{segment.rows}", segment.elapsed - segment.compile_seconds),
+            ):
+                metrics[name] = metrics.get(name, 0.0) + value
+        if segments:
+            metrics["spec/seconds_compiling"] = sum(segment.compile_seconds for segment in segments)
+        if self.length_state is not None:
+            metrics |= self._length.metrics(self.length_state)
         judged = [s for s in segments if s.plan.expected is not None and s.seconds is not None and s.active_rounds > 0]
         if judged:
             rounds, active = sum(s.rounds for s in judged), sum(s.active_rounds for s in judged)
@@ -68,22 +94,40 @@ class SegmentLog:
         return metrics | self._saved(segments)
 
     def _saved(self, segments: list[SegmentObservation]) -> dict[str, float]:
-        """Seconds that the segments with a draft took less than plain rounds would have, by the plain rounds with as
-        many rows that were seen so far; nothing where there were none, as with a fixed length."""
-        timed = [s for s in segments if s.seconds is not None and s.active_rounds > 0]
-        for segment in timed:
-            if segment.plan.length == 0:
+        """Seconds by which the decodings were shorter than plain ones of the same completions would have been, by the
+        run's own costs of plain rounds; nothing where these are not known, as with a fixed length.
+
+        What was waited for compilers is left out.
+        """
+        decoded, self._decoded = self._decoded, []
+        for segment in segments:
+            if segment.plan.length == 0 and segment.seconds is not None:
                 rounds, seconds = self._plain.get(segment.rows, (0, 0.0))
-                self._plain[segment.rows] = rounds + segment.rounds, seconds + (segment.seconds or 0.0)
-        if not self._plain:
+                self._plain[segment.rows] = rounds + segment.rounds, seconds + segment.seconds
+        drafted = any(segment.plan.length > 0 for segment in segments)
+        if not decoded or self._plain_round(1) is None:
             return {}
-        saved = 0.0
-        for segment in timed:
-            if segment.plan.length > 0 and segment.rows in self._plain:
-                rounds, seconds = self._plain[segment.rows]
-                plain_rounds = segment.rounds * segment.tokens / segment.active_rounds
-                saved += plain_rounds * seconds / rounds - (segment.seconds or 0.0)
-        return {"spec/seconds_saved": saved}
+        if not drafted:
+            return {"draft/seconds_saved": 0.0}
+        plain = sum(plain_seconds(lengths, smallest, self._known, most) for lengths, smallest, most in decoded)
+        return {"draft/seconds_saved": plain - sum(s.elapsed - s.compile_seconds for s in segments)}
+
+    def _known(self, rows: int) -> float:
+        seconds = self._plain_round(rows)
+        assert seconds is not None
+        return seconds
+
+    def _plain_round(self, rows: int) -> float | None:
+        """What a plain round takes: by the controller, or on average so far, with the number of rows most alike."""
+        if self.length_state is not None:
+            seconds = self._length.plain_seconds(self.length_state, rows)
+            if seconds is not None:
+                return seconds
+        if not self._plain:
+            return None
+        nearest = min(self._plain, key=lambda r: abs(math.log(r / rows)))
+        rounds, total = self._plain[nearest]
+        return total / max(rounds, 1)
 
 
 def _expected(segment: SegmentObservation):

@@ -1,6 +1,7 @@
 """All that a run carries from step to step: what a checkpoint holds."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float
 from ..drafts import AbstractDraft
 from ..grpo import EntropyState, UpdateBatch, trained_part, with_trained_part
 from ..models import AbstractLanguageModel, Features
+from ._lesson_budget import LessonState
 
 
 class RunState(eqx.Module):
@@ -30,6 +32,7 @@ class RunState(eqx.Module):
     - `entropy`: of the controller of the entropy bonus; `None` where the bonus does not change.
     - `order`: what the order of the items has learned of them; without arrays where it learns nothing.
     - `position`: how many items of the task's stream are done with.
+    - `lessons`: what decides how many lessons the draft gets.
     """
 
     policy: AbstractLanguageModel
@@ -41,6 +44,7 @@ class RunState(eqx.Module):
     entropy: EntropyState | None = None
     order: Any = None
     position: int = 0
+    lessons: LessonState = LessonState()
 
     @staticmethod
     def fresh(
@@ -83,9 +87,21 @@ class RunState(eqx.Module):
             **{name: tree for name, tree in optional.items() if tree is not None},
         }
 
-    def numbers(self) -> dict[str, int]:
+    def numbers(self) -> dict[str, Any]:
         """What a checkpoint keeps beside them."""
-        return {"position": self.position}
+        return {"position": self.position, "lessons": self.lessons.numbers()}
+
+    def with_numbers(self, numbers: Mapping[str, Any], step: int, prompts_per_step: int) -> "RunState":
+        """The inverse of `numbers`; checkpoints of earlier versions lack some.
+
+        **Arguments:**
+
+        - `numbers`: what a checkpoint keeps beside its trees.
+        - `step`, `prompts_per_step`: steps that are done, and prompts of each.
+        """
+        position = numbers.get("position", step * prompts_per_step)
+        lessons = LessonState.of_numbers(numbers["lessons"]) if "lessons" in numbers else LessonState(step=step)
+        return dataclasses.replace(self, position=position, lessons=lessons)
 
     def with_trees(self, trees: dict[str, Any]) -> "RunState":
         """The inverse of `trees`; a base that does not change stays this state's."""

@@ -1,0 +1,103 @@
+"""Who compiles the programs of segments that are not there yet: the decoder itself, or a thread while it goes on."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Lowered(Protocol):
+    """A program before it is compiled: `jax.stages.Lowered`, or what `eqx.filter_jit` makes of it."""
+
+    def compile(self) -> Any:
+        """Compiles it."""
+
+
+Lower = Callable[[], Sequence[Lowered]]
+
+
+class AbstractCompiler(ABC):
+    """Has programs compiled before they are run."""
+
+    @abstractmethod
+    def ready(self, name: Hashable, plan: Callable[[], Lower]) -> bool:
+        """Whether the programs of this name may be run. If not, they are being compiled from now on.
+
+        **Arguments:**
+
+        - `name`: of the programs; equal names mean the same ones.
+        - `plan`: called at once, where they are new; returns what lowers them, which may be called in another thread.
+        """
+
+    @abstractmethod
+    def seconds(self, name: Hashable) -> float:
+        """How long the programs of this name took to compile, as far as nobody waited for it; told once, then 0."""
+
+    @property
+    @abstractmethod
+    def is_busy(self) -> bool:
+        """Whether something is being compiled: what runs meanwhile takes longer than it will."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Begins nothing more."""
+
+
+class CompileAtOnce(AbstractCompiler):
+    """Everything is compiled where it is first run, and waited for."""
+
+    def ready(self, name, plan):
+        del name, plan
+        return True
+
+    def seconds(self, name):
+        del name
+        return 0.0
+
+    @property
+    def is_busy(self):
+        return False
+
+    def close(self):
+        pass
+
+
+class CompileBehind(AbstractCompiler):
+    """A thread compiles, one program after the other, while rounds go on with those that are there.
+
+    `lower(...).compile()` fills the cache that calls of the jitted function look into (tested). A program that can't be
+    compiled counts as ready: the error is then met, and told, where it is run.
+    """
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
+        self._begun: dict[Hashable, Future[float]] = {}
+        self._untold: set[Hashable] = set()
+
+    def ready(self, name, plan):
+        if name not in self._begun:
+            self._begun[name] = self._pool.submit(_compile, plan())
+            self._untold.add(name)
+        return self._begun[name].done()
+
+    def seconds(self, name):
+        if name not in self._untold or not self._begun[name].done() or self._begun[name].exception() is not None:
+            return 0.0
+        self._untold.remove(name)
+        return self._begun[name].result()
+
+    @property
+    def is_busy(self):
+        return any(not future.done() for future in self._begun.values())
+
+    def close(self):
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _compile(lower: Lower) -> float:
+    began = time.perf_counter()
+    for lowered in lower():
+        lowered.compile()
+    return time.perf_counter() - began
