@@ -29,9 +29,10 @@ from eqx_specgrpo.records import machine
 from eqx_specgrpo.runtime import count_compilations, keep_freed_memory
 from eqx_specgrpo.train._lesson_budget import lesson_plan
 from eqx_specgrpo.train._lessons import CHOOSE, DECODE, learn_lesson, make_lesson, updates_per_lesson
+from eqx_specgrpo.train._roll_out import roll_out
 from eqx_specgrpo.train._segments import SegmentLog
 from eqx_specgrpo.train._state import RunState
-from eqx_specgrpo.train._step import draft_rows, features_of, next_examples, roll_out, step_key, update_draft
+from eqx_specgrpo.train._step import draft_rows, features_of, next_examples, step_key, update_draft
 
 HERE = Path(__file__).parent
 

@@ -37,7 +37,7 @@ def roll_out(
     """
     grpo = parts.config.grpo
     segments = SegmentLog(parts.length) if segments is None else segments
-    smallest, mesh = default_smallest_bucket(target), parts.mesh.for_rollouts()
+    smallest = default_smallest_bucket(target)
     rollouts = decode(
         target,
         prompts,
@@ -53,7 +53,7 @@ def roll_out(
         samples=grpo.num_generations,
         max_rows=grpo.max_rows,
         expected_lengths=expected_lengths,
-        mesh=mesh,
+        mesh=parts.mesh.for_rollouts(),
         first_row=first_row,
         smallest_bucket=smallest,
         compiler=segments.compiler,
@@ -61,8 +61,9 @@ def roll_out(
         on_segment=segments,
     )
     # A shard stands for all: they go on in step, and rows are dealt out to them.
-    of_shard = np.sort(np.asarray(rollouts.lengths))[::-1][:: mesh.data]
-    segments.decoded(of_shard, smallest, grpo.max_rows and -(-grpo.max_rows // mesh.data))
+    data = parts.mesh.for_rollouts().data
+    of_shard = np.sort(np.asarray(rollouts.lengths))[::-1][::data]
+    segments.decoded(of_shard, smallest, grpo.max_rows and -(-grpo.max_rows // data))
     return rollouts
 
 
