@@ -133,7 +133,15 @@ def run(folder, out, *settings: str, resume: bool = False) -> list[dict]:
     config = tiny_config(folder, out, "steps=4", "save_steps=2", "draft.kind=none", *settings)
     with Console(file=io.StringIO()).capture():
         train.run(config, resume=resume, console=Console(file=io.StringIO()))
-    clocks = ("time/", "compile/", "spec/tokens_per_second", "spec/expected", "spec/judged", "spec/seconds")
+    clocks = (
+        "time/",
+        "compile/",
+        "spec/tokens_per_second",
+        "spec/expected",
+        "spec/judged",
+        "spec/seconds",
+        "draft/seconds",
+    )
     return [
         {name: value for name, value in record.items() if not name.startswith(clocks)}
         for record in read_records(out / "metrics.jsonl")

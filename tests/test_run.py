@@ -43,6 +43,7 @@ from eqx_specgrpo.decoding import AdaptiveLength, FixedLength, SegmentObservatio
 from eqx_specgrpo.drafts import MedusaHeads, NoDraft, load_draft
 from eqx_specgrpo.errors import UserError
 from eqx_specgrpo.grpo import LossSettings, NonFiniteError, compute_copy, make_policy_loss, make_update_batch
+from eqx_specgrpo.layout import OneProcess
 from eqx_specgrpo.models import load_pretrained, sequence_features
 from eqx_specgrpo.records import RunFolder, latest_checkpoint, read_records
 from eqx_specgrpo.runtime import Memory, _compile as compile_module
@@ -520,13 +521,13 @@ def test_a_resumed_run_plans_by_the_memory_that_it_began_with(tiny_folder, tmp_p
     monkeypatch.setattr(train_loop, "device_memory", lambda: now)
     state = RunState.fresh(tiny_model(), NoDraft(), optax.sgd(1.0), optax.sgd(1.0))
     with RunFolder(tmp_path / "run", False) as folder:
-        assert train_loop._memory_at_start(folder, 0, state) == now
+        assert train_loop._memory_at_start(folder, 0, state, OneProcess()) == now
         folder.write_machine(0, {"memory": then._asdict()})
-        assert train_loop._memory_at_start(folder, 3, state) == then
+        assert train_loop._memory_at_start(folder, 3, state, OneProcess()) == then
         folder.write_machine(0, {"memory": None})
-        assert train_loop._memory_at_start(folder, 3, state) is None
+        assert train_loop._memory_at_start(folder, 3, state, OneProcess()) is None
         folder.write_machine(0, {"cores": 2})  # as an earlier version wrote
-        assert train_loop._memory_at_start(folder, 3, state) == now
+        assert train_loop._memory_at_start(folder, 3, state, OneProcess()) == now
 
 
 def optax_count(state):
