@@ -47,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile-behind", action="store_true", help="in a thread, which a run does not do")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for specgrpo run")
     return parser.parse_args()
 
@@ -91,7 +92,7 @@ def main() -> int:
     plan = lesson_plan(config.draft.lesson_share, adaptive=config.draft.adaptive)
     arms = {
         "plain": (dataclasses.replace(parts, length=FixedLength(0)), SegmentLog(FixedLength(0))),
-        "speculative": (parts, SegmentLog(parts.length, CompileBehind())),
+        "speculative": (parts, SegmentLog(parts.length, CompileBehind() if arguments.compile_behind else None)),
     }
     name = f"{arguments.name}-{arguments.prompts}x8-{arguments.seed}"
     record: dict[str, Any] = {"about": machine(), "asked": {k: str(v) for k, v in vars(arguments).items()}}

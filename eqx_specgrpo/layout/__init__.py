@@ -14,7 +14,6 @@ from ._mesh import (
     DeviceMesh as DeviceMesh,
     OneDevice as OneDevice,
     make_mesh as make_mesh,
-    to_local as to_local,
 )
 from ._processes import (
     AbstractProcesses as AbstractProcesses,

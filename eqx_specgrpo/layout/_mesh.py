@@ -331,33 +331,6 @@ def make_mesh(model: int = 1, devices: Sequence[Device] | None = None) -> Abstra
     return DeviceMesh(Mesh(np.asarray(devices).reshape(-1, model), (DATA, MODEL)))
 
 
-def to_local(tree: Tree, mesh: AbstractDeviceMesh) -> Tree:
-    """Arrays in the `COPY` layout on a mesh over processes, as arrays on `mesh.local()`: the same pieces, not copied.
-
-    **Arguments:**
-
-    - `mesh`: the one over processes.
-    """
-    local = mesh.local()
-    if local is mesh:
-        return tree
-    assert isinstance(local, DeviceMesh)
-
-    def one(x: Any) -> Any:
-        if not isinstance(x, jax.Array):
-            return x
-        assert isinstance(x.sharding, NamedSharding)
-        if DATA in jax.tree.leaves(tuple(x.sharding.spec)):
-            raise ValueError(f"an array that is divided over {DATA!r} is not whole in any one process: lay out a copy")
-        data = jax.random.key_data(x) if _is_key(x) else x
-        pieces = [shard.data for shard in data.addressable_shards]
-        sharding = NamedSharding(local.mesh, x.sharding.spec)
-        same = jax.make_array_from_single_device_arrays(data.shape, sharding, pieces)
-        return jax.random.wrap_key_data(same, impl=jax.random.key_impl(x)) if _is_key(x) else same
-
-    return jax.tree.map(one, tree)
-
-
 @ft.partial(jax.jit, static_argnums=1)
 def _whole_everywhere(arrays: PyTree, mesh: Mesh) -> PyTree:
     return lax.with_sharding_constraint(arrays, NamedSharding(mesh, WHOLE))
