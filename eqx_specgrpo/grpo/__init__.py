@@ -17,6 +17,12 @@ from ._batch import (
     padded_width as padded_width,
 )
 from ._correction import correction_metrics as correction_metrics, importance_weights as importance_weights
+from ._division import (
+    RowFeatures as RowFeatures,
+    batch_of_shards as batch_of_shards,
+    divide_rows as divide_rows,
+    rows_of_shards as rows_of_shards,
+)
 from ._entropy import (
     AbstractEntropyControl as AbstractEntropyControl,
     AdaptiveEntropyCoef as AdaptiveEntropyCoef,

@@ -1,5 +1,7 @@
 """The policy's forward in its update: each prompt once, and, if asked, inner values computed twice instead of kept."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,6 @@ from jaxtyping import Array, DTypeLike, Float, Int, PyTree
 from ..errors import UserError
 from ..models import (
     AbstractLanguageModel,
-    Block,
     Features,
     PrefixPass,
     Transformer,
@@ -79,7 +80,7 @@ def _predicting(features: Features, batch: UpdateBatch) -> Float[Array, "rows ne
     return features.last[jnp.arange(rows)[:, None], within]
 
 
-def _period(blocks: tuple[Block, ...]) -> int:
+def _period(blocks: tuple[Callable, ...]) -> int:
     """After how many layers their kinds repeat: 1 if all are alike, 6 where each sixth has no window."""
     kinds = [jax.tree.structure(block) for block in blocks]
     return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[: len(kinds) - n])
@@ -143,12 +144,12 @@ def _checkpointed(model: Transformer, layout: _Layout, layers: tuple[int, ...]) 
     )
 
     @jax.checkpoint
-    def through(x: PyTree, layer: Block) -> PyTree:
+    def through(x: PyTree, layer: Callable) -> PyTree:
         prompts, own = x
         prompts, cache = layer(prompts, layout.prompt_positions, prompt_ropes, layout.prefix_pass())
         return prompts, layer(own, layout.positions, row_ropes, cache)[0]
 
-    def scan(x: PyTree, blocks: tuple[Block, ...], period: int) -> PyTree:
+    def scan(x: PyTree, blocks: tuple[Callable, ...], period: int) -> PyTree:
         """Through layers, as many at a time as it takes until the first kind of layer comes again."""
         # Over stacked weights: of unrolled layers XLA's CPU compiler merges the second computation with the first,
         # barriers or not, and nothing is saved. The copy that stacking makes is small beside the arithmetic here.

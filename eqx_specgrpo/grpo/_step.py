@@ -1,5 +1,7 @@
 """One optimizer step of the policy, in pieces that the loop puts together."""
 
+import functools as ft
+import operator
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -11,12 +13,14 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from ..errors import UserError
+from ..layout import ROWS, WHOLE, AbstractDeviceMesh, Layout, OneDevice, at_use, value_and_gradients
 from ..models import (
     AbstractLanguageModel,
     AdaptedTransformer,
     Adapters,
     Features,
     Transformer,
+    are_factors,
     cast_weights,
     with_low_rank_gradients,
 )
@@ -128,24 +132,39 @@ def _completion_logprobs(
 
 @eqx.filter_jit
 def policy_logprobs(
-    model: AbstractLanguageModel, batch: UpdateBatch, settings: LossSettings
+    model: AbstractLanguageModel, batch: UpdateBatch, settings: LossSettings, mesh: AbstractDeviceMesh = OneDevice()
 ) -> Float[Array, "rows new"]:
     """Log-probabilities of the completions, without gradients: for a reference, or for a check.
 
     Only those of tokens that the mask counts are meant to be used.
+
+    **Arguments:** as for [`eqx_specgrpo.grpo.policy_gradients`][].
     """
-    return _completion_logprobs(model, batch, settings)[0]
+    return _of_tokens(model, batch, settings, mesh)[0]
 
 
 @eqx.filter_jit
 def policy_entropies(
-    model: AbstractLanguageModel, batch: UpdateBatch, settings: LossSettings
+    model: AbstractLanguageModel, batch: UpdateBatch, settings: LossSettings, mesh: AbstractDeviceMesh = OneDevice()
 ) -> Float[Array, "rows new"]:
     """Entropies of the sampling distribution at the completions' tokens, nats, without gradients.
 
     Only those of tokens that the mask counts are meant to be used.
+
+    **Arguments:** as for [`eqx_specgrpo.grpo.policy_gradients`][].
     """
-    return _completion_logprobs(model, batch, settings)[1]
+    return _of_tokens(model, batch, settings, mesh)[1]
+
+
+def _of_tokens(
+    model: AbstractLanguageModel, batch: UpdateBatch, settings: LossSettings, mesh: AbstractDeviceMesh
+) -> tuple[Float[Array, "rows new"], Float[Array, "rows new"]]:
+    specs = mesh.data_specs(model, Layout.MASTER)
+
+    def of_shard(model: AbstractLanguageModel, batch: UpdateBatch, settings: LossSettings):
+        return _completion_logprobs(at_use(mesh, model, specs), batch, settings)[:2]
+
+    return mesh.by_shard(of_shard, (specs, ROWS, WHOLE), ROWS)(model, batch, settings)
 
 
 @eqx.filter_jit
@@ -157,39 +176,58 @@ def policy_gradients(
     *,
     feature_width: int | None = None,
     adapters: Adapters | None = None,
+    mesh: AbstractDeviceMesh = OneDevice(),
 ) -> tuple[PolicyGradients, Features]:
     """Loss and gradients of one micro-batch.
 
     The features of the forward come out with them, whether a draft wants them or not: the program that updates the
     policy is the same with a learning draft, a frozen one and none, and so are the bits of its result.
 
+    On a mesh of several devices each shard computes its rows. It gathers a block's weights when it comes to that block,
+    and keeps its part of the gradients' sums.
+
     **Arguments:**
 
-    - `model`: the policy's copy in the dtype to compute in, see `models.cast_weights`.
-    - `batch`: the micro-batch.
+    - `model`: the policy's copy in the dtype to compute in, see [`eqx_specgrpo.grpo.compute_copy`][].
+    - `batch`: the micro-batch; on a mesh from [`eqx_specgrpo.grpo.batch_of_shards`][].
     - `normalizer`: counts of the whole step.
     - `settings`: of the loss.
     - `feature_width`: the features are padded to as many positions, so that those of micro-batches of unequal width can
         be put together.
     - `adapters`: those that were merged into `model`. Then the gradients are by them, and by nothing else.
+    - `mesh`: that the model is laid out on.
 
     **Returns:**
 
-    The gradients in float32, and the features of the whole sequences (before the update).
+    The gradients in float32, and the features of the whole sequences (before the update), in the order of the batch.
     """
 
-    def loss_of(trained: PyTree) -> tuple[Float[Array, ""], tuple[PolicyLossMetrics, Float[Array, ""], Features]]:
-        policy = trained
-        if adapters is not None:
-            assert isinstance(model, Transformer)
-            policy = with_low_rank_gradients(model, trained)
-        return _loss(policy, batch, normalizer, settings)
+    def with_factors(adapters: Adapters) -> AbstractLanguageModel:
+        assert isinstance(model, Transformer)
+        return with_low_rank_gradients(model, adapters)
 
-    (loss, (metrics, entropy_sum, features)), gradients = eqx.filter_value_and_grad(loss_of, has_aux=True)(
-        model if adapters is None else adapters
+    policy = model if adapters is None else with_factors(adapters)
+    is_trained = jax.tree.map(eqx.is_inexact_array, policy) if adapters is None else are_factors(policy)
+    # Adapters are small, and come whole.
+    specs = mesh.data_specs(policy, Layout.MASTER)
+    specs = jax.tree.map(lambda trained, spec: WHOLE if trained and adapters is not None else spec, is_trained, specs)
+    of_trained = jax.tree.map(lambda trained, spec: spec if trained else None, is_trained, specs)
+
+    def of_shard(policy, batch, normalizer, settings):
+        normalizer = _of_own_tokens(normalizer, batch, mesh)
+        (loss, (metrics, entropy_sum, features)), gradients = value_and_gradients(
+            mesh, lambda model: _loss(model, batch, normalizer, settings), policy, specs, is_trained
+        )
+        sums = mesh.total(loss), _total(metrics, mesh), mesh.total(entropy_sum)
+        return gradients, sums, _padded(features, feature_width)
+
+    gradients, sums, features = mesh.by_shard(of_shard, (specs, ROWS, WHOLE, WHOLE), (of_trained, WHOLE, ROWS))(
+        policy, batch, normalizer, settings
     )
-    gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
-    return PolicyGradients(gradients, loss, metrics, entropy_sum), _padded(features, feature_width)
+    if adapters is not None:
+        _, by_adapters = eqx.filter_vjp(lambda adapters: eqx.filter(with_factors(adapters), is_trained), adapters)
+        (gradients,) = by_adapters(gradients)
+    return PolicyGradients(mesh.laid_out(gradients, Layout.MASTER), *sums), features
 
 
 @eqx.filter_jit
@@ -200,12 +238,40 @@ def policy_forward(
     settings: LossSettings,
     *,
     feature_width: int | None = None,
+    mesh: AbstractDeviceMesh = OneDevice(),
 ) -> tuple[PolicyGradients, Features]:
     """As `policy_gradients`, for a micro-batch whose gradients are known to be 0
     ([`rows_with_gradient`][eqx_specgrpo.grpo.UpdateBatch.rows_with_gradient]): a third of the work, and `None` in place
     of gradients. Where that is so of a whole step, see [`eqx_specgrpo.grpo.no_gradients`][]."""
-    loss, (metrics, entropy_sum, features) = _loss(model, batch, normalizer, settings)
-    return PolicyGradients(None, loss, metrics, entropy_sum), _padded(features, feature_width)
+    specs = mesh.data_specs(model, Layout.MASTER)
+
+    def of_shard(model, batch, normalizer, settings):
+        normalizer = _of_own_tokens(normalizer, batch, mesh)
+        loss, (metrics, entropy_sum, features) = _loss(at_use(mesh, model, specs), batch, normalizer, settings)
+        sums = mesh.total(loss), _total(metrics, mesh), mesh.total(entropy_sum)
+        return sums, _padded(features, feature_width)
+
+    sums, features = mesh.by_shard(of_shard, (specs, ROWS, WHOLE, WHOLE), (WHOLE, ROWS))(
+        model, batch, normalizer, settings
+    )
+    return PolicyGradients(None, *sums), features
+
+
+def _of_own_tokens(normalizer: LossNormalizer, batch: UpdateBatch, mesh: AbstractDeviceMesh) -> LossNormalizer:
+    """With which a shard's share of the loss is the same as among all rows of the micro-batch. Only
+    `micro_batch_mean` divides by the tokens that it sees."""
+    if mesh.data == 1:
+        return normalizer
+    own = jnp.asarray(batch.completion_mask).sum().astype(jnp.float32)
+    of_all = jnp.maximum(mesh.total(own), 1.0) / jnp.maximum(own, 1.0)
+    return eqx.tree_at(lambda n: n.num_micro_batches, normalizer, normalizer.num_micro_batches * of_all)
+
+
+def _total(metrics: PolicyLossMetrics, mesh: AbstractDeviceMesh) -> PolicyLossMetrics:
+    if mesh.data == 1:
+        return metrics
+    of_shards = jax.tree.map(lambda x: mesh.of_all(x[None]), metrics)
+    return ft.reduce(operator.add, [jax.tree.map(lambda x, n=n: x[n], of_shards) for n in range(mesh.data)])
 
 
 def _loss(
@@ -246,9 +312,10 @@ def _padded(features: Features, width: int | None) -> Features:
 
 
 @eqx.filter_jit
-def no_gradients(model: PyTree) -> PyTree:
+def no_gradients(model: PyTree, mesh: AbstractDeviceMesh = OneDevice()) -> PyTree:
     """The gradients of a step none of whose rows has one: zeros in float32, shaped as those of `policy_gradients`."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), eqx.filter(model, eqx.is_inexact_array))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), eqx.filter(model, eqx.is_inexact_array))
+    return mesh.laid_out(zeros, Layout.MASTER)
 
 
 def check_finite(what: str, step: int, **values: Float[Array, ""] | np.ndarray) -> None:
@@ -269,7 +336,10 @@ def global_norm(tree: PyTree) -> Float[Array, ""]:
 
 @eqx.filter_jit(donate="all-except-first")
 def apply_gradients(
-    unchanged: tuple[optax.GradientTransformation, PyTree, Float[Array, ""]], params: PyTree, state: Any
+    unchanged: tuple[optax.GradientTransformation, PyTree, Float[Array, ""]],
+    params: PyTree,
+    state: Any,
+    mesh: AbstractDeviceMesh = OneDevice(),
 ) -> tuple[PyTree, Any]:
     """Moves the parameters. DONATES the parameters and the optimizer's state.
 
@@ -278,25 +348,32 @@ def apply_gradients(
     - `unchanged`: the optimizer, the gradients and the learning rate.
     - `params`: float32 master weights.
     - `state`: the optimizer's.
+    - `mesh`: where all of these are laid out, and stay.
     """
     optimizer, gradients, learning_rate = unchanged
     updates, state = optimizer.update(gradients, state, eqx.filter(params, eqx.is_inexact_array))
-    return eqx.apply_updates(params, jax.tree.map(lambda u: -learning_rate * u, updates)), state
+    params = eqx.apply_updates(params, jax.tree.map(lambda u: -learning_rate * u, updates))
+    return mesh.laid_out((params, state), Layout.MASTER)
 
 
-def compute_copy(params: Module, dtype: str) -> Module:
+def compute_copy(params: Module, dtype: str, mesh: AbstractDeviceMesh = OneDevice()) -> Module:
     """The policy (or the draft) with its matrices in the dtype to compute in. Taken once a step.
 
     Of a policy with adapters these are the merged weights.
+
+    **Arguments:**
+
+    - `mesh`: where the parameters are laid out; each device casts what it has.
     """
     if isinstance(params, AdaptedTransformer):
-        return params.merged(jnp.dtype(dtype))  # pyright: ignore[reportReturnType]: a language model for another
-    return _cast(params, dtype)
+        merged = params.merged(jnp.dtype(dtype))
+        return mesh.lay_out(merged, Layout.MASTER)  # pyright: ignore[reportReturnType]: a language model for another
+    return _cast(params, dtype, mesh)
 
 
 @eqx.filter_jit
-def _cast(params: Module, dtype: str) -> Module:
-    return cast_weights(params, jnp.dtype(dtype))
+def _cast(params: Module, dtype: str, mesh: AbstractDeviceMesh) -> Module:
+    return mesh.laid_out(cast_weights(params, jnp.dtype(dtype)), Layout.MASTER)
 
 
 def trained_part(policy: AbstractLanguageModel) -> PyTree:

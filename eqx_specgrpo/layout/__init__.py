@@ -8,6 +8,13 @@ Where there are several processes, an [`eqx_specgrpo.layout.AbstractProcesses`][
 """
 
 from ._coordinated import AbstractStore as AbstractStore, ManyProcesses as ManyProcesses
+from ._gather import (
+    GatheredAtUse as GatheredAtUse,
+    at_use as at_use,
+    gathered as gathered,
+    own_parts_of_total as own_parts_of_total,
+    value_and_gradients as value_and_gradients,
+)
 from ._join import ProcessPlace as ProcessPlace, join_processes as join_processes, process_place as process_place
 from ._mesh import (
     AbstractDeviceMesh as AbstractDeviceMesh,

@@ -123,8 +123,25 @@ class AbstractDeviceMesh(eqx.Module):
         """Within `by_shard`: the sum over all shards."""
 
     @abstractmethod
+    def of_all(self, x: Array, axis: int = 0) -> Array:
+        """Within `by_shard`: the arrays of all shards, one after the other along an axis."""
+
+    @abstractmethod
+    def own_part_of_total(self, x: Array, axis: int) -> Array:
+        """Within `by_shard`: this shard's part, along an axis, of the sum over all shards (a reduce-scatter). The
+        axis has to be divisible by `data`."""
+
+    @abstractmethod
     def shard_index(self) -> Int[Array, ""]:
         """Within `by_shard`: which shard this is, from 0."""
+
+    def for_updates(self) -> "AbstractDeviceMesh":
+        """What this process updates weights on: its own devices. Each process computes the whole update."""
+        return self.local()
+
+    def data_specs(self, tree: PyTree, layout: Layout) -> PyTree:
+        """As `specs`, of the axis `data` alone, as `by_shard` takes them."""
+        return jax.tree.map(_of_data, self.specs(tree, layout), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
     def sharding(self, spec: PartitionSpec) -> jax.sharding.Sharding | None:
         """Of an array that is so divided, as JAX takes it; `None` for wherever JAX puts arrays."""
@@ -196,6 +213,14 @@ class OneDevice(AbstractDeviceMesh):
     def total(self, tree):
         return tree
 
+    def of_all(self, x, axis=0):
+        del axis
+        return x
+
+    def own_part_of_total(self, x, axis):
+        del axis
+        return x
+
     def shard_index(self):
         return jnp.int32(0)
 
@@ -260,7 +285,15 @@ class DeviceMesh(AbstractDeviceMesh):
         return parameter_specs(tree, self.data, self.model, layout)
 
     def put(self, tree, specs):
-        return _with_specs(lambda x, spec: _placed(x, NamedSharding(self.mesh, spec)), tree, specs)
+        # What is on these devices already is moved by a program: the host has no part in it.
+        here, others = eqx.partition(tree, lambda x: self._is_here(x))
+        if jax.tree.leaves(here):
+            here = _constrained(here, self, specs)
+        others = _with_specs(lambda x, spec: _placed(x, NamedSharding(self.mesh, spec)), others, specs)
+        return eqx.combine(here, others)
+
+    def _is_here(self, x: Any) -> bool:
+        return isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding) and x.sharding.mesh == self.mesh
 
     def fetch(self, tree):
         if not self.is_addressable:
@@ -281,6 +314,9 @@ class DeviceMesh(AbstractDeviceMesh):
         return _with_specs(one, tree, specs)
 
     def by_shard(self, function, in_specs, out_specs):
+        if self.data == 1:  # XLA refuses sums over an axis of one device beside another that it divides by itself.
+            return function
+
         def of_all(*arguments):
             arrays, constants = eqx.partition(arguments, eqx.is_array)
             return jax.shard_map(
@@ -296,13 +332,19 @@ class DeviceMesh(AbstractDeviceMesh):
         return of_all
 
     def maximum(self, tree):
-        return jax.tree.map(lambda x: lax.pmax(x, DATA), tree)
+        return tree if self.data == 1 else jax.tree.map(lambda x: lax.pmax(x, DATA), tree)
 
     def total(self, tree):
-        return jax.tree.map(lambda x: lax.psum(x, DATA), tree)
+        return tree if self.data == 1 else jax.tree.map(lambda x: lax.psum(x, DATA), tree)
+
+    def of_all(self, x, axis=0):
+        return x if self.data == 1 else lax.all_gather(x, DATA, axis=axis, tiled=True)
+
+    def own_part_of_total(self, x, axis):
+        return x if self.data == 1 else lax.psum_scatter(x, DATA, scatter_dimension=axis, tiled=True)
 
     def shard_index(self):
-        return lax.axis_index(DATA)
+        return jnp.int32(0) if self.data == 1 else lax.axis_index(DATA)
 
     def sharding(self, spec):
         return NamedSharding(self.mesh, spec)
@@ -331,9 +373,18 @@ def make_mesh(model: int = 1, devices: Sequence[Device] | None = None) -> Abstra
     return DeviceMesh(Mesh(np.asarray(devices).reshape(-1, model), (DATA, MODEL)))
 
 
+@eqx.filter_jit
+def _constrained(tree: Tree, mesh: AbstractDeviceMesh, specs: PyTree) -> Tree:
+    return mesh.constrain(tree, specs)
+
+
 @ft.partial(jax.jit, static_argnums=1)
 def _whole_everywhere(arrays: PyTree, mesh: Mesh) -> PyTree:
     return lax.with_sharding_constraint(arrays, NamedSharding(mesh, WHOLE))
+
+
+def _of_data(spec: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(*(axis if axis == DATA else None for axis in spec))
 
 
 def _with_specs(function: Callable[[Any, PartitionSpec], Any], tree: Tree, specs: PyTree) -> Tree:

@@ -41,6 +41,7 @@ from ._lora import (
     AdaptedTransformer as AdaptedTransformer,
     Adapters as Adapters,
     adapted_layers as adapted_layers,
+    are_factors as are_factors,
     with_low_rank_gradients as with_low_rank_gradients,
 )
 from ._norm import RMSNorm as RMSNorm, rms_normalize as rms_normalize

@@ -7,6 +7,7 @@ again: in bfloat16 that would not give the base back.
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
-from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray, PyTree
 
 from ..errors import UserError
 from ._adapted_linear import AdaptedLinear, LowRank
@@ -265,3 +266,12 @@ def with_low_rank_gradients(merged: Transformer, adapters: Adapters) -> Transfor
         return AdaptedLinear(linear.weight, linear.bias, *_of_slot(slot, adapters), adapters.scale)
 
     return eqx.tree_at(lambda m: [slot.where(m) for slot in slots], merged, [adapted(slot) for slot in slots])
+
+
+def are_factors(tree: PyTree) -> PyTree:
+    """Which leaves of a tree are adapters' factors: a tree of booleans of the same structure."""
+
+    def of_part(part: Any) -> Any:
+        return jax.tree.map(lambda _: isinstance(part, LowRank), part)
+
+    return jax.tree.map(of_part, tree, is_leaf=lambda part: isinstance(part, LowRank))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -316,7 +317,7 @@ class Transformer(AbstractLanguageModel):
 
 @eqx.filter_jit
 def _apply_block(
-    block: Block,
+    block: Callable[..., tuple[Array, AbstractLayerCache]],
     x: Float[Array, "batch seq hidden"],
     positions: Int[Array, "batch seq"],
     ropes: tuple[RopeTable, ...],
