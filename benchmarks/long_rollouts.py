@@ -27,12 +27,13 @@ from eqx_specgrpo.drafts import NoDraft, remember
 from eqx_specgrpo.grpo import compute_copy, make_update_batch
 from eqx_specgrpo.records import machine
 from eqx_specgrpo.runtime import count_compilations, keep_freed_memory
+from eqx_specgrpo.train._draft_step import draft_rows, features_of, update_draft
 from eqx_specgrpo.train._lesson_budget import lesson_plan
 from eqx_specgrpo.train._lessons import CHOOSE, DECODE, learn_lesson, make_lesson, updates_per_lesson
 from eqx_specgrpo.train._roll_out import roll_out
 from eqx_specgrpo.train._segments import SegmentLog
 from eqx_specgrpo.train._state import RunState
-from eqx_specgrpo.train._step import draft_rows, features_of, next_examples, step_key, update_draft
+from eqx_specgrpo.train._step import next_examples, step_key
 
 HERE = Path(__file__).parent
 

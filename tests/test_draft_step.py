@@ -24,8 +24,9 @@ from eqx_specgrpo.grpo import (
 )
 from eqx_specgrpo.models import Features, sequence_features
 from eqx_specgrpo.sampling import Sampling
+from eqx_specgrpo.train._draft_step import draft_rows, features_of, update_draft
 from eqx_specgrpo.train._state import RunState
-from eqx_specgrpo.train._step import draft_rows, features_of, update_draft, update_policy
+from eqx_specgrpo.train._step import update_policy
 
 VOCAB, HEADS = 67, 3
 PROMPTS, COMPLETIONS = (3, 7, 5, 1), (9, 1, 4, 12)  # with 1, 2 and 0 predictions for the last head in short rows
@@ -246,7 +247,8 @@ def test_rows_without_a_say_in_the_policy_loss_teach_the_draft(tiny_folder, tmp_
     assert (np.asarray(state.draft.weight) != np.asarray(before.weight)).mean() > 0.9
     # The features of the policy's forward are those of a forward of its own.
     again = features_of(weights, batch, ())
-    np.testing.assert_allclose(features.last, again.last, atol=1e-5)
+    found = (np.asarray(one.features.last)[one.slots] for one in (features, again))
+    np.testing.assert_allclose(*found, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +267,8 @@ def updated(folder, out, scored, *settings: str, momentum: float = 0.0):
     optimizer = parts.policy_optimizer.init(eqx.filter(policy, eqx.is_inexact_array))
     optimizer = jax.tree.map(lambda x: x + momentum if eqx.is_inexact_array(x) else x, optimizer)
     policy, _, _, features, batch, metrics, _ = update_policy(parts, policy, optimizer, reference, scored, 1e-3, 0)
-    return flat(eqx.filter(policy, eqx.is_inexact_array)), features.last, batch, metrics
+    last = np.asarray(features.features.last)[features.slots]
+    return flat(eqx.filter(policy, eqx.is_inexact_array)), last, batch, metrics
 
 
 def undivided(lengths, width, **_):
@@ -378,7 +381,7 @@ def test_training_raises_acceptance():
     def draft_batch(rollouts):
         update = make_update_batch(rollouts, np.zeros(len(rollouts.group), np.float32))
         return DraftBatch(
-            features_of(model, update, ()),
+            features_of(model, update, ()).features,
             jnp.asarray(update.tokens),
             jnp.asarray(update.prompt_lengths),
             jnp.asarray(rollouts.lengths),

@@ -101,9 +101,9 @@ def test_what_a_step_does_without_teaches_the_draft(tiny_folder: Path, tmp_path,
     first, second = made([[1, 2], [3]], 4), made([[1, 2], [3]], 4, offset=100)
     lessons, features_of = [], sample_module.features_of
 
-    def watched(target, lesson, layers):
+    def watched(target, lesson, layers, mesh):
         lessons.append(lesson)
-        return features_of(target, lesson, layers)
+        return features_of(target, lesson, layers, mesh)
 
     monkeypatch.setattr(sample_module, "features_of", watched)
     unchanged, number = learn_left_out(parts, state, policy, [(first, []), (second, [])], 0)

@@ -48,9 +48,9 @@ from eqx_specgrpo.models import load_pretrained, sequence_features
 from eqx_specgrpo.records import RunFolder, latest_checkpoint, read_records
 from eqx_specgrpo.runtime import Memory, _compile as compile_module
 from eqx_specgrpo.train import UpdatePlanner, _loop as train_loop, _sample as train_sample
+from eqx_specgrpo.train._draft_step import draft_rows
 from eqx_specgrpo.train._segments import SegmentLog
 from eqx_specgrpo.train._state import RunState
-from eqx_specgrpo.train._step import draft_rows
 
 MEASURED = ("time/", "compile/", "spec/tokens_per_second", "spec/seconds", "draft/seconds")  # differs from run to run
 

@@ -1,5 +1,6 @@
 """`specgrpo bench`: loads a model, gets drafts ready, measures them against plain decoding."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ..config import (
 from ..drafts import AbstractDraft, NoDraft
 from ..errors import UserError
 from ..grpo import compute_copy, make_update_batch
+from ..layout import OneDevice
 from ..models import AbstractLanguageModel, Tokenizer
 from ..records import RunProgress, machine
 from ..sampling import make_sampling
@@ -110,7 +112,9 @@ def make_contender(name: str, config: RunConfig, policy: AbstractLanguageModel, 
     draft = make_draft(config.draft, policy, config.seed, tokenizer)
     if isinstance(draft, NoDraft):
         raise UserError(f"--draft {name} is plain decoding, which is measured anyway: name another draft")
-    return Contender(name, make_parts(config, tokenizer, draft, with_rewards=False), draft, {})
+    parts = make_parts(config, tokenizer, draft, with_rewards=False)
+    # What is measured is one device.
+    return Contender(name, dataclasses.replace(parts, mesh=OneDevice()), draft, {})
 
 
 def draft_run_config(

@@ -40,8 +40,9 @@ class Generations(eqx.Module):
     def lesson(self, number: int, layers: tuple[int, ...]) -> Lesson:
         """A batch with the features of some of the layers."""
         lesson = self.lessons[number]
-        chosen = tuple(lesson.features.layers[self.layers.index(layer)] for layer in layers)
-        return dataclasses.replace(lesson, features=Features(lesson.features.last, chosen))
+        features = lesson.features.features
+        chosen = Features(features.last, tuple(features.layers[self.layers.index(layer)] for layer in layers))
+        return dataclasses.replace(lesson, features=dataclasses.replace(lesson.features, features=chosen))
 
 
 def collect_generations(

@@ -7,6 +7,16 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..drafts import AbstractDraft, draft_vocabulary
+from ..layout import (
+    ROWS,
+    WHOLE,
+    AbstractDeviceMesh,
+    Layout,
+    OneDevice,
+    at_use,
+    gathered,
+    own_parts_of_total,
+)
 from ..models import AbstractLanguageModel, Features
 from ..sampling import TruncatedSampling
 from ._base import AbstractDraftLoss
@@ -21,13 +31,16 @@ class DraftBatch(eqx.Module):
 
     - `features`: from the policy's forward.
     - `tokens`: the sequences.
-    - `prompt_lengths`, `completion_lengths`: the draft learns where completions are, which is where it is used.
+    - `prompt_lengths`, `completion_lengths`: the draft learns where completions are, which is where it is used. Rows
+        of length 0 pad the batch, so that all shards of a mesh have as many.
+    - `row_ids`: on a mesh, where each row is in the batch that one device has; -1 for padding.
     """
 
     features: Features
     tokens: Int[Array, "rows seq"]
     prompt_lengths: Int[Array, " rows"]
     completion_lengths: Int[Array, " rows"]
+    row_ids: Int[Array, " rows"] | None = None
 
 
 class DraftGradients(eqx.Module):
@@ -70,6 +83,7 @@ def draft_gradients(
     new: int,
     chunk: int | None = None,
     truncation: TruncatedSampling | None = None,
+    mesh: AbstractDeviceMesh = OneDevice(),
 ) -> DraftGradients:
     """Loss and gradients of the draft, in chunks of positions: no array of all positions times the vocabulary exists.
 
@@ -91,7 +105,43 @@ def draft_gradients(
         what CPU caches and allocators like. Chunks in which no position counts are passed over.
     - `truncation`: how tokens are drawn, where that is from a part of the vocabulary: the acceptance is then that of
         what is drawn. What is learned is the whole distribution, which both sides truncate alike.
+    - `mesh`: that draft and target are laid out on. Each shard computes its rows of the batch, whose number is the same
+        in all; the gradients are divided as the draft is.
     """
+    specs = mesh.data_specs((draft, target), Layout.MASTER)
+    of_draft = jax.tree.map(
+        lambda x, spec: spec if eqx.is_inexact_array(x) else None, eqx.filter(draft, eqx.is_array), specs[0]
+    )
+
+    def of_shard(draft, target, batch, loss, temperature, alpha, position_decay, truncation):
+        draft, target = gathered(mesh, draft, specs[0]), at_use(mesh, target, specs[1])
+        found = _of_own_rows(
+            draft, target, batch, loss, temperature, alpha, position_decay, new, chunk, truncation, mesh
+        )
+        gradients = own_parts_of_total(mesh, found.gradients, of_draft)
+        return gradients, *mesh.total((found.loss, found.acceptance))
+
+    in_specs = (*specs, ROWS, WHOLE, WHOLE, WHOLE, WHOLE, WHOLE)
+    found = mesh.by_shard(of_shard, in_specs, (of_draft, WHOLE, WHOLE))(
+        draft, target, batch, loss, temperature, alpha, position_decay, truncation
+    )
+    return DraftGradients(*found)
+
+
+def _of_own_rows(
+    draft: AbstractDraft,
+    target: AbstractLanguageModel,
+    batch: DraftBatch,
+    loss: AbstractDraftLoss,
+    temperature: Float[Array, ""],
+    alpha: Float[Array, " draft"],
+    position_decay: Float[Array, ""],
+    new: int,
+    chunk: int | None,
+    truncation: TruncatedSampling | None,
+    mesh: AbstractDeviceMesh,
+) -> DraftGradients:
+    """A shard's share of each sum."""
     features, target = lax.stop_gradient((batch.features, target))
     params, static = eqx.partition(draft, eqx.is_inexact_array)
     rows, seq = batch.tokens.shape
@@ -99,7 +149,7 @@ def draft_gradients(
     positions = jnp.minimum(batch.prompt_lengths[:, None] - 1 + jnp.arange(new)[None], seq - 1)
     offsets = jnp.arange(new)[None, :, None] + 1 + jnp.arange(num_draft)[None, None]
     mask = offsets < batch.completion_lengths[:, None, None]
-    counts = mask.sum((0, 1))
+    counts = mesh.total(mask.sum((0, 1)))
     decay = position_decay ** jnp.arange(num_draft)
     weights = jnp.where(counts > 0, decay / jnp.sum(decay), 0.0) / jnp.maximum(counts, 1)
 

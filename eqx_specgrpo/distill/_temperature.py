@@ -6,9 +6,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..drafts import MOST_STEPS, AbstractDraft, draft_vocabulary, steps_to_temperature, tempered_part, with_temperature
+from ..layout import ROWS, WHOLE, AbstractDeviceMesh, Layout, OneDevice, at_use, gathered
 from ..models import AbstractLanguageModel
 from ..sampling import TruncatedSampling
 from ._losses import expected_acceptance
@@ -45,6 +46,7 @@ def fit_temperature(
     positions: int = 128,
     chunk: int = 64,
     truncation: TruncatedSampling | None = None,
+    mesh: AbstractDeviceMesh = OneDevice(),
 ) -> tuple[Draft, TemperatureFit]:
     """Moves each draft position's temperature one step towards the largest expected acceptance,
     `sum min(target, draft)`.
@@ -56,7 +58,7 @@ def fit_temperature(
     **Arguments:**
 
     - `draft`: a [`eqx_specgrpo.drafts.TemperedDraft`][], or one that has it inside; in the dtype to compute in.
-    - `target`, `batch`, `temperature`, `new`, `chunk`, `truncation`: as for `draft_gradients`.
+    - `target`, `batch`, `temperature`, `new`, `chunk`, `truncation`, `mesh`: as for `draft_gradients`.
     - `positions`: number of completion positions to use, spread over the batch; static.
 
     **Returns:**
@@ -69,11 +71,42 @@ def fit_temperature(
             f"this {type(draft).__name__} has no temperatures that could be fitted: wrap a draft that learns in a "
             "TemperedDraft"
         )
-    num_draft, support = draft.train_length, draft_vocabulary(draft).support
+    num_draft = draft.train_length
     steps = jnp.clip(tempered.steps[:num_draft, None] + jnp.asarray([_MOVES]), -MOST_STEPS, MOST_STEPS)
-    of_draft = steps_to_temperature(steps)
+    specs = mesh.data_specs((draft, target), Layout.MASTER)
 
-    hidden, ahead, mask = _spread(draft, target, batch, new, positions, chunk)
+    def of_shard(draft, target, batch, temperature, steps, truncation):
+        draft, target = gathered(mesh, draft, specs[0]), at_use(mesh, target, specs[1])
+        inputs = _spread(draft, target, batch, new, positions, chunk, mesh)
+        of_draft = steps_to_temperature(steps)
+        return mesh.total(_acceptances(draft, target, inputs, temperature, of_draft, truncation))
+
+    sums, counts = mesh.by_shard(of_shard, (*specs, ROWS, WHOLE, WHOLE, WHOLE), WHOLE)(
+        draft, target, batch, temperature, steps, truncation
+    )
+    acceptances = sums / jnp.maximum(counts, 1)[:, None]
+    best = jnp.argmax(acceptances, axis=-1, keepdims=True)
+    found = jnp.take_along_axis(steps, best, axis=-1)[:, 0].astype(tempered.steps.dtype)
+    beyond = jnp.broadcast_to(found[-1], (draft.max_length - num_draft,))
+    fit = TemperatureFit(acceptances[:, 0], jnp.take_along_axis(acceptances, best, axis=-1)[:, 0])
+    return with_temperature(draft, jnp.concatenate([found, beyond])), fit
+
+
+def _acceptances(
+    draft: AbstractDraft,
+    target: AbstractLanguageModel,
+    inputs: PyTree,
+    temperature: Float[Array, ""],
+    of_draft: Float[Array, "draft moves"],
+    truncation: TruncatedSampling | None,
+) -> tuple[Float[Array, "draft moves"], Int[Array, " draft"]]:
+    """Sums of expected acceptances at each draft position, for each of some temperatures, and the number of summands.
+
+    **Arguments:**
+
+    - `inputs`: from `_spread`.
+    """
+    num_draft, support = draft.train_length, draft_vocabulary(draft).support
 
     def one_chunk(sums, inputs):
         hidden, ahead, mask = inputs
@@ -90,30 +123,51 @@ def fit_temperature(
         acceptances = [expected_acceptance(target_logits, drawn(move)) for move in range(len(_MOVES))]
         return sums + jnp.where(mask[..., None], jnp.stack(acceptances, axis=-1), 0.0).sum(0), None
 
-    sums, _ = lax.scan(one_chunk, jnp.zeros((num_draft, len(_MOVES))), (hidden, ahead, mask))
-    acceptances = sums / jnp.maximum(mask.sum((0, 1)), 1)[:, None]
-    best = jnp.argmax(acceptances, axis=-1, keepdims=True)
-    found = jnp.take_along_axis(steps, best, axis=-1)[:, 0].astype(tempered.steps.dtype)
-    beyond = jnp.broadcast_to(found[-1], (draft.max_length - num_draft,))
-    fit = TemperatureFit(acceptances[:, 0], jnp.take_along_axis(acceptances, best, axis=-1)[:, 0])
-    return with_temperature(draft, jnp.concatenate([found, beyond])), fit
+    sums, _ = lax.scan(one_chunk, jnp.zeros((num_draft, len(_MOVES))), inputs)
+    return sums, inputs[2].sum((0, 1))
 
 
-def _spread(draft: AbstractDraft, target: AbstractLanguageModel, batch: DraftBatch, new: int, count: int, chunk: int):
+def _spread(
+    draft: AbstractDraft,
+    target: AbstractLanguageModel,
+    batch: DraftBatch,
+    new: int,
+    count: int,
+    chunk: int,
+    mesh: AbstractDeviceMesh,
+):
     """In chunks: the draft's hidden states at `count` completion positions, the target's of the positions that they
-    predict, and which of both count."""
+    predict, and which of both count. A shard of a mesh looks at those of the positions that are in its rows."""
     rows, seq = batch.tokens.shape
     num_draft = draft.train_length
-    count = min(count, rows * new)
+    count = min(count, rows * mesh.data * new)
     chunk = min(chunk, count)
     count -= count % chunk
     offsets = 1 + jnp.arange(num_draft)[None]
+    lengths, is_own, own_row = _rows_of_all(batch, mesh)
     # Where the first draft position counts, in an order that is as good as random: multiples of the golden ratio.
-    counts = (jnp.arange(new)[None] + 1 < batch.completion_lengths[:, None]).reshape(-1)
-    order = jnp.argsort(jnp.where(counts, (jnp.arange(rows * new) * 0.6180339887) % 1.0, 2.0))[:count]
-    row, place = order // new, order % new
+    counts = (jnp.arange(new)[None] + 1 < lengths[:, None]).reshape(-1)
+    order = jnp.argsort(jnp.where(counts, (jnp.arange(counts.size) * 0.6180339887) % 1.0, 2.0))[:count]
+    of_all, place = order // new, order % new
+    row = own_row[of_all]
     position = batch.prompt_lengths[row] - 1 + place
-    mask = place[:, None] + offsets < batch.completion_lengths[row, None]
+    mask = (place[:, None] + offsets < lengths[of_all, None]) & is_own[of_all, None]
     hidden = draft.train_hidden(target, batch.features, batch.tokens)[row, jnp.minimum(position, seq - 1)]
     ahead = batch.features.last[row[:, None], jnp.minimum(position[:, None] + offsets, seq - 1)]
     return jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), (hidden, ahead, mask))
+
+
+def _rows_of_all(
+    batch: DraftBatch, mesh: AbstractDeviceMesh
+) -> tuple[Int[Array, " all"], Bool[Array, " all"], Int[Array, " all"]]:
+    """Of the rows of all shards, in the order that one device has them in: completion lengths, whether a row is this
+    shard's, and where it is there."""
+    lengths = batch.completion_lengths
+    rows = jnp.arange(len(lengths))
+    if mesh.data == 1 or batch.row_ids is None:
+        return lengths, jnp.ones(len(lengths), bool), rows
+    size = len(lengths) * mesh.data
+    ids = jnp.where(batch.row_ids < 0, size, batch.row_ids)  # out of range, where a write is dropped
+    of_all = jnp.zeros(size, lengths.dtype).at[mesh.of_all(ids)].set(mesh.of_all(lengths), mode="drop")
+    own = jnp.zeros(size, bool).at[ids].set(True, mode="drop")
+    return of_all, own, jnp.zeros(size, rows.dtype).at[ids].set(rows, mode="drop")

@@ -45,7 +45,8 @@ def batch_of_shards(batch: UpdateBatch, divided: Int[np.ndarray, "shards part"],
     shards, part = divided.shape
     if shards == 1:
         return batch.rows(divided[0], new)
-    rows = np.where(divided < 0, divided.max(), divided)
+    spare = np.where(divided[:, :1] < 0, divided.max(), divided[:, :1])
+    rows = np.where(divided < 0, spare, divided)
     whole = batch.rows(rows.reshape(-1), new)
     of_row = np.asarray(whole.prompt_of_row).reshape(shards, part)
     distinct = [np.unique(prompts, return_index=True, return_inverse=True) for prompts in of_row]
@@ -96,6 +97,13 @@ class RowFeatures(eqx.Module):
     def num_slots(self) -> int:
         """Of one shard."""
         return self.features.last.shape[0] // self.mesh.data
+
+    @property
+    def rows(self) -> Int[np.ndarray, " slots"]:
+        """The row at each place; the first one where there is none."""
+        rows = np.zeros(self.features.last.shape[0], np.int32)
+        rows[self.slots] = np.arange(len(self.slots))
+        return rows
 
 
 @eqx.filter_jit

@@ -40,6 +40,7 @@ def plan_micro_batches(
     prompt_width: int = 0,
     rows_with_gradient: Bool[np.ndarray, " rows"] | None = None,
     one_shape: bool = False,
+    shards: int = 1,
 ) -> list[PlannedMicroBatch]:
     """Divides rows into micro-batches of equal size, so that short rows are not padded to the length of long ones, and
     no backward is computed where no row has a gradient.
@@ -62,6 +63,8 @@ def plan_micro_batches(
     - `overhead`: of a part, in positions; measured on a CPU, where its gradients have to be added.
     - `one_shape`: leave rows in their order, pad all parts to the longest row of all, and divide only as `max_tokens`
         asks for: one program.
+    - `shards`: over how many shards of a mesh the rows of each part are divided. Positions are those of one shard; no
+        part has fewer rows than shards, unless `num_parts` asks for it.
     - `rows_with_gradient`: see [`eqx_specgrpo.grpo.UpdateBatch.rows_with_gradient`][]; by default all.
 
     **Returns:**
@@ -84,10 +87,11 @@ def plan_micro_batches(
         return divide(np.arange(rows), num_parts)
 
     def positions(part: PlannedMicroBatch) -> int:
-        prompts = 0
+        prompts, own_rows = 0, -(-len(part.rows) // shards)
         if prompt_of_row is not None:
-            prompts = num_prompts(len(np.unique(prompt_of_row[part.rows])), len(np.unique(prompt_of_row)))
-        return len(part.rows) * part.width + prompts * prompt_width
+            distinct = min(len(np.unique(prompt_of_row[part.rows])), own_rows)
+            prompts = num_prompts(distinct, len(np.unique(prompt_of_row)))
+        return own_rows * part.width + prompts * prompt_width
 
     def cost(plan: list[PlannedMicroBatch]) -> int:
         return sum((_WITH_BACKWARD if p.has_gradient else 1) * (positions(p) + overhead) for p in plan)
@@ -97,6 +101,7 @@ def plan_micro_batches(
         numbers.append(2 * numbers[-1])
     if numbers[-1] != rows:
         numbers.append(rows)
+    numbers = [num for num in numbers if num == num_parts or rows // num >= shards]
     orders = [np.argsort(-lengths, kind="stable"), np.lexsort((-lengths, ~with_gradient))]
     if one_shape:  # in which the rows of a prompt stay together, so that parts have as many prompts
         orders = [np.arange(rows)]

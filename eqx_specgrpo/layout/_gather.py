@@ -52,8 +52,8 @@ class GatheredAtUse(eqx.Module):
 def at_use(mesh: AbstractDeviceMesh, model: Module, specs: PyTree, offsets: PyTree = None) -> Module:
     """Within `by_shard`: a model of weights of which this shard has a part.
 
-    The blocks of a `Transformer` gather their weights when they are called, so that one block's are there at a time. All
-    other weights are gathered at once.
+    The blocks of a `Transformer` gather their weights when they are called, so that one block's are there at a time.
+    All other weights are gathered at once.
 
     **Arguments:**
 

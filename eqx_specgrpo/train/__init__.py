@@ -1,5 +1,6 @@
 from ._callbacks import AbstractCallback as AbstractCallback, NoCallback as NoCallback, RunView as RunView
 from ._distill import distill as distill
+from ._draft_step import features_of as features_of, update_draft as update_draft
 from ._evaluate_model import ModelEvaluation as ModelEvaluation, evaluate_model as evaluate_model
 from ._generate import generate_text as generate_text
 from ._lessons import (
@@ -20,11 +21,9 @@ from ._segments import SegmentLog as SegmentLog
 from ._state import RunState as RunState
 from ._step import (
     advantages as advantages,
-    features_of as features_of,
     judge as judge,
     next_examples as next_examples,
     score as score,
     step_key as step_key,
-    update_draft as update_draft,
     update_policy as update_policy,
 )

@@ -11,11 +11,12 @@ from ..config import RunParts
 from ..drafts import remember
 from ..records import RunProgress
 from ._draft_guard import DraftGuard
+from ._draft_step import draft_rows, update_draft
 from ._lesson_budget import lesson_plan
 from ._lessons import CHOOSE
 from ._sample import StepSample, learn_left_out
 from ._state import PolicyUpdate, RunState
-from ._step import draft_rows, step_key, update_draft
+from ._step import step_key
 
 _FOUND = f"draft/expected_acceptance_pos_{0}"  # as `update_draft` names it
 

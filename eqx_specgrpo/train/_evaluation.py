@@ -100,8 +100,8 @@ class HeldOutEvaluator(AbstractEvaluator):
         epoch = None if size is None else state.position / size
         return evaluate(
             self._evaluation,
-            compute_copy(state.policy, dtype),
-            compute_copy(state.draft, dtype),
+            compute_copy(state.policy, dtype, parts.update_mesh),
+            compute_copy(state.draft, dtype, parts.update_mesh),
             TrainerState(global_step=done, max_steps=parts.config.steps, epoch=epoch),
             unless_urgent(stop, self._progress.decoding, parts.processes),
             segments.length_state,

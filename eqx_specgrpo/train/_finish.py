@@ -42,8 +42,8 @@ def finish(
     with progress.timed("comparison", "comparing with plain decoding"):
         comparison = compare_with_plain(
             parts,
-            compute_copy(state.policy, config.model.dtype),
-            compute_copy(state.draft, config.model.dtype),
+            compute_copy(state.policy, config.model.dtype, parts.update_mesh),
+            compute_copy(state.draft, config.model.dtype, parts.update_mesh),
             state.position,
             step_key(config.seed, config.steps, COMPARE),
             progress,

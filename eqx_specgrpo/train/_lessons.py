@@ -16,13 +16,22 @@ from jaxtyping import Array, Float, Int
 from .._types import Rollouts, Support
 from ..config import RunParts
 from ..decoding import DecodeProgress
-from ..distill import draft_gradients, select_rows
+from ..distill import draft_gradients
 from ..drafts import AbstractDraft, remember
-from ..grpo import UpdateBatch, chunked_logprobs, compute_copy, make_update_batch, next_token_positions
-from ..models import AbstractLanguageModel, Features
+from ..grpo import (
+    RowFeatures,
+    UpdateBatch,
+    chunked_logprobs,
+    compute_copy,
+    make_update_batch,
+    next_token_positions,
+)
+from ..layout import ROWS, WHOLE, AbstractDeviceMesh, Layout, at_use
+from ..models import AbstractLanguageModel
+from ._draft_step import POSITION_DECAY, draft_batch, draft_rows, features_of, update_draft
 from ._roll_out import roll_out_together
 from ._state import RunState
-from ._step import POSITION_DECAY, draft_rows, features_of, next_examples, step_key, update_draft
+from ._step import next_examples, step_key
 
 # What a step's random numbers are for.
 DECODE, CHOOSE, COMPARE = 0, 1, 2
@@ -43,7 +52,7 @@ class Lesson(eqx.Module):
 
     rollouts: Rollouts
     batch: UpdateBatch
-    features: Features
+    features: RowFeatures
 
 
 def updates_per_lesson(parts: RunParts) -> int:
@@ -81,7 +90,7 @@ def make_lesson(
     phase = f"rollouts of lesson {number + 1}"
     rollouts = roll_out_together(parts, target, draft, prompts, key, phase, on_progress)
     batch = make_update_batch(rollouts, np.zeros(len(rollouts.group), np.float32))
-    return Lesson(rollouts, batch, features_of(target, batch, layers))
+    return Lesson(rollouts, batch, features_of(target, batch, layers, parts.update_mesh))
 
 
 def recall_lesson(state: RunState, lesson: Lesson) -> RunState:
@@ -134,7 +143,7 @@ def examine(
 
     It takes as many rows at a time as an update has, so that the same program is used.
     """
-    draft = compute_copy(draft, parts.config.model.dtype)
+    draft = compute_copy(draft, parts.config.model.dtype, lesson.features.mesh)
     rows = len(lesson.rollouts.group)
     chosen = len(draft_rows(jr.key(0), rows, parts.config.draft.fraction))
     total, accepted, counts = 0.0, np.zeros(draft.train_length), np.zeros(draft.train_length)
@@ -145,19 +154,14 @@ def examine(
         result = draft_gradients(
             draft,
             target,
-            select_rows(
-                lesson.features,
-                jnp.asarray(lesson.batch.tokens),
-                jnp.asarray(lesson.batch.prompt_lengths),
-                jnp.asarray(lesson.rollouts.lengths),
-                jnp.asarray(part),
-            ),
+            draft_batch(lesson.features, lesson.batch, lesson.rollouts.lengths, part),
             parts.draft_loss,
             temperature=parts.loss.temperature,
             alpha=alpha,
             position_decay=jnp.float32(POSITION_DECAY),
             new=lesson.batch.completion_tokens.shape[1],
             truncation=parts.truncation,
+            mesh=lesson.features.mesh,
         )
         # The first token of a completion is the prompt pass's; offset k of the draft is k + 1 tokens later.
         count = np.maximum(lengths[:, None] - 1 - np.arange(draft.train_length)[None], 0).sum(0)
@@ -169,32 +173,44 @@ def examine(
 
 def mean_entropy(parts: RunParts, target: AbstractLanguageModel, lesson: Lesson) -> float:
     """Computes the mean entropy of the sampling distribution over the lesson's completion tokens, in nats per token."""
-    batch = lesson.batch
+    batch, features = lesson.batch, lesson.features
+    rows = features.rows
     entropies = _entropies(
         target,
-        lesson.features.last,
-        jnp.asarray(batch.completion_tokens),
-        jnp.asarray(batch.prompt_lengths),
+        features.features.last,
+        np.asarray(batch.completion_tokens)[rows],
+        np.asarray(batch.prompt_lengths)[rows],
         parts.loss.temperature,
         parts.loss.chunk,
-        jax.tree.map(jnp.asarray, batch.support),
+        jax.tree.map(lambda x: np.asarray(x)[rows], batch.support),
+        features.mesh,
     )
-    return float((np.asarray(entropies) * batch.completion_mask).sum() / batch.completion_mask.sum())
+    of_rows = np.asarray(entropies)[features.slots]
+    return float((of_rows * batch.completion_mask).sum() / batch.completion_mask.sum())
 
 
 @eqx.filter_jit
 def _entropies(
     target: AbstractLanguageModel,
     hidden: Float[Array, "rows seq hidden"],
-    tokens: Int[Array, "rows new"],
-    prompt_lengths: Int[Array, " rows"],
+    tokens: Int[Array | np.ndarray, "rows new"],
+    prompt_lengths: Int[Array | np.ndarray, " rows"],
     temperature: Float[Array, ""],
     chunk: int,
     support: Support | None,
+    mesh: AbstractDeviceMesh,
 ) -> Float[Array, "rows new"]:
-    rows, new = tokens.shape
-    index = next_token_positions(prompt_lengths, new)
-    hidden = jnp.take_along_axis(hidden, index[:, :, None], axis=1).reshape(rows * new, -1)
-    support = jax.tree.map(lambda x: x.reshape(rows * new, *x.shape[2:]), support)
-    _, entropies = chunked_logprobs(hidden, tokens.reshape(-1), target.unembed, temperature, chunk, support=support)
-    return jax.lax.stop_gradient(entropies).reshape(rows, new)
+    specs = mesh.data_specs(target, Layout.MASTER)
+
+    def of_shard(target, hidden, tokens, prompt_lengths, temperature, support):
+        rows, new = tokens.shape
+        index = next_token_positions(jnp.asarray(prompt_lengths), new)
+        hidden = jnp.take_along_axis(hidden, index[:, :, None], axis=1).reshape(rows * new, -1)
+        support = jax.tree.map(lambda x: x.reshape(rows * new, *x.shape[2:]), support)
+        unembed = at_use(mesh, target, specs).unembed
+        _, entropies = chunked_logprobs(hidden, tokens.reshape(-1), unembed, temperature, chunk, support=support)
+        return jax.lax.stop_gradient(entropies).reshape(rows, new)
+
+    return mesh.by_shard(of_shard, (specs, ROWS, ROWS, ROWS, WHOLE, ROWS), ROWS)(
+        target, hidden, tokens, prompt_lengths, temperature, support
+    )

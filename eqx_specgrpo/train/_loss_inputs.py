@@ -18,29 +18,37 @@ from ..grpo import (
     LossSettings,
     PlannedMicroBatch,
     UpdateBatch,
+    batch_of_shards,
     compute_copy,
     correction_metrics,
+    divide_rows,
     high_entropy_mask,
     importance_weights,
     policy_entropies,
     policy_logprobs,
+    rows_of_shards,
     support_metrics,
 )
+from ..layout import AbstractDeviceMesh
 from ..models import AbstractLanguageModel
 
 
 def of_batch(
-    function: Callable[[AbstractLanguageModel, UpdateBatch, LossSettings], Float[Array, "part width"]],
+    function: Callable[
+        [AbstractLanguageModel, UpdateBatch, LossSettings, AbstractDeviceMesh], Float[Array, "part width"]
+    ],
     model: AbstractLanguageModel,
     batch: UpdateBatch,
     plan: Sequence[PlannedMicroBatch],
-    settings: LossSettings,
+    parts: RunParts,
 ) -> Float[np.ndarray, "rows new"]:
     """What a function says of each completion token of a step, one micro-batch at a time."""
-    values = np.zeros(batch.old_logprobs.shape, np.float32)
+    values, mesh = np.zeros(batch.old_logprobs.shape, np.float32), parts.update_mesh
     for micro in plan:
-        part = function(model, batch.rows(micro.rows, micro.width), settings)
-        values[micro.rows, : part.shape[1]] = part
+        divided = divide_rows(micro.rows, mesh.data)
+        part = function(model, batch_of_shards(batch, divided, micro.width), parts.loss, mesh)
+        rows, found = rows_of_shards(part, divided)
+        values[rows, : found.shape[1]] = found
     return values
 
 
@@ -69,7 +77,7 @@ def loss_inputs(
         batch, further = with_kl_in_reward(parts, batch, scored)
         metrics |= further
     if grpo.importance_sampling_correction:
-        weights = compute_copy(policy, parts.config.model.dtype)
+        weights = compute_copy(policy, parts.config.model.dtype, parts.update_mesh)
         batch, further = with_correction(parts, weights, batch, plan)
         metrics |= further
     return batch, metrics
@@ -79,7 +87,7 @@ def with_reference(
     parts: RunParts, reference: AbstractLanguageModel, batch: UpdateBatch, plan: Sequence[PlannedMicroBatch]
 ) -> UpdateBatch:
     """The batch with the reference's log-probabilities."""
-    logprobs = of_batch(policy_logprobs, reference, batch, plan, parts.loss)
+    logprobs = of_batch(policy_logprobs, reference, batch, plan, parts)
     return eqx.tree_at(lambda b: b.reference_logprobs, batch, logprobs, is_leaf=lambda leaf: leaf is None)
 
 
@@ -95,7 +103,7 @@ def with_correction(
     - `weights`: those that the rollouts were drawn with, in the dtype of computation.
     """
     grpo = parts.config.grpo
-    trainer = of_batch(policy_logprobs, weights, batch, plan, parts.loss)
+    trainer = of_batch(policy_logprobs, weights, batch, plan, parts)
     sampler, mask = np.asarray(batch.old_logprobs), np.asarray(batch.completion_mask)
     correction = importance_weights(
         trainer,
@@ -123,7 +131,7 @@ def with_entropy_mask(
     parts: RunParts, weights: AbstractLanguageModel, batch: UpdateBatch, plan: Sequence[PlannedMicroBatch]
 ) -> UpdateBatch:
     """The batch with the tokens marked whose entropy is among the highest of the step."""
-    entropies = of_batch(policy_entropies, weights, batch, plan, parts.loss)
+    entropies = of_batch(policy_entropies, weights, batch, plan, parts)
     mask = high_entropy_mask(entropies, np.asarray(batch.completion_mask), parts.config.grpo.top_entropy_quantile)
     return eqx.tree_at(lambda b: b.entropy_mask, batch, mask, is_leaf=lambda leaf: leaf is None)
 

@@ -22,7 +22,9 @@ def fixed_reference(parts: RunParts, policy: AbstractLanguageModel) -> AbstractL
     grpo = parts.config.grpo
     if isinstance(policy, AdaptedTransformer):
         return None
-    return compute_copy(policy, parts.config.model.dtype) if grpo.beta != 0 and not grpo.sync_ref_model else None
+    if grpo.beta == 0 or grpo.sync_ref_model:
+        return None
+    return compute_copy(policy, parts.config.model.dtype, parts.update_mesh)
 
 
 def with_loss_state(parts: RunParts, state: RunState) -> RunState:
@@ -47,7 +49,9 @@ def current_reference(
     the policy, or else `fixed`."""
     if isinstance(state.policy, AdaptedTransformer):
         return state.policy.base_in(jnp.dtype(parts.config.model.dtype)) if parts.config.grpo.beta != 0 else None
-    return fixed if state.reference is None else compute_copy(state.reference, parts.config.model.dtype)
+    if state.reference is None:
+        return fixed
+    return compute_copy(state.reference, parts.config.model.dtype, parts.update_mesh)
 
 
 def with_update(

@@ -7,6 +7,7 @@ import jax
 
 from ..config import RunParts
 from ..grpo import UpdateBatch, UpdateBudget, UpdateChoice, choose_update, num_prompts, padded_width
+from ..layout import AbstractDeviceMesh
 from ..models import AbstractLanguageModel, platform_of
 from ..runtime import Memory
 
@@ -37,7 +38,8 @@ class UpdatePlanner:
         rows, new = batch.completion_tokens.shape
         prompt = batch.tokens.shape[1] - new
         is_divided = not parts.loss.loss.traits.depends_on_micro_batches
-        alone = 1 if is_divided else rows // grpo.gradient_accumulation_steps
+        mesh = parts.update_mesh
+        alone = 1 if is_divided else -(-rows // grpo.gradient_accumulation_steps // mesh.data)
         longest = new if batch.completion_lengths is None else int(batch.completion_lengths.max())
         width = min(padded_width(longest), new) if is_divided else new
         prompts = num_prompts(min(alone, len(batch.prompt_rows)), len(batch.prompt_rows))
@@ -46,7 +48,7 @@ class UpdatePlanner:
         choice = choose_update(
             policy,
             alone * width + prompts * prompt,
-            self._budget(policy, rows * (prompt + new)),
+            self._budget(policy, mesh.padded(rows) // mesh.data * (prompt + new), mesh),
             dtype=dtype,
             chunk=parts.loss.chunk,
             gradient_checkpointing=None if auto else parts.loss.gradient_checkpointing,
@@ -59,12 +61,15 @@ class UpdatePlanner:
             self._say(choice.reason)
         return choice
 
-    def _budget(self, policy: AbstractLanguageModel, positions: int) -> UpdateBudget | None:
-        """Besides the policy and its optimizer there will be: the copy to compute with, gradients of two micro-batches,
-        and the features of all rows, once as they come and once in their order. As much for every draft, on which the
-        policy's update may not depend."""
+    def _budget(self, policy: AbstractLanguageModel, positions: int, mesh: AbstractDeviceMesh) -> UpdateBudget | None:
+        """Of one device. Besides the policy and its optimizer it will have: the copy to compute with, which may be
+        gathered whole, gradients of two micro-batches, and the features of its rows, once as they come and once in
+        their order. As much for every draft, on which the policy's update may not depend."""
         if self._memory is None:
             return None
+        memory, devices = self._memory, mesh.data * mesh.model
+        if memory.is_shared:
+            memory = Memory(memory.available // devices, memory.total // devices, memory.is_shared)
         weights = sum(x.size for x in jax.tree.leaves(eqx.filter(policy, eqx.is_inexact_array)))
-        copies = 3 * 4 * weights
-        return UpdateBudget.of(self._memory, copies + 2 * _FEATURES * 4 * policy.hidden_size * positions)
+        copies = 4 * weights // mesh.model + 2 * 4 * weights // devices
+        return UpdateBudget.of(memory, copies + 2 * _FEATURES * 4 * policy.hidden_size * positions)

@@ -20,21 +20,14 @@ from ..models import AbstractLanguageModel
 from ..records import RunProgress
 from ..tasks import Example, indices_from
 from ._diverged import naming_the_step
+from ._draft_step import draft_rows, features_of, update_draft
 from ._groups import join_groups, rows_of_groups
 from ._lessons import CHOOSE, DECODE
 from ._prompt_lengths import PromptLengths
 from ._roll_out import roll_out, waiting
 from ._segments import SegmentLog
 from ._state import RunState
-from ._step import (
-    advantages,
-    draft_rows,
-    features_of,
-    judge,
-    next_examples,
-    step_key,
-    update_draft,
-)
+from ._step import advantages, judge, next_examples, step_key
 
 
 class SampleBatch(NamedTuple):
@@ -306,7 +299,7 @@ def learn_left_out(
         lesson = make_update_batch(rollouts, np.zeros(len(rollouts.group), np.float32)).rows(rows)
         num_prompts = min(len(rows), len(rollouts.prompts.lengths))  # some twice, for the same reason
         lesson = dataclasses.replace(lesson, prompt_rows=np.resize(lesson.prompt_rows, num_prompts), support=None)
-        features = features_of(target, lesson, state.draft.layers)
+        features = features_of(target, lesson, state.draft.layers, parts.update_mesh)
         everything = np.arange(len(rows))
         state, _ = update_draft(parts, state, target, features, lesson, rollouts.lengths[rows], everything, done + 1)
         lessons += 1

@@ -10,8 +10,9 @@ import optax
 from jaxtyping import Array, Float
 
 from ..drafts import AbstractDraft
-from ..grpo import EntropyState, UpdateBatch, trained_part, with_trained_part
-from ..models import AbstractLanguageModel, Features
+from ..grpo import EntropyState, RowFeatures, UpdateBatch, trained_part, with_trained_part
+from ..layout import AbstractDeviceMesh, Layout
+from ..models import AbstractLanguageModel
 from ._lesson_budget import LessonState
 
 
@@ -75,6 +76,12 @@ class RunState(eqx.Module):
             jnp.zeros(draft.train_length),
         )
 
+    def laid_out(self, mesh: AbstractDeviceMesh) -> "RunState":
+        """The same numbers, each device with its part of weights and optimizers."""
+        names = ("policy", "policy_optimizer", "draft", "draft_optimizer", "reference")
+        old = (self.policy, self.policy_optimizer, self.draft, self.draft_optimizer, self.reference)
+        return dataclasses.replace(self, **dict(zip(names, mesh.lay_out(old, Layout.MASTER), strict=True)))
+
     def trees(self) -> dict[str, Any]:
         """By name, as a checkpoint keeps them: what there is."""
         optional = {"reference": self.reference, "entropy": self.entropy, "order": self.order or None}
@@ -123,7 +130,7 @@ class PolicyUpdate(NamedTuple):
     policy: AbstractLanguageModel
     optimizer_state: Any
     weights: AbstractLanguageModel
-    features: Features
+    features: RowFeatures
     batch: UpdateBatch
     metrics: dict[str, float]
     entropy: EntropyState

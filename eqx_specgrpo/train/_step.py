@@ -1,12 +1,10 @@
-"""The phases of a training step, each a function of what it needs: score, update the policy, update the draft. Rolling
-out is in `_roll_out.py`; `_loop.py` puts them together."""
+"""The phases of a training step, each a function of what it needs: prompts, scores, the update of the policy. Rolling
+out is in `_roll_out.py`, the update of the draft in `_draft_step.py`; `_loop.py` puts them together."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -14,17 +12,17 @@ from jaxtyping import Array, Float, Int, Key
 
 from .._types import Prompts, Rollouts, ScoredRollouts
 from ..config import RunParts, check_prompt
-from ..distill import DraftBatch, draft_gradients, fit_temperature, select_rows
-from ..drafts import AbstractDraft, tempered_part, with_temperature
 from ..errors import Stopped, UserError
 from ..grpo import (
     ADVANTAGE_ESTIMATORS,
     EntropyState,
     LossNormalizer,
-    UpdateBatch,
+    RowFeatures,
     apply_gradients,
+    batch_of_shards,
     check_finite,
     compute_copy,
+    divide_rows,
     global_norm,
     make_update_batch,
     no_gradients,
@@ -33,19 +31,17 @@ from ..grpo import (
     policy_forward,
     policy_gradients,
     trained_part,
-    training_features,
     with_trained_part,
 )
-from ..models import AbstractLanguageModel, AdaptedTransformer, Features, Tokenizer
+from ..models import AbstractLanguageModel, AdaptedTransformer, Tokenizer
 from ..runtime import SMALL_HIDDEN_SIZE
 from ..tasks import AbstractTask, Example, RewardLog, TrainerState, collate
 from ._loss_inputs import loss_inputs, with_entropy_mask
 from ._planner import UpdatePlanner
-from ._state import PolicyUpdate, RunState
+from ._state import PolicyUpdate
 from ._step_records import check_names
 
 _PROMPT_WIDTH = 32  # prompts are padded to a multiple of this, so that few widths are compiled
-POSITION_DECAY = 0.8  # weight of a draft position relative to the one before it (Cai et al. 2024, section 2.2.1)
 
 
 def next_examples(
@@ -164,7 +160,7 @@ def update_policy(
         which gives the same bits.
     - `planner`: chooses by the memory that there is; by default as if there were enough.
     """
-    grpo = parts.config.grpo
+    grpo, mesh = parts.config.grpo, parts.update_mesh
     batch = make_update_batch(
         scored.rollouts, scored.advantages, mask_truncated_completions=grpo.mask_truncated_completions
     )
@@ -185,14 +181,16 @@ def update_policy(
         if is_small
         else batch.rows_with_gradient(with_kl=reference is not None or parts.loss.entropy_bonus),
         one_shape=is_small,
+        shards=mesh.data,
     )
+    divided = [divide_rows(micro.rows, mesh.data) for micro in plan]
     batch, given = loss_inputs(parts, policy, reference, batch, plan, scored)
     entropy = parts.entropy.init() if entropy is None else entropy
     metrics: dict[str, float] = {}
     features = []
     for iteration in range(grpo.num_iterations):
         if weights is None or iteration > 0:
-            weights = compute_copy(policy, parts.config.model.dtype)
+            weights = compute_copy(policy, parts.config.model.dtype, mesh)
         adapters = policy.adapters if isinstance(policy, AdaptedTransformer) else None
         if grpo.top_entropy_quantile < 1:
             batch = with_entropy_mask(parts, weights, batch, plan)
@@ -208,24 +206,26 @@ def update_policy(
             gradient_checkpointing=choice.gradient_checkpointing,
         )
         total, features = None, []
-        for micro in plan:
-            rows = batch.rows(micro.rows, micro.width)
+        for micro, of_shards in zip(plan, divided, strict=True):
+            rows = batch_of_shards(batch, of_shards, micro.width)
             if micro.has_gradient:
                 part, part_features = policy_gradients(
-                    weights, rows, normalizer, settings, feature_width=width, adapters=adapters
+                    weights, rows, normalizer, settings, feature_width=width, adapters=adapters, mesh=mesh
                 )
             else:
-                part, part_features = policy_forward(weights, rows, normalizer, settings, feature_width=width)
+                part, part_features = policy_forward(
+                    weights, rows, normalizer, settings, feature_width=width, mesh=mesh
+                )
             total = part if total is None else total + part
             features.append(part_features)
         assert total is not None
         # With nothing to learn from the optimizer goes on all the same: it has momentum, and weights may decay.
-        gradients = no_gradients(trained_part(policy)) if total.gradients is None else total.gradients
+        gradients = no_gradients(trained_part(policy), mesh) if total.gradients is None else total.gradients
         norm = global_norm(gradients)
         check_finite("policy", step, loss=total.loss, grad_norm=norm)
         rate = jnp.float32(learning_rate)
         trained, optimizer_state = apply_gradients(
-            (parts.policy_optimizer, gradients, rate), trained_part(policy), optimizer_state
+            (parts.policy_optimizer, gradients, rate), trained_part(policy), optimizer_state, mesh
         )
         policy = with_trained_part(policy, trained)
         means = {name: float(value) for name, value in total.metrics.means().items()}
@@ -243,94 +243,9 @@ def update_policy(
             metrics["entropy_coef"] = float(entropy.coef)
     metrics |= given
     metrics["learning_rate"] = learning_rate
-    back = np.argsort(np.concatenate([micro.rows for micro in plan]))
     assert weights is not None
-    return PolicyUpdate(policy, optimizer_state, weights, _in_order(features, back), batch, metrics, entropy)
-
-
-@eqx.filter_jit
-def _in_order(parts: list[Features], order: Int[np.ndarray | Array, " rows"]) -> Features:
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs)[order], *parts)
-
-
-def update_draft(
-    parts: RunParts,
-    state: RunState,
-    target: AbstractLanguageModel,
-    features: Features,
-    batch: UpdateBatch,
-    lengths: Int[np.ndarray, " rows"],
-    rows: Int[np.ndarray, " chosen"],
-    step: int,
-) -> tuple[RunState, dict[str, float]]:
-    """One optimizer step of the draft on some of the rollouts. DONATES the draft and its optimizer's state.
-
-    **Arguments:**
-
-    - `target`: the weights that gave the features.
-    - `features`, `batch`: of all the rollouts, as `update_policy` gave them.
-    - `lengths`: of the completions; truncated ones teach the draft as well, and so do groups without an advantage.
-    - `rows`: the rollouts to learn from.
-    """
-    config = parts.config.draft
-    chosen = select_rows(
-        features,
-        jnp.asarray(batch.tokens),
-        jnp.asarray(batch.prompt_lengths),
-        jnp.asarray(lengths),
-        jnp.asarray(rows),
-    )
-    result = draft_gradients(
-        compute_copy(state.draft, parts.config.model.dtype),
-        target,
-        chosen,
-        parts.draft_loss,
-        temperature=parts.loss.temperature,
-        alpha=state.draft_acceptance,
-        position_decay=jnp.float32(POSITION_DECAY),
-        new=batch.completion_tokens.shape[1],
-        truncation=parts.truncation,
-    )
-    norm = global_norm(result.gradients)
-    check_finite("draft", step, loss=result.loss, grad_norm=norm)
-    draft, optimizer_state = apply_gradients(
-        (parts.draft_optimizer, result.gradients, jnp.float32(config.learning_rate)), state.draft, state.draft_optimizer
-    )
-    state = dataclasses.replace(state, draft=draft, draft_optimizer=optimizer_state, draft_acceptance=result.acceptance)
-    metrics = {"draft/loss": float(result.loss), "draft/grad_norm": float(norm)}
-    for position, acceptance in enumerate(np.asarray(result.acceptance).tolist()):
-        metrics[f"draft/expected_acceptance_pos_{position}"] = acceptance
-    if config.fit_temperature:
-        fitted, fit_metrics = _fit_temperature(parts, state.draft, target, chosen, batch.completion_tokens.shape[1])
-        state = dataclasses.replace(state, draft=fitted)
-        metrics |= fit_metrics
-    return state, metrics
-
-
-def _fit_temperature(
-    parts: RunParts, draft: AbstractDraft, target: AbstractLanguageModel, chosen: DraftBatch, new: int
-) -> tuple[AbstractDraft, dict[str, float]]:
-    """The draft with temperatures that follow what is accepted most on these rollouts."""
-    copy = compute_copy(draft, parts.config.model.dtype)
-    temperature, truncation = parts.loss.temperature, parts.truncation
-    fitted, fit = fit_temperature(copy, target, chosen, temperature=temperature, new=new, truncation=truncation)
-    part = tempered_part(fitted)
-    assert part is not None
-    metrics = {}
-    for position, acceptance in enumerate(np.asarray(fit.after).tolist()):
-        metrics[f"draft/tempered_acceptance_pos_{position}"] = acceptance
-        metrics[f"draft/temperature_pos_{position}"] = float(part.temperature[position])
-    return with_temperature(draft, part.steps), metrics
-
-
-def features_of(target: AbstractLanguageModel, batch: UpdateBatch, layers: tuple[int, ...]) -> Features:
-    """The target's features of whole sequences, for a draft that learns outside a policy update."""
-    return _features(target, batch, layers)
-
-
-@eqx.filter_jit
-def _features(target: AbstractLanguageModel, batch: UpdateBatch, layers: tuple[int, ...]) -> Features:
-    return training_features(target, batch, layers=layers)[1]
+    features = RowFeatures.of_parts(features, divided, mesh)
+    return PolicyUpdate(policy, optimizer_state, weights, features, batch, metrics, entropy)
 
 
 def step_key(seed: int, step: int, purpose: int) -> Key[Array, ""]:
@@ -342,9 +257,3 @@ def step_key(seed: int, step: int, purpose: int) -> Key[Array, ""]:
     - `purpose`: see the constants of `_lessons.py`.
     """
     return jr.fold_in(jr.fold_in(jr.key(seed), step & 0xFFFFFFFF), purpose)
-
-
-def draft_rows(key: Key[Array, ""], rows: int, fraction: float) -> Int[np.ndarray, " chosen"]:
-    """Which rollouts the draft learns from: a random share, at least one, the same number in every step."""
-    chosen = max(1, min(rows, round(fraction * rows)))
-    return np.sort(np.asarray(jr.permutation(key, rows))[:chosen])

@@ -1,15 +1,10 @@
 """Updates on four devices: the loss, its gradients and its metrics are those of one device."""
 
-import dataclasses
-
-import equinox as eqx
 import jax
-import jax.random as jr
 import numpy as np
 import pytest
 from helpers import quick_compilation, tiny_transformer
 
-from eqx_specgrpo._types import Prompts
 from eqx_specgrpo.grpo import (
     LossNormalizer,
     LossSettings,
@@ -18,13 +13,10 @@ from eqx_specgrpo.grpo import (
     batch_of_shards,
     compute_copy,
     divide_rows,
-    policy_forward,
     policy_gradients,
-    policy_logprobs,
 )
 from eqx_specgrpo.grpo.losses import BNPO, DAPO
-from eqx_specgrpo.layout import Layout, OneDevice, make_mesh
-from eqx_specgrpo.models import AdaptedTransformer, Adapters
+from eqx_specgrpo.layout import Layout, make_mesh
 
 VOCAB, ROWS, PROMPT, NEW = 67, 7, 5, 12
 MODEL = tiny_transformer(vocab_size=VOCAB)
