@@ -390,7 +390,11 @@ def _of_data(spec: PartitionSpec) -> PartitionSpec:
 def _with_specs(function: Callable[[Any, PartitionSpec], Any], tree: Tree, specs: PyTree) -> Tree:
     if isinstance(specs, PartitionSpec):
         return jax.tree.map(lambda x: function(x, specs), tree)
-    return jax.tree.map(lambda x, spec: x if spec is None else function(x, spec), tree, specs)
+
+    def one(x: Any, spec: PartitionSpec | None) -> Any:
+        return x if x is None or spec is None else function(x, spec)
+
+    return jax.tree.map(one, tree, specs, is_leaf=lambda leaf: leaf is None)
 
 
 def _is_key(x: Any) -> TypeGuard[jax.Array]:

@@ -1,0 +1,74 @@
+"""Whole runs on four devices: what is sampled, learned and kept is what one device samples, learns and keeps."""
+
+import shutil
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import numpy as np
+import pytest
+from helpers import quick_compilation
+from rich.console import Console
+from tiny_run import tiny_config, tiny_folder as tiny_folder
+
+from eqx_specgrpo.config import _parts as parts_module
+from eqx_specgrpo.layout import OneDevice, make_mesh
+from eqx_specgrpo.records import read_records
+from eqx_specgrpo.train import run
+
+# Rows that the shards can't have an equal part of, a draft with temperatures, and a reference.
+SETTINGS = (
+    "steps=2",
+    "save_steps=1",
+    "compare=false",
+    "seed=3",
+    "draft.verifier=coupled",
+    "draft.warmup=1",
+    "draft.fit_temperature=true",
+    "grpo.prompts_per_step=3",
+    "grpo.num_generations=2",
+    "grpo.beta=0.04",
+)
+OTHER = {"full": (), "lora": ("lora.rank=4", "grpo.optim=adamw", "draft.kind=eagle", "draft.fit_temperature=false")}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with quick_compilation():
+        yield
+
+
+def trained(folder: Path, out: Path, mesh, *settings: str, resume: bool = False):
+    config = tiny_config(folder, out, *SETTINGS, *settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts_module, "make_mesh", lambda model: mesh)
+        return run(config, resume=resume, console=Console(quiet=True))
+
+
+def weights(model) -> np.ndarray:
+    leaves = jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
+    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in leaves])
+
+
+@pytest.fixture(scope="module", params=OTHER)
+def one_device(request, tiny_folder, tmp_path_factory):
+    settings = OTHER[request.param]
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    return settings, out, trained(tiny_folder, out, OneDevice(), *settings)
+
+
+def check_same(out, result, expected_out, expected, tolerance: float) -> None:
+    told, wanted = (read_records(folder / "completions.jsonl") for folder in (out, expected_out))
+    assert [one["completion"] for one in told] == [one["completion"] for one in wanted]
+    for name in ("loss", "grad_norm", "entropy", "kl", "draft/loss", "draft/grad_norm"):
+        np.testing.assert_allclose(result.metrics[name], expected.metrics[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    assert np.abs(weights(result.policy) - weights(expected.policy)).max() < tolerance
+    assert np.abs(weights(result.draft) - weights(expected.draft)).max() < 10 * tolerance
+
+
+@pytest.mark.parametrize("model", [1, 2])
+def test_a_run_is_that_of_one_device(tiny_folder, tmp_path, one_device, model):
+    settings, expected_out, expected = one_device
+    out = tmp_path / "run"
+    result = trained(tiny_folder, out, make_mesh(model), *settings)
+    check_same(out, result, expected_out, expected, 1e-4)
