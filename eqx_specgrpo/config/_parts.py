@@ -78,11 +78,6 @@ class RunParts(eqx.Module):
     processes: AbstractProcesses = OneProcess()
 
     @property
-    def update_mesh(self) -> AbstractDeviceMesh:
-        """Where the weights are kept, and updated."""
-        return self.mesh.for_updates()
-
-    @property
     def truncation(self) -> TruncatedSampling | None:
         """How tokens are drawn, where that is from a part of the vocabulary."""
         return self.sampling if isinstance(self.sampling, TruncatedSampling) else None

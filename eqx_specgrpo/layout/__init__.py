@@ -8,6 +8,7 @@ Where there are several processes, an [`eqx_specgrpo.layout.AbstractProcesses`][
 """
 
 from ._coordinated import AbstractStore as AbstractStore, ManyProcesses as ManyProcesses
+from ._device_mesh import DeviceMesh as DeviceMesh, make_mesh as make_mesh
 from ._gather import (
     GatheredAtUse as GatheredAtUse,
     at_use as at_use,
@@ -16,12 +17,7 @@ from ._gather import (
     value_and_gradients as value_and_gradients,
 )
 from ._join import ProcessPlace as ProcessPlace, join_processes as join_processes, process_place as process_place
-from ._mesh import (
-    AbstractDeviceMesh as AbstractDeviceMesh,
-    DeviceMesh as DeviceMesh,
-    OneDevice as OneDevice,
-    make_mesh as make_mesh,
-)
+from ._mesh import AbstractDeviceMesh as AbstractDeviceMesh, OneDevice as OneDevice
 from ._processes import (
     AbstractProcesses as AbstractProcesses,
     NotInStepError as NotInStepError,

@@ -113,7 +113,7 @@ def distill(
                 f"with specgrpo run --draft {config.draft.kind}"
             )
         parts = make_parts(config, tokenizer, draft, with_rewards=False)
-        state = RunState.frozen_policy(policy, draft, parts.draft_optimizer).laid_out(parts.update_mesh)
+        state = RunState.frozen_policy(policy, draft, parts.draft_optimizer).laid_out(parts.mesh)
         del policy, draft
         _Session(parts, state, steps, minutes, out, progress).work()
     console.print(f"Draft: {out}", soft_wrap=True, markup=False, highlight=False)
@@ -161,7 +161,7 @@ class _Session:
 
         `Stopped`, once that is done, if a signal has asked for it.
         """
-        target = compute_copy(self.state.policy, self.parts.config.model.dtype, self.parts.update_mesh)
+        target = compute_copy(self.state.policy, self.parts.config.model.dtype, self.parts.mesh)
 
         def told(stop: StopRequest) -> None:
             self.progress.say(f"{stop.name}: finishing, then saving what was learned (once more to stop at once)")
@@ -287,11 +287,11 @@ class _Session:
         _, prompts = next_examples(
             self.parts.task, self.parts.tokenizer, target, 0, grpo.prompts_per_step, grpo.max_completion_length
         )
-        draft: AbstractDraft = compute_copy(self.state.draft, config.model.dtype, self.parts.update_mesh)
+        draft: AbstractDraft = compute_copy(self.state.draft, config.model.dtype, self.parts.mesh)
         key = step_key(config.seed, -1, COMPARE)
         # An adaptive length would first look at plain decoding, and might draft nothing at all.
         parts = dataclasses.replace(self.parts, length=FixedLength(config.draft.length))
-        rollouts: Rollouts = roll_out(parts, target, draft, prompts, key, decoding)
+        rollouts: Rollouts = roll_out(parts, *parts.mesh.copies((target, draft)), prompts, key, decoding)
         found = rollouts.statistics
         rates = found.acceptance_rate_by_position[: config.draft.length]
         self.progress.say(

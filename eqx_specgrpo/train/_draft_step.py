@@ -158,7 +158,7 @@ def features_of(
     - `mesh`: that the target is laid out on.
     """
     divided = divide_rows(np.arange(len(batch.tokens)), mesh.data)
-    own = batch if mesh.data == 1 else batch_of_shards(batch, divided)
+    own = mesh.put(batch if mesh.data == 1 else batch_of_shards(batch, divided), ROWS)
     return RowFeatures.of_parts([_features(target, own, layers, mesh)], [divided], mesh)
 
 

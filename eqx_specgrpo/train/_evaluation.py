@@ -7,13 +7,13 @@ from pathlib import Path
 from ..config import RunParts
 from ..errors import UserError
 from ..evaluation import Evaluation, EvaluationResult, evaluate, evaluation_line, make_evaluation
-from ..grpo import compute_copy
 from ..models import AbstractLanguageModel
 from ..records import EvaluationRecords, RunProgress
 from ..tasks import AbstractTask, Rewards, TrainerState
 from ._ending import unless_urgent
 from ._interrupt import StopRequest
 from ._policy import save_policy
+from ._roll_out import copies_to_decode
 from ._segments import SegmentLog
 from ._state import RunState
 
@@ -96,12 +96,12 @@ class HeldOutEvaluator(AbstractEvaluator):
 
     def _measured(self, done: int, state: RunState, segments: SegmentLog, stop: StopRequest) -> EvaluationResult:
         parts, size = self._parts, self._parts.task.size
-        dtype = parts.config.model.dtype
         epoch = None if size is None else state.position / size
+        target, draft = copies_to_decode(parts, state.policy, state.draft)
         return evaluate(
             self._evaluation,
-            compute_copy(state.policy, dtype, parts.update_mesh),
-            compute_copy(state.draft, dtype, parts.update_mesh),
+            target,
+            draft,
             TrainerState(global_step=done, max_steps=parts.config.steps, epoch=epoch),
             unless_urgent(stop, self._progress.decoding, parts.processes),
             segments.length_state,
@@ -122,8 +122,10 @@ class HeldOutEvaluator(AbstractEvaluator):
         value, best = result.metrics[metric], self._records.best()
         if math.isnan(value) or (best is not None and best["value"] >= value):
             return
-        if self._parts.processes.is_first:
-            save_policy(self._parts, state.policy, self._records.best_path)
+        is_first = self._parts.processes.is_first
+        policy = self._parts.mesh.readable(state.policy, keep=is_first)
+        if is_first:
+            save_policy(self._parts, policy, self._records.best_path)
             self._records.write_best(done, metric, value)
 
 

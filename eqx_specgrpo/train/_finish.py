@@ -4,11 +4,11 @@ from rich.console import Console
 
 from ..config import DraftConfig, RunConfig, RunParts, draft_spec, model_name
 from ..drafts import save_draft
-from ..grpo import compute_copy
 from ..records import AbstractRunFolder, Comparison, RunProgress, read_steps, summary_table
 from ._compare import compare_with_plain
 from ._lessons import COMPARE
 from ._policy import save_policy
+from ._roll_out import copies_to_decode
 from ._segments import SegmentLog
 from ._state import RunState
 from ._step import step_key
@@ -23,13 +23,17 @@ def finish(
 ) -> Comparison | None:
     """Writes policy and draft for others to load, and measures what speculation gives, unless that was done already or
     is not wanted."""
-    config = parts.config
-    if not parts.processes.is_first:
-        return None  # it waits until the first one is done
+    config, mesh, is_first = parts.config, parts.mesh, parts.processes.is_first
     with progress.timed("saving", "saving policy/ and draft/"):
-        save_policy(parts, state.policy, folder.policy_path)
-        if config.draft.enabled:
-            save_draft(folder.draft_path, state.draft, state.policy, model_name(config), draft_spec(config.draft))
+        policy, draft = mesh.readable((state.policy, state.draft), keep=is_first)
+        if is_first:
+            save_policy(parts, policy, folder.policy_path)
+        if is_first and config.draft.enabled:
+            save_draft(folder.draft_path, draft, policy, model_name(config), draft_spec(config.draft))
+        del policy, draft
+    target, draft = copies_to_decode(parts, state.policy, state.draft)
+    if not is_first:
+        return None  # it waits until the first one is done
     if not config.draft.enabled:
         return None
     before = folder.comparison()
@@ -42,8 +46,8 @@ def finish(
     with progress.timed("comparison", "comparing with plain decoding"):
         comparison = compare_with_plain(
             parts,
-            compute_copy(state.policy, config.model.dtype, parts.update_mesh),
-            compute_copy(state.draft, config.model.dtype, parts.update_mesh),
+            target,
+            draft,
             state.position,
             step_key(config.seed, config.steps, COMPARE),
             progress,

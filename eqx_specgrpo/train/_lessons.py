@@ -88,9 +88,11 @@ def make_lesson(
     )
     key = step_key(parts.config.seed, -1 - number, DECODE)
     phase = f"rollouts of lesson {number + 1}"
-    rollouts = roll_out_together(parts, target, draft, prompts, key, phase, on_progress)
+    copies = parts.mesh.copies((target, draft))
+    rollouts = roll_out_together(parts, *copies, prompts, key, phase, on_progress)
+    del copies
     batch = make_update_batch(rollouts, np.zeros(len(rollouts.group), np.float32))
-    return Lesson(rollouts, batch, features_of(target, batch, layers, parts.update_mesh))
+    return Lesson(rollouts, batch, features_of(target, batch, layers, parts.mesh))
 
 
 def recall_lesson(state: RunState, lesson: Lesson) -> RunState:
@@ -174,18 +176,19 @@ def examine(
 def mean_entropy(parts: RunParts, target: AbstractLanguageModel, lesson: Lesson) -> float:
     """Computes the mean entropy of the sampling distribution over the lesson's completion tokens, in nats per token."""
     batch, features = lesson.batch, lesson.features
-    rows = features.rows
+    rows, of_rows = features.rows, (batch.completion_tokens, batch.prompt_lengths, batch.support)
+    tokens, prompt_lengths, support = features.mesh.put(jax.tree.map(lambda x: np.asarray(x)[rows], of_rows), ROWS)
     entropies = _entropies(
         target,
         features.features.last,
-        np.asarray(batch.completion_tokens)[rows],
-        np.asarray(batch.prompt_lengths)[rows],
+        tokens,
+        prompt_lengths,
+        support,
         parts.loss.temperature,
         parts.loss.chunk,
-        jax.tree.map(lambda x: np.asarray(x)[rows], batch.support),
         features.mesh,
     )
-    of_rows = np.asarray(entropies)[features.slots]
+    of_rows = features.mesh.fetch(entropies)[features.slots]
     return float((of_rows * batch.completion_mask).sum() / batch.completion_mask.sum())
 
 
@@ -195,9 +198,9 @@ def _entropies(
     hidden: Float[Array, "rows seq hidden"],
     tokens: Int[Array | np.ndarray, "rows new"],
     prompt_lengths: Int[Array | np.ndarray, " rows"],
+    support: Support | None,
     temperature: Float[Array, ""],
     chunk: int,
-    support: Support | None,
     mesh: AbstractDeviceMesh,
 ) -> Float[Array, "rows new"]:
     specs = mesh.data_specs(target, Layout.MASTER)

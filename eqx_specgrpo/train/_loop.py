@@ -156,7 +156,7 @@ def run(
             check_own_devices(parts)
             evaluator = make_evaluator(parts, held_out, state.policy, folder.path, progress)
             start, state = _start_or_resume(folder, resume, state, config)
-            state = state.laid_out(parts.update_mesh)
+            state = state.laid_out(parts.mesh)
             progress.advise(rate_advice(before, config, start))
             folder.write_config(dump_config(config))
             memory = _memory_at_start(folder, start, state, processes)
@@ -248,9 +248,9 @@ def _load(
         progress.advise(lora_advice(config.lora, config.grpo.learning_rate))
     draft = make_draft(config.draft, whole_model(policy), config.seed, tokenizer, given.start_draft())
     parts = make_parts(config, tokenizer, draft, given=given, processes=processes)
-    policy, draft = parts.update_mesh.lay_out((policy, draft), Layout.MASTER)
+    policy, draft = parts.mesh.lay_out((policy, draft), Layout.MASTER)
     reference = fixed_reference(parts, policy)
-    state = RunState.fresh(policy, draft, parts.policy_optimizer, parts.draft_optimizer).laid_out(parts.update_mesh)
+    state = RunState.fresh(policy, draft, parts.policy_optimizer, parts.draft_optimizer).laid_out(parts.mesh)
     state = dataclasses.replace(with_loss_state(parts, state), order=parts.order.init(parts.task))
     return parts, state, reference
 
@@ -298,13 +298,13 @@ def _warm_up(parts: RunParts, state: RunState, progress: RunProgress) -> RunStat
     """
     config = parts.config
     decoding = dataclasses.replace(parts, length=FixedLength(0)) if config.draft.adaptive else parts
-    target = compute_copy(state.policy, config.model.dtype, parts.update_mesh)
+    target = compute_copy(state.policy, config.model.dtype, parts.mesh)
     lesson, per_lesson = None, updates_per_lesson(parts)
     for update in range(config.draft.warmup):
         number, within = divmod(update, per_lesson)
         if lesson is None or within == 0:
             progress.phase(f"warming up the draft: batch {number + 1} of rollouts")
-            draft = compute_copy(state.draft, config.model.dtype, parts.update_mesh)
+            draft = compute_copy(state.draft, config.model.dtype, parts.mesh)
             lesson = make_lesson(decoding, target, draft, draft.layers, number, progress.decoding)
             state = recall_lesson(state, lesson)
         progress.phase(f"warming up the draft: update {update + 1} of {config.draft.warmup}")
@@ -339,13 +339,13 @@ def _one_step(
     compiled = progress.compilations.seconds
 
     with progress.timed("rollout", f"step {step}: rollout"):
-        target = compute_copy(state.policy, config.model.dtype, parts.update_mesh)
-        draft = compute_copy(state.draft, config.model.dtype, parts.update_mesh)
-        segments.after_training(draft.max_length, state.draft_acceptance)
+        target = compute_copy(state.policy, config.model.dtype, parts.mesh)
+        copies = parts.mesh.copies((target, compute_copy(state.draft, config.model.dtype, parts.mesh)))
+        segments.after_training(state.draft.max_length, state.draft_acceptance)
         guard.begin(state.draft, step)
     decoding = unless_urgent(stop, progress.decoding, parts.processes)
-    sample = sample_step(parts, state, target, draft, done, progress, segments, lengths, decoding)
-    del draft
+    sample = sample_step(parts, state, *copies, done, progress, segments, lengths, decoding)
+    del copies
     weights = target if grpo.num_iterations == 1 else None  # with several, it would be held beside later ones
     del target
     scored, rollouts = sample.scored, sample.scored.rollouts

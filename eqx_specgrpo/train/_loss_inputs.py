@@ -29,7 +29,7 @@ from ..grpo import (
     rows_of_shards,
     support_metrics,
 )
-from ..layout import AbstractDeviceMesh
+from ..layout import ROWS, AbstractDeviceMesh
 from ..models import AbstractLanguageModel
 
 
@@ -43,11 +43,11 @@ def of_batch(
     parts: RunParts,
 ) -> Float[np.ndarray, "rows new"]:
     """What a function says of each completion token of a step, one micro-batch at a time."""
-    values, mesh = np.zeros(batch.old_logprobs.shape, np.float32), parts.update_mesh
+    values, mesh = np.zeros(batch.old_logprobs.shape, np.float32), parts.mesh
     for micro in plan:
         divided = divide_rows(micro.rows, mesh.data)
-        part = function(model, batch_of_shards(batch, divided, micro.width), parts.loss, mesh)
-        rows, found = rows_of_shards(part, divided)
+        own = mesh.put(batch_of_shards(batch, divided, micro.width), ROWS)
+        rows, found = rows_of_shards(mesh.fetch(function(model, own, parts.loss, mesh)), divided)
         values[rows, : found.shape[1]] = found
     return values
 
@@ -77,7 +77,7 @@ def loss_inputs(
         batch, further = with_kl_in_reward(parts, batch, scored)
         metrics |= further
     if grpo.importance_sampling_correction:
-        weights = compute_copy(policy, parts.config.model.dtype, parts.update_mesh)
+        weights = compute_copy(policy, parts.config.model.dtype, parts.mesh)
         batch, further = with_correction(parts, weights, batch, plan)
         metrics |= further
     return batch, metrics

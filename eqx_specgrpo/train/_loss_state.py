@@ -24,7 +24,7 @@ def fixed_reference(parts: RunParts, policy: AbstractLanguageModel) -> AbstractL
         return None
     if grpo.beta == 0 or grpo.sync_ref_model:
         return None
-    return compute_copy(policy, parts.config.model.dtype, parts.update_mesh)
+    return compute_copy(policy, parts.config.model.dtype, parts.mesh)
 
 
 def with_loss_state(parts: RunParts, state: RunState) -> RunState:
@@ -51,7 +51,7 @@ def current_reference(
         return state.policy.base_in(jnp.dtype(parts.config.model.dtype)) if parts.config.grpo.beta != 0 else None
     if state.reference is None:
         return fixed
-    return compute_copy(state.reference, parts.config.model.dtype, parts.update_mesh)
+    return compute_copy(state.reference, parts.config.model.dtype, parts.mesh)
 
 
 def with_update(

@@ -38,7 +38,7 @@ class UpdatePlanner:
         rows, new = batch.completion_tokens.shape
         prompt = batch.tokens.shape[1] - new
         is_divided = not parts.loss.loss.traits.depends_on_micro_batches
-        mesh = parts.update_mesh
+        mesh = parts.mesh
         alone = 1 if is_divided else -(-rows // grpo.gradient_accumulation_steps // mesh.data)
         longest = new if batch.completion_lengths is None else int(batch.completion_lengths.max())
         width = min(padded_width(longest), new) if is_divided else new

@@ -11,9 +11,19 @@ from ..config import RunParts
 from ..decoding import DecodeProgress, decode, default_smallest_bucket
 from ..drafts import AbstractDraft
 from ..evaluation import gather_rollouts, own_prompts
+from ..grpo import compute_copy
 from ..layout import nothing
 from ..models import AbstractLanguageModel
 from ._segments import SegmentLog
+
+
+def copies_to_decode(
+    parts: RunParts, policy: AbstractLanguageModel, draft: AbstractDraft
+) -> tuple[AbstractLanguageModel, AbstractDraft]:
+    """Policy and draft in the dtype of computation, where rollouts are decoded. All processes of a run have to ask for
+    them at the same time."""
+    mesh, dtype = parts.mesh, parts.config.model.dtype
+    return mesh.copies(compute_copy(policy, dtype, mesh)), mesh.copies(compute_copy(draft, dtype, mesh))
 
 
 def roll_out(

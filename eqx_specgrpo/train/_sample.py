@@ -299,7 +299,7 @@ def learn_left_out(
         lesson = make_update_batch(rollouts, np.zeros(len(rollouts.group), np.float32)).rows(rows)
         num_prompts = min(len(rows), len(rollouts.prompts.lengths))  # some twice, for the same reason
         lesson = dataclasses.replace(lesson, prompt_rows=np.resize(lesson.prompt_rows, num_prompts), support=None)
-        features = features_of(target, lesson, state.draft.layers, parts.update_mesh)
+        features = features_of(target, lesson, state.draft.layers, parts.mesh)
         everything = np.arange(len(rows))
         state, _ = update_draft(parts, state, target, features, lesson, rollouts.lengths[rows], everything, done + 1)
         lessons += 1

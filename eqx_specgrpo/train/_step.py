@@ -33,6 +33,7 @@ from ..grpo import (
     trained_part,
     with_trained_part,
 )
+from ..layout import ROWS
 from ..models import AbstractLanguageModel, AdaptedTransformer, Tokenizer
 from ..runtime import SMALL_HIDDEN_SIZE
 from ..tasks import AbstractTask, Example, RewardLog, TrainerState, collate
@@ -160,7 +161,7 @@ def update_policy(
         which gives the same bits.
     - `planner`: chooses by the memory that there is; by default as if there were enough.
     """
-    grpo, mesh = parts.config.grpo, parts.update_mesh
+    grpo, mesh = parts.config.grpo, parts.mesh
     batch = make_update_batch(
         scored.rollouts, scored.advantages, mask_truncated_completions=grpo.mask_truncated_completions
     )
@@ -207,7 +208,7 @@ def update_policy(
         )
         total, features = None, []
         for micro, of_shards in zip(plan, divided, strict=True):
-            rows = batch_of_shards(batch, of_shards, micro.width)
+            rows = mesh.put(batch_of_shards(batch, of_shards, micro.width), ROWS)
             if micro.has_gradient:
                 part, part_features = policy_gradients(
                     weights, rows, normalizer, settings, feature_width=width, adapters=adapters, mesh=mesh
