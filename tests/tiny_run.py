@@ -3,13 +3,16 @@
 The weights are random, but sharp enough that a draft is sometimes right and sometimes wrong.
 """
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import equinox as eqx
 import jax.random as jr
+import numpy as np
 import pytest
 import tokenizers
+from safetensors import safe_open
 from tokenizers import decoders, models, pre_tokenizers
 
 from eqx_specgrpo.config import RunConfig, load_config
@@ -114,6 +117,22 @@ def tiny_settings(folder: Path, out: Path, *settings: str) -> list[str]:
         "draft.learning_rate=1e-2",
         *settings,
     ]
+
+
+def checkpoint_arrays(checkpoint: Path, tree: str) -> dict[str, np.ndarray]:
+    """The arrays of a tree in a checkpoint, of however many pieces, put together without the library."""
+    arrays = {}
+    for name, about in json.loads((checkpoint / "meta.json").read_text())["trees"][tree].items():
+        arrays[name] = np.empty(about["shape"], about["dtype"])
+        missing = arrays[name].size
+        for piece in about["pieces"]:
+            with safe_open(checkpoint / piece["file"], "numpy") as file:
+                part = file.get_tensor(piece["name"])
+            place = tuple(slice(start, start + size) for start, size in zip(piece["start"], part.shape, strict=True))
+            arrays[name][place] = part
+            missing -= part.size
+        assert missing == 0, f"{name} is not whole"
+    return arrays
 
 
 def as_flags(settings: Iterable[str]) -> list[str]:
