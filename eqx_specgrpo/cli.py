@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ._cli_devices import devices
 from ._cli_eval import evaluate
 from ._cli_generate import generate
 from ._cli_options import (
@@ -359,3 +360,4 @@ def plot(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run
 
 
 app.command()(report)
+app.command()(devices)

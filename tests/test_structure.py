@@ -45,11 +45,12 @@ ALLOWED = {
     "train": BOTTOM | STATIONS | {"records", "config", "testing", "evaluation"},
     "bench": BOTTOM | STATIONS | {"records", "config", "testing", "evaluation", "train"},
     "_cli_options": BOTTOM,
+    "_cli_devices": BOTTOM | {"_cli_options", "config", "train"},
     "_cli_eval": BOTTOM | {"_cli_options", "config", "train"},
     "_cli_report": BOTTOM | {"records"},
     "_cli_generate": BOTTOM | {"_cli_options", "train"},
     "cli": BOTTOM
-    | {"_cli_options", "_cli_eval", "_cli_report", "_cli_generate"}
+    | {"_cli_options", "_cli_devices", "_cli_eval", "_cli_report", "_cli_generate"}
     | STATIONS
     | {"records", "config", "testing", "evaluation", "train", "bench"},
     "__init__": BOTTOM | STATIONS | {"records", "config", "testing", "evaluation", "train", "bench"},

@@ -37,6 +37,7 @@ from ._parts import (
     load_trained_policy as load_trained_policy,
     make_draft as make_draft,
     make_parts as make_parts,
+    make_policy_optimizer as make_policy_optimizer,
     model_name as model_name,
     named_draft as named_draft,
 )

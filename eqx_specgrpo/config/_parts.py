@@ -45,6 +45,7 @@ from ..tasks import ORDERS, AbstractOrder, AbstractTask, Rewards
 from ._check import check_saved_draft, default_model_path, load_split, load_task_and_rewards
 from ._draft_options import LOOKUP, split_options
 from ._given import NOTHING_GIVEN, Given
+from ._grpo import GRPOConfig
 from ._load import draft_config
 from ._lora import Load, merged_policy, starting_policy
 from ._loss import entropy_control, loss_settings
@@ -232,16 +233,21 @@ def make_parts(
         loss=loss_settings(grpo, draft.layers),
         entropy=entropy_control(grpo),
         draft_loss=make_draft_loss(config.draft.loss),
-        policy_optimizer=make_optimizer(
-            grpo.optim,
-            beta1=grpo.adam_beta1,
-            beta2=grpo.adam_beta2,
-            epsilon=grpo.adam_epsilon,
-            weight_decay=grpo.weight_decay,
-            max_grad_norm=grpo.max_grad_norm,
-        ),
+        policy_optimizer=make_policy_optimizer(grpo),
         draft_optimizer=make_optimizer(max_grad_norm=config.draft.max_grad_norm),
         processes=OneProcess() if processes is None else processes,
+    )
+
+
+def make_policy_optimizer(grpo: GRPOConfig) -> optax.GradientTransformation:
+    """The optimizer that the configuration names."""
+    return make_optimizer(
+        grpo.optim,
+        beta1=grpo.adam_beta1,
+        beta2=grpo.adam_beta2,
+        epsilon=grpo.adam_epsilon,
+        weight_decay=grpo.weight_decay,
+        max_grad_norm=grpo.max_grad_norm,
     )
 
 

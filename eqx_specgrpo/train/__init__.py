@@ -1,4 +1,6 @@
 from ._callbacks import AbstractCallback as AbstractCallback, NoCallback as NoCallback, RunView as RunView
+from ._device_plan import DevicePlan as DevicePlan, plan_devices as plan_devices
+from ._device_tables import device_tables as device_tables
 from ._distill import distill as distill
 from ._draft_step import features_of as features_of, update_draft as update_draft
 from ._evaluate_model import ModelEvaluation as ModelEvaluation, evaluate_model as evaluate_model
