@@ -201,7 +201,15 @@ def test_options_of_tasks_are_documented(task):
 def metric_patterns() -> set[str]:
     """The names of metrics as they stand in the source; what is filled in at run time is `{}`."""
     patterns = set()
-    of_train = ("_step.py", "_loop.py", "_segments.py", "_step_records.py", "_loss_inputs.py", "_sample.py")
+    of_train = (
+        "_step.py",
+        "_draft_step.py",
+        "_loop.py",
+        "_segments.py",
+        "_step_records.py",
+        "_loss_inputs.py",
+        "_sample.py",
+    )
     of_train += ("_draft_lessons.py", "_draft_guard.py")
     files = [*(PACKAGE / "train" / name for name in of_train), PACKAGE / "records" / "_times.py"]
     files.append(PACKAGE / "decoding" / "_adaptive.py")

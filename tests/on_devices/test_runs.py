@@ -5,15 +5,17 @@ from pathlib import Path
 import equinox as eqx
 import jax
 import numpy as np
+import optax
 import pytest
 from helpers import quick_compilation
 from rich.console import Console
-from tiny_run import tiny_config, tiny_folder as tiny_folder
+from tiny_run import tiny_config, tiny_folder as tiny_folder, tiny_model
 
-from eqx_specgrpo.config import _parts as parts_module
+from eqx_specgrpo.config import _parts as parts_module, make_policy_optimizer
+from eqx_specgrpo.drafts import NoDraft
 from eqx_specgrpo.layout import OneDevice, make_mesh
 from eqx_specgrpo.records import read_records
-from eqx_specgrpo.train import run
+from eqx_specgrpo.train import RunState, plan_devices, run
 
 # Rows that the shards can't have an equal part of, a draft with temperatures, and a reference. Adam divides by the
 # gradient's size, so that one of rounding alone would move a weight as far as any other, unless its epsilon is larger.
@@ -65,6 +67,19 @@ def check_same(out, result, expected_out, expected, tolerance: float) -> None:
         np.testing.assert_allclose(result.metrics[name], expected.metrics[name], rtol=1e-3, atol=1e-5, err_msg=name)
     assert np.abs(weights(result.policy) - weights(expected.policy)).max() < tolerance
     assert np.abs(weights(result.draft) - weights(expected.draft)).max() < 10 * tolerance
+
+
+@pytest.mark.parametrize("model", [1, 2])
+def test_devices_hold_what_is_planned(tiny_folder, tmp_path, model):
+    config = tiny_config(tiny_folder, tmp_path, f"devices.model={model}")
+    policy, mesh = tiny_model(), make_mesh(model)
+    state = RunState.fresh(policy, NoDraft(), make_policy_optimizer(config.grpo), optax.identity()).laid_out(mesh)
+    plan = plan_devices(config)
+    assert (plan.data, plan.model) == (4 // model, model)
+    for name, tree in (("policy", state.policy), ("its optimizer", state.policy_optimizer)):
+        arrays = jax.tree.leaves(eqx.filter(tree, eqx.is_array))
+        held = sum(x.addressable_shards[0].data.nbytes for x in arrays)
+        assert plan.kept[name] == held, name
 
 
 @pytest.mark.parametrize("model", [1, 2])
