@@ -536,6 +536,49 @@ MUTATIONS = (
         "others = []",
         "test_compile_behind.py::test_a_new_length_is_compiled_while_another_one_goes_on",
     ),
+    # Updates by shard.
+    Mutation(
+        "a shard keeps its own gradients, not the sum",
+        "layout/_gather.py",
+        "return None, _own_part(mesh, cotangent.astype(jnp.float32), axis)",
+        "return None, mesh.data * _own_part(mesh, cotangent.astype(jnp.float32) * (mesh.shard_index() == 0), axis)",
+        "on_devices/test_update.py::test_gradients_are_those_of_one_device",
+    ),
+    Mutation(
+        "a row that comes again counts twice",
+        "grpo/_division.py",
+        "np.asarray(whole.completion_mask) & is_there[:, None]",
+        "np.asarray(whole.completion_mask)",
+        "on_devices/test_update.py::test_gradients_are_those_of_one_device",
+    ),
+    Mutation(
+        "each shard divides by its own tokens",
+        "grpo/_step.py",
+        "normalizer.num_micro_batches * of_all)",
+        "normalizer.num_micro_batches)",
+        "on_devices/test_update.py::test_gradients_are_those_of_one_device",
+    ),
+    Mutation(
+        "a shard's lesson counts its own positions alone",
+        "distill/_step.py",
+        "counts = mesh.total(mask.sum((0, 1)))",
+        "counts = mask.sum((0, 1))",
+        "on_devices/test_update.py::test_lessons_are_those_of_one_device",
+    ),
+    Mutation(
+        "temperatures are fitted on one shard's rows",
+        "distill/_temperature.py",
+        "& is_own[of_all, None]",
+        "& is_own[of_all, None] & (mesh.shard_index() == 0)",
+        "on_devices/test_update.py::test_lessons_are_those_of_one_device",
+    ),
+    Mutation(
+        "weights are whole on every device",
+        "grpo/_step.py",
+        "return mesh.laid_out((params, state), Layout.MASTER)",
+        "return mesh.laid_out((params, state), Layout.COPY)",
+        "on_devices/test_runs.py",
+    ),
 )
 
 

@@ -210,7 +210,7 @@ def metric_patterns() -> set[str]:
         "_loss_inputs.py",
         "_sample.py",
     )
-    of_train += ("_draft_lessons.py", "_draft_guard.py")
+    of_train += ("_sample.py", "_draft_lessons.py", "_draft_guard.py")
     files = [*(PACKAGE / "train" / name for name in of_train), PACKAGE / "records" / "_times.py"]
     files.append(PACKAGE / "decoding" / "_adaptive.py")
     for file in [*files, *(PACKAGE / "grpo").rglob("_*.py")]:

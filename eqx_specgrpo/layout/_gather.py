@@ -58,8 +58,9 @@ def at_use(mesh: AbstractDeviceMesh, model: Module, specs: PyTree, offsets: PyTr
     **Arguments:**
 
     - `model`: as it comes into the shard.
-    - `specs`: a `PartitionSpec` of each array over the axis `data`: [`AbstractDeviceMesh.data_specs`][].
-    - `offsets`: see [`GatheredAtUse`][]; `None` where no gradient is wanted.
+    - `specs`: a `PartitionSpec` of each array over the axis `data`, from `data_specs` of
+        [`eqx_specgrpo.layout.AbstractDeviceMesh`][].
+    - `offsets`: see [`eqx_specgrpo.layout.GatheredAtUse`][]; `None` where no gradient is wanted.
     """
     if mesh.data == 1:
         return model
@@ -80,7 +81,7 @@ def at_use(mesh: AbstractDeviceMesh, model: Module, specs: PyTree, offsets: PyTr
 def gathered(mesh: AbstractDeviceMesh, tree: Module, specs: PyTree) -> Module:
     """Within `by_shard`: all of a tree of which this shard has a part.
 
-    **Arguments:** as for [`at_use`][].
+    **Arguments:** as for [`eqx_specgrpo.layout.at_use`][].
     """
     return tree if mesh.data == 1 else _gathered(mesh, tree, _no_offsets(tree), _axes(specs))
 
@@ -91,7 +92,7 @@ def own_parts_of_total(mesh: AbstractDeviceMesh, tree: PyTree, specs: PyTree) ->
     **Arguments:**
 
     - `tree`: whole arrays.
-    - `specs`: as for [`at_use`][]; of the same structure.
+    - `specs`: as for [`eqx_specgrpo.layout.at_use`][]; of the same structure.
     """
     leaves, structure = jax.tree.flatten(tree)
     parts = [_own_part(mesh, x, axis) for x, axis in zip(leaves, _axes(specs), strict=True)]
@@ -111,7 +112,7 @@ def value_and_gradients(
     **Arguments:**
 
     - `function`: from a model to a value, this shard's share of a sum, and anything else.
-    - `model`, `specs`: as for [`at_use`][].
+    - `model`, `specs`: as for [`eqx_specgrpo.layout.at_use`][].
     - `is_trained`: a tree like `model`, of booleans: which arrays gradients are wanted of.
     """
     trained, others = eqx.partition(model, is_trained)

@@ -13,7 +13,8 @@ from tiny_run import tiny_config, tiny_folder as tiny_folder, tiny_model
 
 from eqx_specgrpo.config import _parts as parts_module, make_policy_optimizer
 from eqx_specgrpo.drafts import NoDraft
-from eqx_specgrpo.layout import OneDevice, make_mesh
+from eqx_specgrpo.grpo import trained_part
+from eqx_specgrpo.layout import Layout, OneDevice, make_mesh
 from eqx_specgrpo.records import read_records
 from eqx_specgrpo.train import RunState, plan_devices, run
 
@@ -87,4 +88,7 @@ def test_a_run_is_that_of_one_device(tiny_folder, tmp_path, one_device, model):
     settings, expected_out, expected = one_device
     out = tmp_path / "run"
     result = trained(tiny_folder, out, make_mesh(model), *settings)
-    check_same(out, result, expected_out, expected, 1e-4)
+    check_same(out, result, expected_out, expected, 1e-5)
+    policy, mesh = trained_part(result.policy), make_mesh(model)
+    placed = mesh.lay_out(policy, Layout.MASTER)
+    assert jax.tree.map(lambda x: x.sharding, policy) == jax.tree.map(lambda x: x.sharding, placed)
