@@ -279,7 +279,7 @@ def test_full_disk_loses_nothing(tmp_path, monkeypatch, where):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if where == "weights":
-        monkeypatch.setattr(_safetensors, "save_file", full)
+        monkeypatch.setattr(_safetensors, "write_tensor_file", full)
     else:
         monkeypatch.setattr(_checkpoint.json, "dumps", full)
     with pytest.raises(UserError, match="disk is full"):

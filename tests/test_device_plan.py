@@ -5,6 +5,7 @@ import pytest
 from tiny_run import tiny_config, tiny_folder as tiny_folder
 from typer.testing import CliRunner
 
+from eqx_specgrpo.choices import DRAFTS
 from eqx_specgrpo.cli import app
 from eqx_specgrpo.errors import UserError
 from eqx_specgrpo.train import plan_devices
@@ -29,6 +30,13 @@ def test_adapters_and_a_model_axis(tiny_folder, tmp_path):
     assert layouts["policy.blocks.*.attention.qkv.weight"] == (2, (64, 32), ("model", "data"), ("model",))
     with pytest.raises(UserError, match="devices.model = 2, but there are 3 devices"):
         plan_devices(tiny_config(tiny_folder, tmp_path, "devices.model=2"), count=3)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DRAFTS if kind != "model"])
+def test_no_draft_reads_the_weights_that_it_is_made_for(tiny_folder, tmp_path, kind):
+    """So that it can be made where the weights are divided over several processes."""
+    plan = plan_devices(tiny_config(tiny_folder, tmp_path, f"draft.kind={kind}"), count=2)
+    assert plan.kept["policy"] > 0
 
 
 @pytest.mark.parametrize("memory, said", [("0.000001", "It does not fit"), ("8", "It fits")])

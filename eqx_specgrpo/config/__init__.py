@@ -40,6 +40,7 @@ from ._parts import (
     make_policy_optimizer as make_policy_optimizer,
     model_name as model_name,
     named_draft as named_draft,
+    run_mesh as run_mesh,
 )
 from ._places import with_absolute_paths as with_absolute_paths
 from ._sampling import rollout_sampling as rollout_sampling

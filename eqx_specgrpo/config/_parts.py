@@ -38,7 +38,7 @@ from ..drafts import (
 from ..errors import UserError
 from ..files import is_import_spec, user_path
 from ..grpo import AbstractEntropyControl, LossSettings, make_optimizer
-from ..layout import AbstractDeviceMesh, AbstractProcesses, OneProcess, make_mesh
+from ..layout import AbstractDeviceMesh, AbstractProcesses, OneDevice, OneProcess, make_mesh
 from ..models import AbstractLanguageModel, Tokenizer, load_pretrained
 from ..sampling import AbstractSampling, TruncatedSampling
 from ..tasks import ORDERS, AbstractOrder, AbstractTask, Rewards
@@ -97,17 +97,31 @@ def load_policy(
     return merged_policy(_loader(path, revision), adapter)
 
 
-def load_trained_policy(config: RunConfig, given: Given = NOTHING_GIVEN) -> tuple[AbstractLanguageModel, Tokenizer]:
-    """What a run trains: the model, or, with a `lora.rank`, a base that stands still and its adapters."""
+def run_mesh(config: RunConfig) -> AbstractDeviceMesh:
+    """The devices of a run."""
+    return make_mesh(config.devices.model)
+
+
+def load_trained_policy(
+    config: RunConfig, given: Given = NOTHING_GIVEN, mesh: AbstractDeviceMesh = OneDevice()
+) -> tuple[AbstractLanguageModel, Tokenizer]:
+    """What a run trains: the model, or, with a `lora.rank`, a base that stands still and its adapters.
+
+    **Arguments:**
+
+    - `mesh`: over which the model's weights are divided as they are read.
+    """
     model = config.model
-    load = _loader(model.path, model.revision)
+    load = _loader(model.path, model.revision, mesh)
     if given.policy is not None:  # beside adapters a base stands still
         load = ft.partial(given.start_policy, copy=config.lora.rank == 0)
     return starting_policy(load, model.adapter, config.lora, model.base_dtype, config.seed)
 
 
-def _loader(path: str, revision: str | None) -> Load:
-    return lambda dtype: load_pretrained(path or default_model_path(), jnp.dtype(dtype), revision=revision)
+def _loader(path: str, revision: str | None, mesh: AbstractDeviceMesh = OneDevice()) -> Load:
+    return lambda dtype: load_pretrained(
+        path or default_model_path(), jnp.dtype(dtype), revision=revision, place=mesh.place
+    )
 
 
 def model_name(config: RunConfig) -> str:
@@ -221,7 +235,7 @@ def make_parts(
     grpo = config.grpo
     return RunParts(
         config=config,
-        mesh=make_mesh(config.devices.model),
+        mesh=run_mesh(config),
         tokenizer=tokenizer.with_chat_template_kwargs(grpo.chat_template_kwargs),
         task=task,
         rewards=rewards,

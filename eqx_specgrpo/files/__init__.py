@@ -1,3 +1,4 @@
+from ._host import on_host as on_host
 from ._import_spec import (
     absolute_spec as absolute_spec,
     import_callable as import_callable,

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from ._host import on_host
 from ._tensor_file import TensorToWrite
 from ._tree import array_name, check_names, check_shape, is_array, is_key, like, stored_struct
 
@@ -63,7 +64,7 @@ def _own_pieces(name: str, leaf: Any, is_first: bool) -> Iterator[Piece]:
     shape, dtype = tuple(struct.shape), np.dtype(struct.dtype)
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
         if is_first:
-            tensor = TensorToWrite(name, dtype, shape, lambda: np.asarray(jr.key_data(leaf) if is_key(leaf) else leaf))
+            tensor = TensorToWrite(name, dtype, shape, lambda: on_host(jr.key_data(leaf) if is_key(leaf) else leaf))
             yield Piece(name, shape, (0,) * len(shape), tensor)
         return
     data = jr.key_data(leaf) if is_key(leaf) else leaf
@@ -72,7 +73,7 @@ def _own_pieces(name: str, leaf: Any, is_first: bool) -> Iterator[Piece]:
             index = bounds_of(shard.index, shape)
             sizes = tuple(stop - start for start, stop in index)
             where = ",".join(f"{start}:{stop}" for start, stop in index)
-            tensor = TensorToWrite(f"{name}[{where}]", dtype, sizes, lambda shard=shard: np.asarray(shard.data))
+            tensor = TensorToWrite(f"{name}[{where}]", dtype, sizes, lambda shard=shard: on_host(shard.data))
             yield Piece(name, shape, tuple(start for start, _ in index), tensor)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
-from ._rules import DATA, Layout, parameter_specs
+from ._rules import DATA, Layout, parameter_spec, parameter_specs
 
 Tree = TypeVar("Tree")
 Device = Any  # of `jax.devices()`; type checkers are not told of the class
@@ -155,6 +155,17 @@ class AbstractDeviceMesh(eqx.Module):
         """Of an array that is so divided, as JAX takes it; `None` for wherever JAX puts arrays."""
         del spec
         return None
+
+    def place(self, path: str, array: np.ndarray) -> Array:
+        """One parameter in `Layout.MASTER`, as [`eqx_specgrpo.models.load_model`][] takes it: no device ever has more
+        than its part.
+
+        **Arguments:**
+
+        - `path`: of the array in its model, names joined by points.
+        - `array`: on the host.
+        """
+        return self.put(array, parameter_spec(path, array.shape, self.data, self.model, Layout.MASTER))
 
     def lay_out(self, tree: Tree, layout: Layout) -> Tree:
         """Parameters placed in a layout; see `put`."""

@@ -29,10 +29,16 @@ from ._safetensors import folder_tensors, read_json, write_tensors
 from ._tokenizer import Tokenizer, check_tokenizer
 from ._tokenizer_files import tokenizer_from_folder
 from ._transformer import Transformer
-from ._weights import fill_model, model_tensors
+from ._weights import Place, fill_model, model_tensors, on_default_device
 
 
-def load_model(path: str | Path, dtype: DTypeLike = jnp.float32, *, revision: str | None = None) -> Transformer:
+def load_model(
+    path: str | Path,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    revision: str | None = None,
+    place: Place = on_default_device,
+) -> Transformer:
     """Loads a pretrained model.
 
     Every tensor of the checkpoint must be used and every parameter filled. Nothing in a checkpoint is executed.
@@ -43,6 +49,9 @@ def load_model(path: str | Path, dtype: DTypeLike = jnp.float32, *, revision: st
         in `docs/checkpoints.md`), a `.gguf` file (extra `gguf`), or `org/name`, which huggingface_hub downloads.
     - `dtype`: of the matrices, whatever they are stored in. Norms and biases are always float32.
     - `revision`: branch, tag or commit of a model by name.
+    - `place`: puts an array on devices, given its path in the model, such as `blocks.0.mlp.down.weight`, and the array
+        on the host. A mesh's own, `AbstractDeviceMesh.place`, divides it over devices. By default all of it is put
+        where JAX puts arrays.
 
     **Returns:**
 
@@ -54,8 +63,8 @@ def load_model(path: str | Path, dtype: DTypeLike = jnp.float32, *, revision: st
     """
     path = locate(path, revision)
     if path.is_dir():
-        return _model_from_folder(path, dtype)
-    return _model_from_gguf(GGUFFile(path), dtype)
+        return _model_from_folder(path, dtype, place)
+    return _model_from_gguf(GGUFFile(path), dtype, place)
 
 
 def load_model_config(path: str | Path, *, revision: str | None = None) -> TransformerConfig:
@@ -92,31 +101,36 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> Tokenize
 
 
 def load_pretrained(
-    path: str | Path, dtype: DTypeLike = jnp.float32, *, revision: str | None = None
+    path: str | Path,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    revision: str | None = None,
+    place: Place = on_default_device,
 ) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of one checkpoint, checked against one another; see `load_model` and `load_tokenizer`."""
     path = locate(path, revision)
     if path.is_dir():
         tokenizer = tokenizer_from_folder(path)
-        model = _model_from_folder(path, dtype)
+        model = _model_from_folder(path, dtype, place)
     else:
         file = GGUFFile(path)
         tokenizer = tokenizer_from_gguf(file)
-        model = _model_from_gguf(file, dtype)
+        model = _model_from_gguf(file, dtype, place)
     check_tokenizer(model, tokenizer)
     return model, tokenizer
 
 
-def _model_from_folder(folder: Path, dtype: DTypeLike) -> Transformer:
+def _model_from_folder(folder: Path, dtype: DTypeLike, place: Place) -> Transformer:
     check_files(folder, FOLDER_FILES)
     values = read_json(folder / "config.json")
     config = config_from_hf(values, folder / "config.json")
-    return fill_model(config, folder_tensors(folder), folder, dtype, fused=values["model_type"] in FUSED)
+    tensors, fused = folder_tensors(folder), values["model_type"] in FUSED
+    return fill_model(config, tensors, folder, dtype, fused=fused, place=place)
 
 
-def _model_from_gguf(file: GGUFFile, dtype: DTypeLike) -> Transformer:
+def _model_from_gguf(file: GGUFFile, dtype: DTypeLike, place: Place) -> Transformer:
     config = file.config()
-    return fill_model(config, file.tensors(config), file.path, dtype)
+    return fill_model(config, file.tensors(config), file.path, dtype, place=place)
 
 
 def save_model(
@@ -158,7 +172,7 @@ def save_model(
     if source is not None and (Path(source) / "generation_config.json").is_file():
         generation = read_json(Path(source) / "generation_config.json")
     with _replace_folder(Path(folder)) as aside:
-        write_tensors(model_tensors(model, fused=config["model_type"] in FUSED), aside, dtype, shard_bytes)
+        write_tensors(model_tensors(model, dtype, fused=config["model_type"] in FUSED), aside, shard_bytes)
         if tokenizer is not None:
             generation.update(ids)
         for name, values in (("config.json", {**config, **ids}), ("generation_config.json", generation)):

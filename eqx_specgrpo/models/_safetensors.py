@@ -2,16 +2,16 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ..errors import CheckpointError
+from ..files import TensorToWrite, write_tensor_file
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -116,29 +116,23 @@ def _sharded_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def write_tensors(tensors: dict[str, np.ndarray], folder: Path, dtype: np.dtype, shard_bytes: int) -> None:
-    """Writes `model.safetensors`, or shards with an index where that would exceed `shard_bytes`.
-
-    Arrays with two or more axes are stored in `dtype`, the others as they are.
-    """
-    stored = {name: dtype if array.ndim >= 2 else array.dtype for name, array in tensors.items()}
-    sizes = {name: array.size * stored[name].itemsize for name, array in tensors.items()}
-    shards: list[list[str]] = [[]]
+def write_tensors(tensors: Sequence[TensorToWrite], folder: Path, shard_bytes: int) -> None:
+    """Writes `model.safetensors`, or shards with an index where that would exceed `shard_bytes`; one tensor at a time
+    is on the host."""
+    shards: list[list[TensorToWrite]] = [[]]
     filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > shard_bytes:
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(name)
-        filled += size
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
 
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
+    for number, shard in enumerate(shards, 1):
         file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard = {name: np.ascontiguousarray(tensors[name], dtype=stored[name]) for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors makes it readable for its owner alone
-        weight_map.update({name: file for name in names})
+        write_tensor_file(folder / file, shard, {"format": "pt"})
+        weight_map.update({tensor.name: file for tensor in shard})
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": weight_map}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

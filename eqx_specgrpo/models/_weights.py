@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -13,14 +14,24 @@ import numpy as np
 from jaxtyping import Array, DTypeLike
 
 from ..errors import CheckpointError
+from ..files import TensorToWrite, on_host
 from ._config import TransformerConfig
 from ._fused import Fused, fused_gate_up, fused_qkv
 from ._safetensors import StoredTensor, listing
 from ._transformer import Transformer
 
+# From an array's path in the model, names joined by points, and the array on the host to one on devices.
+Place: TypeAlias = Callable[[str, np.ndarray], Array]
+
 # Tables that older versions of transformers stored beside the weights; the model computes them itself.
 _BUFFERS = ("rotary_emb.inv_freq",)
 _EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def on_default_device(path: str, array: np.ndarray) -> Array:
+    """Where JAX puts arrays."""
+    del path
+    return jnp.asarray(array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +160,7 @@ def fill_model(
     dtype: DTypeLike,
     *,
     fused: bool = False,
+    place: Place = on_default_device,
 ) -> Transformer:
     """A `Transformer` whose every array comes from `tensors`, and which uses all of them.
 
@@ -158,6 +170,7 @@ def fill_model(
     - `origin`: the file or folder, for messages.
     - `dtype`: of the matrices. Norms and biases are float32 always.
     - `fused`: queries, keys and values are one tensor, and so are gate and up (Phi-3).
+    - `place`: see [`eqx_specgrpo.models.load_model`][]. One array at a time is whole on the host.
 
     **Raises:**
 
@@ -167,20 +180,21 @@ def fill_model(
     expected = {name: shape for slot in slots for name, shape in slot.parts.items()}
     _check_tensors(config, expected, tensors, origin)
 
-    def read(slot: _Slot) -> Array:
+    def read(slot: _Slot) -> np.ndarray:
         parts = [tensors[name].read() for name in slot.parts]
         leaf_dtype = dtype if parts[0].ndim >= 2 else jnp.float32
         parts = [part.astype(leaf_dtype, copy=False) for part in parts]
         if slot.order is None:
-            return jnp.asarray(parts[0])
+            return parts[0]
         if len(parts) == 1:
             parts = np.split(parts[0], np.cumsum(slot.order.sizes)[:-1])
-        return jnp.asarray(slot.order.joined(parts))
+        return np.asarray(slot.order.joined(parts))
 
     # Only shapes of the random model are computed, so nothing is allocated that the checkpoint then replaces.
     skeleton = eqx.filter_eval_shape(Transformer, config, key=jr.key(0))
+    paths = {id(leaf): name for name, leaf in _named_leaves(skeleton)}
     shapes = [slot.where(skeleton).shape for slot in slots]
-    arrays = [read(slot) for slot in slots]
+    arrays = [place(paths[id(slot.where(skeleton))], read(slot)) for slot in slots]
     assert shapes == [array.shape for array in arrays]
     model = eqx.tree_at(lambda m: [slot.where(m) for slot in slots], skeleton, arrays)
     assert all(eqx.is_array(leaf) for leaf in jax.tree.leaves(model))
@@ -221,13 +235,31 @@ def _check_tensors(
         )
 
 
-def model_tensors(model: Transformer, *, fused: bool = False) -> dict[str, np.ndarray]:
-    """The model's arrays on the host, split up and named as in Hugging Face checkpoints; `fused` as in `fill_model`."""
-    tensors: dict[str, np.ndarray] = {}
+def _named_leaves(model: Transformer) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(model)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
+
+
+def model_tensors(model: Transformer, dtype: np.dtype, *, fused: bool = False) -> list[TensorToWrite]:
+    """The model's arrays, split up and named as in Hugging Face checkpoints. Each comes to the host when it is written.
+
+    **Arguments:**
+
+    - `dtype`: to store what has two or more axes in; the others are stored as they are.
+    - `fused`: as in `fill_model`.
+    """
+    tensors = []
     for slot in _slots(model.config, fused):
-        array = np.asarray(slot.where(model))
-        parts = [array] if slot.order is None else slot.order.parted(array)
-        tensors.update(
-            zip(slot.parts, parts if len(slot.parts) == len(parts) else [np.concatenate(parts)], strict=True)
-        )
+        array = slot.where(model)
+        stored = dtype if array.ndim >= 2 else np.dtype(array.dtype)
+        for number, (name, shape) in enumerate(slot.parts.items()):
+            make = partial(_part, array, slot.order, number, len(slot.parts))
+            tensors.append(TensorToWrite(name, stored, shape, make))
     return tensors
+
+
+def _part(array: Array, order: Fused | None, number: int, count: int) -> np.ndarray:
+    if order is None:
+        return on_host(array)
+    parts = order.parted(on_host(array))
+    return parts[number] if count == len(parts) else np.concatenate(parts)

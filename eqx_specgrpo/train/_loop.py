@@ -32,6 +32,7 @@ from ..config import (
     make_parts,
     model_name,
     rate_advice,
+    run_mesh,
     with_absolute_paths,
     with_steps_of_epochs,
 )
@@ -242,7 +243,7 @@ def _load(
 
     A reference that stands still is the policy as it begins, in the dtype of computation.
     """
-    policy, tokenizer = load_trained_policy(config, given)
+    policy, tokenizer = load_trained_policy(config, given, run_mesh(config))
     if not resume:  # A run goes on in the dtype, and at the rate, that it began with.
         progress.advise(dtype_advice(config.model.dtype, policy.hidden_size))
         progress.advise(lora_advice(config.lora, config.grpo.learning_rate))

@@ -15,6 +15,7 @@ from eqx_specgrpo.config import _parts as parts_module, make_policy_optimizer
 from eqx_specgrpo.drafts import NoDraft
 from eqx_specgrpo.grpo import trained_part
 from eqx_specgrpo.layout import Layout, OneDevice, make_mesh
+from eqx_specgrpo.models import load_model
 from eqx_specgrpo.records import read_records
 from eqx_specgrpo.train import RunState, plan_devices, run
 
@@ -81,6 +82,14 @@ def test_devices_hold_what_is_planned(tiny_folder, tmp_path, model):
         arrays = jax.tree.leaves(eqx.filter(tree, eqx.is_array))
         held = sum(x.addressable_shards[0].data.nbytes for x in arrays)
         assert plan.kept[name] == held, name
+
+
+def test_weights_are_divided_as_they_are_read(tiny_folder):
+    mesh = make_mesh()
+    read, whole = load_model(tiny_folder, place=mesh.place), load_model(tiny_folder)
+    assert eqx.tree_equal(jax.device_get(read), jax.device_get(whole))
+    placed = mesh.lay_out(whole, Layout.MASTER)
+    assert jax.tree.map(lambda x: x.sharding, read) == jax.tree.map(lambda x: x.sharding, placed)
 
 
 @pytest.mark.parametrize("model", [1, 2])
