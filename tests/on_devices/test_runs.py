@@ -1,5 +1,6 @@
 """Whole runs on four devices: what is sampled, learned and kept is what one device samples, learns and keeps."""
 
+import shutil
 from pathlib import Path
 
 import equinox as eqx
@@ -101,3 +102,19 @@ def test_a_run_is_that_of_one_device(tiny_folder, tmp_path, one_device, model):
     policy, mesh = trained_part(result.policy), make_mesh(model)
     placed = mesh.lay_out(policy, Layout.MASTER)
     assert jax.tree.map(lambda x: x.sharding, policy) == jax.tree.map(lambda x: x.sharding, placed)
+
+
+def test_a_checkpoint_goes_on_with_other_devices(tiny_folder, tmp_path):
+    """From 2 x 2 to one and four, and back from one."""
+    first = tmp_path / "first"
+    trained(tiny_folder, first, make_mesh(2), "steps=1")
+    losses = []
+    for number, mesh in enumerate((make_mesh(2), OneDevice(), make_mesh(1))):
+        out = Path(shutil.copytree(first, tmp_path / f"resumed{number}"))
+        losses.append(trained(tiny_folder, out, mesh, "steps=2", resume=True).metrics["loss"][-1])
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-5, atol=1e-7)
+    back = [
+        trained(tiny_folder, tmp_path / f"resumed{number}", mesh, "steps=3", resume=True).metrics["loss"][-1]
+        for number, mesh in ((1, make_mesh(2)), (0, make_mesh(2)))
+    ]
+    np.testing.assert_allclose(back[0], back[1], rtol=1e-5, atol=1e-7)
