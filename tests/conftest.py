@@ -1,8 +1,11 @@
+import atexit
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 
 # Nearly all of the suite's time is compiling tiny programs. XLA's newer fusion emitters make an MLIR context for each
@@ -20,6 +23,13 @@ def _xla_knows(flags: str) -> bool:
 
 if "XLA_FLAGS" not in os.environ:  # in the workers of pytest-xdist it is, by their parent
     os.environ["XLA_FLAGS"] = _QUICK_TO_COMPILE if _xla_knows(_QUICK_TO_COMPILE) else ""
+
+# A program is compiled once in a session: by its first test, for all files, workers and processes that tests start.
+# Whoever names a folder keeps what is compiled there for the next session. The folder that is made here is removed.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="eqx_specgrpo_tests_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import jax.random as jr

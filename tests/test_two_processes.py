@@ -1,5 +1,6 @@
 """A run of two processes through the command line: the same run as one process's, and every way that one of them can
-end. What they exchange is in `test_processes.py`, without starting any."""
+end. What they exchange is in `test_processes.py`, without starting any. A process costs seconds to start: each way of
+ending has one pair, and what one process does is done in this one."""
 
 import os
 import shutil
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_run import as_flags, checkpoint_arrays, tiny_folder as tiny_folder, tiny_settings
+from rich.console import Console
+from tiny_run import as_flags, checkpoint_arrays, tiny_config, tiny_folder as tiny_folder, tiny_settings
 
 from eqx_specgrpo.records import latest_checkpoint, read_records
+from eqx_specgrpo.train import run
 
 # Completions of unequal lengths, no warm-up, and few programs; a checkpoint after each step, if not said otherwise.
 # Sums over processes round otherwise. Adam divides by the gradient's size, so that one of rounding alone would move a
@@ -32,31 +35,25 @@ SETTINGS = (
 WITHIN = 30.0  # seconds in which every process has to end once one of them has
 
 
-class Run:
-    """Processes of one run, each in a process group of its own."""
+class Pair:
+    """The two processes of a run, each in a process group of its own."""
 
-    def __init__(
-        self, folder: Path, out: Path, count: int, *settings: str, devices=1, resume: bool = False, of_second=None
-    ):
+    def __init__(self, folder: Path, out: Path, *settings: str, devices=1, resume=False, of_first=None, of_second=None):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
         flags = [*as_flags(tiny_settings(folder, out, *SETTINGS, *settings)), *(["--resume"] if resume else [])]
         self.out, self.processes, self.logs = out, [], []
-        for index in range(count):
-            place = ["--coordinator", f"localhost:{port}", "--process", str(index), "--processes", str(count)]
-            own = of_second or {} if index == 1 else {}
+        for index, own in enumerate((of_first or {}, of_second or {})):
+            place = ["--coordinator", f"localhost:{port}", "--process", str(index), "--processes", "2"]
             log = out.with_name(f"{out.name}-{index}.log")
-            arguments = [*flags, *(place if count > 1 else []), *own.get("flags", [])]
+            arguments = [*flags, *place, *own.get("flags", [])]
             self.logs.append(log)
             with open(log, "ab") as file:
                 self.processes.append(
                     subprocess.Popen(
                         [sys.executable, "-c", "from eqx_specgrpo.cli import main; main()", "run", *arguments],
-                        env=os.environ
-                        | {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache")}
-                        | {"JAX_NUM_CPU_DEVICES": str(devices)}
-                        | own.get("env", {}),
+                        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | own.get("env", {}),
                         stdout=file,
                         stderr=subprocess.STDOUT,
                         start_new_session=True,
@@ -88,12 +85,16 @@ class Run:
         return self.logs[index].read_text(errors="replace")
 
 
+def alone(folder: Path, out: Path, resume: bool = False) -> Path:
+    """What one process does of the same run."""
+    run(tiny_config(folder, out, *SETTINGS), resume=resume, console=Console(quiet=True))
+    return out
+
+
 @pytest.fixture(scope="module")
 def straight(tiny_folder, tmp_path_factory) -> Path:
     """Three steps of one process."""
-    run = Run(tiny_folder, tmp_path_factory.mktemp("straight") / "run", 1)
-    assert run.wait() == [0], run.said(0)
-    return run.out
+    return alone(tiny_folder, tmp_path_factory.mktemp("straight") / "run")
 
 
 def assert_same(straight: Path, out: Path) -> None:
@@ -113,63 +114,47 @@ def assert_same(straight: Path, out: Path) -> None:
 
 def test_two_processes_are_one_and_a_failed_reward_loses_nothing(straight, tiny_folder, tmp_path):
     """Two devices each. The second one's reward raises after two steps, of which none was to be saved yet: both end,
-    and the run goes on with the same numbers, by both of them or by one device alone."""
+    and the run goes on with the same numbers, by both of them or by one device alone. Then both are told to end."""
     lengths = {record["length"] for record in read_records(straight / "completions.jsonl")}
     assert len(lengths) > 2
     of_second = {"env": {"TINY_RUN_RAISE_AT": "2"}}
-    run = Run(tiny_folder, tmp_path / "run", 2, "save_steps=100", devices=2, of_second=of_second)
-    assert run.wait() == [3, 2], run.said(0) + run.said(1)
-    assert "out of order" in run.said(1)
-    assert "process 1 (" in run.said(0) and "out of order" in run.said(0)
-    assert latest_checkpoint(run.out) == run.out / "checkpoints" / "step-000002"
-    alone = Run(tiny_folder, Path(shutil.copytree(run.out, tmp_path / "alone")), 1, resume=True)
-    assert alone.wait() == [0], alone.said(0)
-    assert_same(straight, alone.out)
-    run = Run(tiny_folder, run.out, 2, devices=2, resume=True)
-    assert run.wait() == [0, 0], run.said(0) + run.said(1)
-    assert_same(straight, run.out)
-
-
-def test_a_killed_process_ends_the_other_and_loses_no_checkpoint(straight, tiny_folder, tmp_path):
-    """The first one, which has begun the coordination service. One process goes on where two were."""
-    index = 0
-    run = Run(tiny_folder, tmp_path / "run", 2)
-    run.when_done(1)
-    run.processes[index].kill()
-    codes = run.wait()
-    assert codes[index] == -signal.SIGKILL and codes[1 - index] == 3, run.said(0) + run.said(1)
-    assert f"process {index} (" in run.said(1 - index) and "no sign of life" in run.said(1 - index)
-    alone = Run(tiny_folder, run.out, 1, resume=True)
-    assert alone.wait() == [0], alone.said(0)
-    assert_same(straight, run.out)
-
-
-def test_ctrl_c_in_one_and_sigterm_to_both(straight, tiny_folder, tmp_path):
-    run = Run(tiny_folder, tmp_path / "run", 2)
-    run.when_done(1)
-    run.processes[1].send_signal(signal.SIGINT)
-    assert run.wait() == [130, 130], run.said(0) + run.said(1)
-    assert "Stopped by Ctrl-C in process 1 after step" in run.said(0)
-    done = len(read_records(run.out / "metrics.jsonl"))
-    assert latest_checkpoint(run.out) == run.out / "checkpoints" / f"step-{done:06d}"
-    resumed_after = done
-    run = Run(tiny_folder, run.out, 2, "save_steps=100", "steps=50", resume=True)
-    run.when_done(done + 1)
-    for one in run.processes:
+    pair = Pair(tiny_folder, tmp_path / "run", "save_steps=100", devices=2, of_second=of_second)
+    assert pair.wait() == [3, 2], pair.said(0) + pair.said(1)
+    assert "out of order" in pair.said(1)
+    assert "process 1 (" in pair.said(0) and "out of order" in pair.said(0)
+    assert latest_checkpoint(pair.out) == pair.out / "checkpoints" / "step-000002"
+    copy = Path(shutil.copytree(pair.out, tmp_path / "alone"))
+    assert_same(straight, alone(tiny_folder, copy, resume=True))
+    pair = Pair(tiny_folder, pair.out, devices=2, resume=True)
+    assert pair.wait() == [0, 0], pair.said(0) + pair.said(1)
+    assert_same(straight, pair.out)
+    pair = Pair(tiny_folder, pair.out, "save_steps=100", "steps=50", devices=2, resume=True)
+    pair.when_done(4)
+    for one in pair.processes:
         one.terminate()
-    assert run.wait() == [143, 143], run.said(0) + run.said(1)
-    done = len(read_records(run.out / "metrics.jsonl"))
-    assert latest_checkpoint(run.out) == run.out / "checkpoints" / f"step-{done:06d}"
-    # The learning rate of the longer run is another one: what is the same is drawn before it is used.
-    first, second = (read_records(folder / "completions.jsonl") for folder in (straight, run.out))
-    same = [record for record in first if record["step"] <= resumed_after + 1]
-    assert len(same) > 0 and second[: len(same)] == same
+    assert pair.wait() == [143, 143], pair.said(0) + pair.said(1)
+    done = len(read_records(pair.out / "metrics.jsonl"))
+    assert latest_checkpoint(pair.out) == pair.out / "checkpoints" / f"step-{done:06d}"
+
+
+def test_ctrl_c_in_one_and_a_killed_one_lose_no_checkpoint(straight, tiny_folder, tmp_path):
+    """The first one is killed, which has begun the coordination service. One process goes on where two were."""
+    interrupted = {"env": {"TINY_RUN_INTERRUPT_AT": "0"}}
+    pair = Pair(tiny_folder, tmp_path / "run", "save_steps=100", of_second=interrupted)
+    assert pair.wait() == [130, 130], pair.said(0) + pair.said(1)
+    assert "Stopped by Ctrl-C in process 1 after step 1" in pair.said(0)
+    assert latest_checkpoint(pair.out) == pair.out / "checkpoints" / "step-000001"
+    pair = Pair(tiny_folder, pair.out, resume=True, of_first={"env": {"TINY_RUN_KILL_AT": "2"}})
+    assert pair.wait() == [-signal.SIGKILL, 3], pair.said(0) + pair.said(1)
+    assert "process 0 (" in pair.said(1) and "no sign of life" in pair.said(1)
+    assert latest_checkpoint(pair.out) == pair.out / "checkpoints" / "step-000002"
+    assert_same(straight, alone(tiny_folder, pair.out, resume=True))
 
 
 def test_one_that_is_started_otherwise_is_caught_before_the_first_step(tiny_folder, tmp_path):
-    run = Run(tiny_folder, tmp_path / "run", 2, of_second={"flags": ["--seed", "7", "--set", "grpo.epsilon=0.3"]})
-    assert run.wait() == [2, 2], run.said(0) + run.said(1)
+    pair = Pair(tiny_folder, tmp_path / "run", of_second={"flags": ["--seed", "7", "--set", "grpo.epsilon=0.3"]})
+    assert pair.wait() == [2, 2], pair.said(0) + pair.said(1)
     for index in range(2):
-        said = " ".join(run.said(index).split())
+        said = " ".join(pair.said(index).split())
         assert "seed is 3 in process 0 and 7 in process 1" in said and "grpo.epsilon is 0.2 in process 0" in said
-    assert not (run.out / "metrics.jsonl").exists()
+    assert not (pair.out / "metrics.jsonl").exists()
