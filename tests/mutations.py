@@ -486,6 +486,32 @@ MUTATIONS = (
         "",
         "on_devices/test_parts.py::test_a_run_decodes_on_its_mesh",
     ),
+    # Which of two drafts guesses.
+    Mutation(
+        "who guesses depends on the token just drawn",
+        "drafts/_fallback.py",
+        "prefer_matches(matches.tokens, record.prefers_first, others)",
+        "prefer_matches(matches.tokens, record.prefers_first & (others.tokens != matches.tokens)[:, 0], others)",
+        "test_fallback.py::test_the_law_of_rollouts_is_the_targets",
+    ),
+    Mutation(
+        "verdicts are not taken in by the record of two drafts",
+        "drafts/_fallback.py",
+        """        return own, other, record.judge(num_accepted, block.shape[1] - 1)
+
+    def train_hidden""",
+        """        return own, other, record
+
+    def train_hidden""",
+        "test_fallback.py::test_the_draft_that_was_right_guesses",
+    ),
+    Mutation(
+        "all rows share one record of two drafts",
+        "drafts/_track_record.py",
+        "share = (self.accepted + 1) / (self.offered + 1)",
+        "share = 0 * self.offered + (self.accepted + 1).mean(0) / (self.offered + 1).mean(0)",
+        "test_fallback.py::test_who_drafts_does_not_depend_on_the_batch",
+    ),
     # The draft of a run, its lessons, and what is compiled for it.
     Mutation(
         "a digest that signs which flip cancel out of",

@@ -420,12 +420,15 @@ def test_a_length_that_pays_is_found_and_one_that_cannot_is_never_compiled():
 
 
 def test_a_cost_that_was_guessed_too_high_is_put_right_by_patience():
-    """Beyond four positions a round costs no more, but the curve goes on rising."""
-    machine = Machine(lambda rows, k: 0.03 + 0.005 * min(rows * (k + 1), 4), [0.6, 0.6, 0.6])
+    """Beyond four positions a round costs no more. By the curve up to there no length can pay, not even if all is
+    accepted."""
+    machine = Machine(lambda rows, k: 0.02 * min(rows * (k + 1), 4), [0.6, 0.6, 0.6])
     machine.compile_seconds, controller = 2.0, AdaptiveLength(3)
     state = controller.init(3)
     for rows in (1, 2, 4):  # a curve that rises
         _, _, state = _run(machine, controller, rows, 1.0, state)
+    _, plans, state = _run(machine, controller, 4, 60.0, state)
+    assert {plan.length for plan, _ in plans} == {0}
     _, plans, state = _run(machine, controller, 4, 400.0, state)
     assert plans[-1][0].length == 3
 

@@ -114,7 +114,8 @@ def test_our_drafts_conform(kind):
         assert (comparison.acceptance_length > 1) == (kind != "none")
         assert 0 < comparison.logprob_gap_max < 1e-4
     if kind not in ("none", "n-gram"):
-        assert 0 < report.rewind_error < 1e-4 and report.draw_p_value > 1e-3
+        # Verdicts are remembered by a fallback, so that it is compared with its own twin, not with a restart.
+        assert (0 < report.rewind_error < 1e-4) == (kind != "fallback") and report.draw_p_value > 1e-3
 
 
 #

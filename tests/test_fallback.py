@@ -1,4 +1,4 @@
-"""The first draft where it has a match, the second elsewhere, decided before anything is drawn."""
+"""The first draft where it has a match and was right, the second elsewhere, decided before anything is drawn."""
 
 import functools as ft
 import itertools as it
@@ -37,6 +37,7 @@ from eqx_specgrpo.drafts import (
     remember,
     save_draft,
 )
+from eqx_specgrpo.drafts._track_record import TrackRecord
 from eqx_specgrpo.errors import CheckpointError
 from eqx_specgrpo.grpo import apply_gradients
 from eqx_specgrpo.models import Features
@@ -177,7 +178,7 @@ EAGLE = randomise(
 )
 
 
-def test_who_drafts_depends_on_committed_tokens_alone():
+def test_who_drafts_depends_on_what_is_committed_and_judged_alone():
     """The row that repeats itself is matched, the other is not, whatever the second draft draws there."""
     draft = FallbackDraft(NGRAM, HYDRA)
     tokens, last = jnp.array([[1, 2, 3, 1], [4, 5, 6, 7]], jnp.int32), jnp.array([2, 8], jnp.int32)
@@ -227,7 +228,7 @@ def test_the_second_draft_is_given_its_own_layers_and_room():
     def both(draft, features, capacity):
         return draft.init(TARGET, features, tokens, lengths, capacity), draft.train_hidden(TARGET, features, tokens)
 
-    (first, then), hidden = both(draft, features, 10)
+    (first, then, _), hidden = both(draft, features, 10)
     alone, expected = both(eagle, swapped, 12)
     assert eqx.tree_equal(then, alone) and first.context.shape == (1, 10)
     np.testing.assert_array_equal(hidden, expected)
@@ -235,11 +236,12 @@ def test_the_second_draft_is_given_its_own_layers_and_room():
 
 
 def test_the_law_of_rollouts_is_the_targets():
-    """A batch in which some rows are matched and others are not."""
-    rows, new, prompt = 1024, 6, [3, 1]
+    """A batch in which some rows are matched, some of them by the record, and others are not."""
+    rows, new, prompt = 1024, 6, [3, 1, 2, 3]
     target, sampling = tabular_model(seed=0, vocab=4, scale=1.0), Sampling(1.0)
     table = target.table[0] + np.random.default_rng(1).standard_normal((4, 4)).astype(np.float32)
-    draft = FallbackDraft(NGramDraft(LENGTH, min_ngram=2, siblings=2, memory_size=0), TabularDraft(table, LENGTH))
+    lookup = NGramDraft(LENGTH, min_ngram=1, max_ngram=2, siblings=2, memory_size=0)
+    draft = FallbackDraft(lookup, TabularDraft(table, LENGTH))
     settings = dict(samples=rows, max_new_tokens=new, smallest_bucket=rows, sampling=sampling)
     rollouts = _decode(draft, Rejection(), target, [prompt], length=FixedLength(LENGTH), **settings)
     law = sequence_law(target, sampling, prompt, new)
@@ -250,6 +252,96 @@ def test_the_law_of_rollouts_is_the_targets():
         counts = np.zeros(expected.shape)
         np.add.at(counts, tuple(tokens.T), 1)
         assert stats.chisquare(counts.ravel(), rows * expected.ravel()).pvalue > 1e-3
+
+
+#
+# Who was right
+#
+
+
+def _take(record: TrackRecord, rows: np.ndarray) -> TrackRecord:
+    return jax.tree.map(lambda x: x[rows], record)
+
+
+class _Counts:
+    """The record of one row in plain Python."""
+
+    def __init__(self):
+        self.counts = {(match, draft): (0.0, 0.0) for match in (1, 2) for draft in (0, 1)}
+
+    def share(self, match: int, draft: int) -> float:
+        accepted, offered = self.counts[match, draft]
+        return (accepted + 1) / (offered + 1)
+
+    def first_guesses(self, match: int) -> bool:
+        return match > 0 and self.share(match, 0) >= self.share(match, 1)
+
+    def judge(self, match: int, accepted: int, length: int) -> None:
+        if match == 0 or length == 0:
+            return
+        chosen = 0 if self.first_guesses(match) else 1
+        for draft in (0, 1):
+            old_accepted, old_offered = (31 / 32 * count for count in self.counts[match, draft])
+            new = (accepted, length) if draft == chosen else (0, 0)
+            self.counts[match, draft] = (old_accepted + new[0], old_offered + new[1])
+
+
+def test_a_record_of_each_row_and_class_of_match():
+    """Against a record in plain Python; rows are taken out half way."""
+    rng, rows = np.random.default_rng(2), 5
+    record, by_hand = TrackRecord.empty(rows, 2), [_Counts() for _ in range(rows)]
+    accuracy, seen = rng.random((rows, 3)), []
+    for turn in range(60):
+        if turn == 30:
+            kept = np.array([4, 0, 1])
+            record, by_hand = eqx.filter_jit(_take)(record, kept), [by_hand[row] for row in kept]
+            accuracy = accuracy[kept]
+        match = rng.integers(0, 3, len(by_hand))
+        record = record.choose(jnp.asarray(match, jnp.int32))
+        assert [row.first_guesses(m) for row, m in zip(by_hand, match, strict=True)] == record.prefers_first.tolist()
+        seen += record.prefers_first[match > 0].tolist()
+        length = int(rng.integers(0, 4))
+        accepted = rng.binomial(length, accuracy[np.arange(len(match)), match])
+        record = record.judge(jnp.asarray(accepted, jnp.int32), length)
+        for row, m, num in zip(by_hand, match, accepted, strict=True):
+            row.judge(m, num, length)
+    assert 0.2 < np.mean(seen) < 0.8
+
+
+LOOKUP = NGramDraft(LENGTH, min_ngram=1, max_ngram=2, siblings=1, memory_size=0)
+CYCLE, UNIFORM = 8.0 * np.roll(np.eye(4), 1, axis=1), np.zeros((4, 4))
+
+
+def _after_two_tokens(of_target: np.ndarray, of_draft: np.ndarray, **settings):
+    """Rows decoded with a lookup in front of a draft, by tables of logits over the token before."""
+    model = tabular_model(seed=0, vocab=4, scale=1.0)
+    table = jnp.broadcast_to(jnp.asarray(of_target, jnp.float32), model.table.shape)
+    draft = FallbackDraft(LOOKUP, TabularDraft(jnp.asarray(of_draft, jnp.float32), LENGTH))
+    settings = dict(samples=4, smallest_bucket=4, sampling=Sampling(1.0), length=FixedLength(LENGTH)) | settings
+    model = eqx.tree_at(lambda m: m.table, model, table)
+    return _decode(draft, Rejection(), model, [[3, 1]], max_new_tokens=40, **settings)
+
+
+def test_the_draft_that_was_right_guesses():
+    """Looking up is right where the target repeats itself, and wrong where it does not."""
+
+    def share(of_target, of_draft) -> float:
+        counts = _after_two_tokens(of_target, of_draft).statistics
+        return counts.accepted.sum() / counts.drafted.sum()
+
+    one_word = 9.0 * np.eye(4)[[0, 0, 0, 0]]
+    assert share(CYCLE, CYCLE) > 0.95
+    assert share(CYCLE, CYCLE.T) > 0.7  # four rounds in which nothing is known
+    assert share(UNIFORM, UNIFORM) > 0.75 > 0.4 > share(UNIFORM, one_word)
+
+
+def test_who_drafts_does_not_depend_on_the_batch():
+    """The same tokens whether all rows go together or two at a time, with one row let in where another has ended."""
+    together = _after_two_tokens(UNIFORM, CYCLE / 8, eos_ids=[2])
+    in_turn = _after_two_tokens(UNIFORM, CYCLE / 8, eos_ids=[2], max_rows=2, smallest_bucket=2)
+    np.testing.assert_array_equal(together.tokens, in_turn.tokens)
+    np.testing.assert_array_equal(together.statistics.accepted, in_turn.statistics.accepted)
+    assert len(set(together.lengths.tolist())) > 2
 
 
 #

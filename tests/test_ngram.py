@@ -50,8 +50,8 @@ def _candidate(stream: list[int], context: list[int]) -> tuple[int, int] | None:
     return None
 
 
-def _look_up(context: list[int], streams: list[list[int]]) -> tuple[list[int], bool]:
-    """The draft after `context`, of which nothing is looked up beyond its end."""
+def _look_up(context: list[int], streams: list[list[int]]) -> tuple[list[int], int]:
+    """The draft after `context`, of which nothing is looked up beyond its end, and the class of the longest match."""
     says = []
     for stream in [context, *streams]:
         found = _candidate(stream, context)
@@ -62,13 +62,14 @@ def _look_up(context: list[int], streams: list[list[int]]) -> tuple[list[int], b
         if stream is context:
             rest = [*rest, *rest, *rest, *rest][:LENGTH]
         says.append((n, rest[:LENGTH]))
-    drafted, is_matched = [], bool(says)
+    drafted = []
+    match = max((n - MIN_NGRAM + 1 for n, _ in says), default=0)
     for position in range(LENGTH):
         says = [(n, rest) for n, rest in says if rest[:position] == drafted and len(rest) > position]
         longest = max((n for n, _ in says), default=0)
         votes = [rest[position] for n, rest in says if n == longest]
         drafted.append(max(votes, key=votes.count) if votes else [*context, *drafted][-1])
-    return drafted, is_matched
+    return drafted, match
 
 
 class Row:
@@ -79,7 +80,7 @@ class Row:
         self.siblings: dict[int, Row] = {}
         self.memory: list[list[int]] = []
 
-    def draft(self) -> tuple[list[int], bool]:
+    def draft(self) -> tuple[list[int], int]:
         tail = self.prompt[-MAX_NGRAM:]
         heard = [tail + row.fed for _, row in sorted(self.siblings.items()) if row is not self]
         return _look_up([*self.prompt, *self.fed, self.last_token], heard + [tail + text for text in self.memory])
@@ -155,11 +156,11 @@ def test_lookups_are_those_of_the_reference(vocab):
         expected = [row.draft() for row in rows]
         block = last[:, None]
         if turn not in (2, 6):
-            proposal, is_matched, state = _propose(draft, state, last)
+            proposal, match, state = _propose(draft, state, last)
             assert proposal.distribution is None
             np.testing.assert_array_equal(proposal.tokens, [drafted for drafted, _ in expected])
-            np.testing.assert_array_equal(is_matched, [found for _, found in expected])
-            matched += np.asarray(is_matched).tolist()
+            np.testing.assert_array_equal(match, [found for _, found in expected])
+            matched += (np.asarray(match) > 0).tolist()
             block = jnp.concatenate([block, proposal.tokens], axis=1)
         num_accepted = rng.integers(0, block.shape[1], len(rows))
         if turn == 7:

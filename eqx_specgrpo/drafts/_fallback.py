@@ -1,4 +1,4 @@
-"""One draft where it has something to say, another elsewhere."""
+"""One draft where it has a match and has been right, another elsewhere."""
 
 from typing import Any, Generic, TypeVar
 
@@ -12,19 +12,25 @@ from ._base import AbstractDraft, Proposal
 from ._history import AbstractHistoryDraft
 from ._kind import DraftWrapper
 from ._sampler import AbstractSampler
+from ._track_record import TrackRecord
 
-FallbackState = tuple[Any, Any]
+FallbackState = tuple[Any, Any, TrackRecord]
 First = TypeVar("First", bound=AbstractHistoryDraft)
 Then = TypeVar("Then", bound=AbstractDraft)
 
 
 class FallbackDraft(AbstractDraft[FallbackState], Generic[First, Then]):
-    """Two drafts: the first one guesses in rows where it has a match, the second one in the other rows.
+    """Two drafts: the first one guesses in rows where it has a match and has been right with such matches, the second
+    one in the other rows.
 
-    Which draft guesses in a row depends on committed tokens only, and is known before the second draft draws anything.
-    If it depended on a token just drawn, the verified tokens would not be distributed as the draft claims, and the
-    output would be biased. (So `AbstractHistoryDraft.propose_matches` has no sampler.) The proposal of a matched row is
-    a point mass among the distributions of the other rows.
+    Each row keeps a record of how many offered tokens were accepted: of each draft, for each class of match. Where the
+    first draft has a match, the draft with the larger share guesses. Both begin as if they were always right, so that
+    each is tried in every row, the first draft first; old rounds are forgotten.
+
+    Which draft guesses in a row depends on committed tokens and past verdicts only, and is known before the second
+    draft draws anything. If it depended on a token just drawn, the verified tokens would not be distributed as the
+    draft claims, and the output would be biased. (So `AbstractHistoryDraft.propose_matches` has no sampler.) The
+    proposal of a row in which the first draft guesses is a point mass among the distributions of the other rows.
 
     Both drafts learn the outcome of every round. So the second one has to take in tokens that it has not drafted.
 
@@ -66,35 +72,44 @@ class FallbackDraft(AbstractDraft[FallbackState], Generic[First, Then]):
 
     def begin(self, target, features: Features, tokens, lengths, capacity, first) -> FallbackState:
         # A draft of more tokens than the two together counts on room for as many.
-        return tuple(
+        own, other = (
             draft.begin(target, self._features_for(draft, features), tokens, lengths, capacity + spare, first + spare)
             for draft, spare in self._with_spare()
         )
+        return own, other, TrackRecord.empty(tokens.shape[0], self.first.match_classes)
 
     def grow(self, state: FallbackState, capacity: int) -> FallbackState:
-        return tuple(
-            draft.grow(part, capacity + spare) for (draft, spare), part in zip(self._with_spare(), state, strict=True)
+        *parts, record = state
+        own, other = (
+            draft.grow(part, capacity + spare) for (draft, spare), part in zip(self._with_spare(), parts, strict=True)
         )
+        return own, other, record
 
     @jax.named_scope("FallbackDraft.propose")
     def propose(self, target, state: FallbackState, last_token, sampler: AbstractSampler, length: int):
-        matches, is_matched, first_state = self.first.propose_matches(target, state[0], last_token, length)
+        matches, match, first_state = self.first.propose_matches(target, state[0], last_token, length)
+        record = state[2].choose(match)  # before anything is drawn
         others, then_state = self.then.propose(target, state[1], last_token, sampler, length)
-        return prefer_matches(matches.tokens, is_matched, others), (first_state, then_state)
+        proposal = prefer_matches(matches.tokens, record.prefers_first, others)
+        return proposal, (first_state, then_state, record)
 
     def commit(self, target, state: FallbackState, features: Features, block, num_accepted) -> FallbackState:
-        return tuple(
+        *parts, record = state
+        own, other = (
             draft.commit(target, part, self._features_for(draft, features), block, num_accepted)
-            for draft, part in zip((self.first, self.then), state, strict=True)
+            for draft, part in zip((self.first, self.then), parts, strict=True)
         )
+        return own, other, record.judge(num_accepted, block.shape[1] - 1)
 
     def commit_active(
         self, target, state: FallbackState, features: Features, block, num_accepted, active
     ) -> FallbackState:
-        return tuple(
+        *parts, record = state
+        own, other = (
             draft.commit_active(target, part, self._features_for(draft, features), block, num_accepted, active)
-            for draft, part in zip((self.first, self.then), state, strict=True)
+            for draft, part in zip((self.first, self.then), parts, strict=True)
         )
+        return own, other, record.judge(num_accepted, block.shape[1] - 1)
 
     def train_hidden(self, target, features: Features, tokens):
         return self.then.train_hidden(target, self._features_for(self.then, features), tokens)

@@ -3,8 +3,9 @@
 from abc import abstractmethod
 from typing import TypeVar
 
+import equinox as eqx
 import jax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from .._types import Rollouts
 from ..models import AbstractLanguageModel
@@ -22,7 +23,14 @@ class AbstractHistoryDraft(AbstractDraft[State]):
     Its proposals are point masses: they are chosen without chance, and `Proposal.distribution` is `None`. This also
     holds where it remembers tokens with their old probabilities. The policy has been trained on those tokens since, so
     they are not a draw from any distribution that a verifier could be given.
+
+    Subclasses have, besides what `AbstractDraft` has:
+
+    - `match_classes`: number of classes of match that are told apart, for instance by how long they are. For each of
+        them a `FallbackDraft` keeps count of what was accepted.
     """
+
+    match_classes: eqx.AbstractVar[int]
 
     def propose(
         self,
@@ -43,8 +51,9 @@ class AbstractHistoryDraft(AbstractDraft[State]):
         state: State,
         last_token: Int[Array, " rows"],
         length: int,
-    ) -> tuple[Proposal, Bool[Array, " rows"], State]:
-        """Proposes as `propose` does, and says which rows have a match. The proposal of the other rows is arbitrary.
+    ) -> tuple[Proposal, Int[Array, " rows"], State]:
+        """Proposes as `propose` does, and says of which class each row's match is: from 1 to `match_classes`, and 0
+        where there is none. The proposal of a row without a match is arbitrary.
 
         **Arguments:**
 

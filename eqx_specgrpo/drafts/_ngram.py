@@ -115,6 +115,10 @@ class NGramDraft(AbstractHistoryDraft[NGramState]):
     def layers(self) -> tuple[int, ...]:
         return ()
 
+    @property
+    def match_classes(self) -> int:
+        return self.max_ngram - self.min_ngram + 1
+
     def check(self, target: AbstractLanguageModel) -> None:
         largest = int(np.asarray(self.memory.tokens).max(initial=0))
         if largest >= target.vocab_size:
@@ -172,7 +176,7 @@ class NGramDraft(AbstractHistoryDraft[NGramState]):
     @jax.named_scope("NGramDraft.propose")
     def propose_matches(
         self, target, state: NGramState, last_token, length: int
-    ) -> tuple[Proposal, Bool[Array, " rows"], NGramState]:
+    ) -> tuple[Proposal, Int[Array, " rows"], NGramState]:
         del target
         if length > self.max_length:
             raise ValueError(f"{length} tokens were asked of an n-gram draft with a max_length of {self.max_length}")
@@ -194,7 +198,7 @@ class NGramDraft(AbstractHistoryDraft[NGramState]):
 
         chain = elect(matched, continuations, known, last_token.astype(jnp.int32))
         state = eqx.tree_at(lambda s: s.context, state, context)
-        return Proposal(chain, None), matched.max(-1) > 0, state
+        return Proposal(chain, None), jnp.maximum(matched.max(-1) - (self.min_ngram - 1), 0), state
 
     def commit_active(self, target, state: NGramState, features, block, num_accepted, active) -> NGramState:
         # What a finished row is drafted is no part of its text, and its siblings must not read it.

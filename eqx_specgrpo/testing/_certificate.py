@@ -286,7 +286,7 @@ def _of_draft(
 
     def rewind():
         error = check_rewind(pair)
-        return f"a probability is off by at most {error:.1e} from a fresh start", {"rewind_error": error}
+        return f"a probability is off by at most {error:.1e} from what is committed", {"rewind_error": error}
 
     def training():
         error = check_training(pair)

@@ -50,7 +50,7 @@ class DraftReport(eqx.Module):
         return "\n".join(
             [
                 f"{self.name} passed every check.",
-                f"  rewinding: a probability is off by at most {self.rewind_error:.1e} from a fresh start",
+                f"  rewinding: a probability is off by at most {self.rewind_error:.1e} from what is committed",
                 f"  training: a probability is off by at most {self.training_error:.1e} from the one drafted with",
                 f"  drafted tokens are draws from what comes with them: least p-value {self.draw_p_value:.3f}",
                 f"  decoded tokens follow the target's law: least p-value {self.law_p_value:.3f}",
@@ -99,7 +99,8 @@ def check_draft(
         a thousand find a draft that draws at a temperature of 0.8 and reports 1.
     - `noise`: put on every weight first. Fresh weights are often zero, and hide what comes after them.
     - `same_after_restart`: `False` says that the draft by design remembers more of a row than its committed tokens, or
-        less when started anew on them; it is then only demanded that rejected tokens leave no trace.
+        less when started anew on them; it is then only demanded that rejected tokens leave no trace. So it is for a
+        `FallbackDraft` in any case.
     - `same_in_training`: `False` says that training by design sees other distributions than are drafted with.
     - `frozen`: places of weights that are meant not to learn, as in `.adapter.scale`.
     - `other_target`: one that the draft does not fit: `check` has to say so.

@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 import numpy as np
 
+from ..drafts import FallbackDraft
 from ..errors import UserError
 from ._drive import check_block, commit, fill, propose, script, start
 from ._errors import require
@@ -76,7 +77,8 @@ def check_rewind(pair: Pair, *, same_after_restart: bool = True, tolerance: floa
     **Arguments:**
 
     - `same_after_restart`: `False` for a draft that by design remembers more than the committed tokens, or less after a
-        restart: its proposals are then compared with those after the same rounds with other rejected tokens.
+        restart: its proposals are then compared with those after the same rounds with other rejected tokens. A
+        `FallbackDraft` remembers verdicts, and is always compared in this way.
     - `tolerance`: of probabilities.
 
     **Returns:**
@@ -86,6 +88,7 @@ def check_rewind(pair: Pair, *, same_after_restart: bool = True, tolerance: floa
     draft, target, rows, most = pair.draft, pair.target, pair.rows, pair.draft.max_length
     if most == 0:
         return 0.0
+    same_after_restart = same_after_restart and not isinstance(draft, FallbackDraft)
     rounds, sequences, capacity = _script(most, rows), padded_prompts(pair), capacity_of(pair)
     width, rng = sequences.shape[1], np.random.default_rng(1)
 
