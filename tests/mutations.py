@@ -77,6 +77,13 @@ MUTATIONS = (
         "test_exactness.py::test_our_rules_keep_the_law[Block]",
     ),
     Mutation(
+        "block verification forgets what the draft cannot say",
+        "decoding/_block.py",
+        "jnp.maximum(kept - jnp.sum(common), 0.0)",
+        "jnp.maximum(jnp.sum(kept * target_probs - common), 0.0)",
+        "test_exactness.py::test_sums_over_the_drafts_tokens_are_those_over_the_vocabulary",
+    ),
+    Mutation(
         "block verification keeps up to the first position that passes, not the last",
         "decoding/_block.py",
         "none_from = lax.cumprod(1.0 - passes, reverse=True)\n        return 1.0 - none_from",

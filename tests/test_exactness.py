@@ -16,6 +16,8 @@ from helpers import (
 )
 
 from eqx_specgrpo.decoding import Block, Coupled, Rejection
+from eqx_specgrpo.drafts import Proposal
+from eqx_specgrpo.sampling import Categorical
 from eqx_specgrpo.testing import ConformanceError, OneOf, check_verifier, verifier_name
 from eqx_specgrpo.testing._enumerate import enumerate_rounds
 from eqx_specgrpo.testing._situations import joint_law, situations, softmax
@@ -61,6 +63,24 @@ def test_greedy_match_is_for_greedy_targets_alone():
 def test_enumeration_catches_broken_rules(rule):
     with pytest.raises(ConformanceError, match=f"{verifier_name(rule)}, .* drafted: the law of the output is off by"):
         check_verifier(_one(rule), lengths=(2,))
+
+
+def test_sums_over_the_drafts_tokens_are_those_over_the_vocabulary():
+    """Drafts of a few hundred tokens, against the same distributions spread out; far from the target and next to it."""
+    rng, vocab, size, length = np.random.default_rng(5), 3000, 200, 4
+    ids = jnp.asarray([rng.permutation(vocab)[:size] for _ in range(length)], jnp.int32)
+    logits = rng.normal(0, 1, (length + 1, vocab))
+    logits[np.arange(length)[:, None], ids] += 4
+    target = Categorical.from_logits(jnp.asarray(logits, jnp.float32))
+    for noise in (1.0, 1e-4):
+        of_draft = np.take_along_axis(logits[:length], np.asarray(ids), 1) + noise * rng.normal(0, 1, ids.shape)
+        draft = Categorical.from_logits(jnp.asarray(of_draft, jnp.float32))
+        draft = Categorical(draft.logits, draft.log_normalizer, ids)
+        tokens = draft.sample(jnp.asarray(rng.random(length), jnp.float32)).astype(jnp.int32)
+        few, all_of_them = Proposal(tokens, draft), Proposal(tokens, draft.dense(vocab))
+        survival = Block().survival(target, few)
+        np.testing.assert_allclose(survival, Block().survival(target, all_of_them), atol=1e-6)
+        assert 0.01 < float(survival[-1]) < 0.99
 
 
 def test_a_report_without_chains_of_one_token_has_acceptances_too():

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -25,15 +26,10 @@ class Block(AbstractAcceptanceRule):
         if length == 0:
             return jnp.zeros(0)
         chain = self._chain(target, proposal)
-        # Left over at positions 1 to K - 1, given that the chain so far is kept; the mass is never formed for all rows
-        # of the vocabulary at once beyond these.
-        target_probs = target[1:length].probs()
-        vocab = target_probs.shape[-1]
-        draft_probs = jnp.stack(
-            [proposal.probs_at(jnp.int32(i), vocab) for i in range(1, length)] or [jnp.zeros(vocab)]
-        )
-        draft_probs = draft_probs[: length - 1]
-        left = jnp.sum(jnp.maximum(chain[:-1, None] * target_probs - draft_probs, 0.0), axis=-1)
+        if length == 1:
+            return chain
+        draft = None if proposal.distribution is None else proposal.distribution[1:]
+        left = jax.vmap(_left_over)(chain[:-1], target[1:length], proposal.tokens[1:], draft)
         denominator = left + 1.0 - chain[:-1]
         # Zero over zero where the distributions agree and the chain is kept for certain: it passes.
         passes = jnp.where(denominator > 0, left / jnp.where(denominator > 0, denominator, 1.0), 1.0)
@@ -59,6 +55,29 @@ class Block(AbstractAcceptanceRule):
             kept = jnp.minimum(1.0, kept * ratios[i])
             chain.append(kept)
         return jnp.stack(chain) if chain else jnp.zeros(0)
+
+
+def _left_over(
+    kept: Float[Array, ""], target: Categorical, token: Int[Array, ""], draft: Categorical | None
+) -> Float[Array, ""]:
+    """The mass of the positive part of `kept * target - draft`, at one position.
+
+    A draft of few tokens is not spread out over the vocabulary: the mass is `kept` less what both have in common, and
+    they have nothing in common elsewhere.
+
+    **Arguments:**
+
+    - `kept`: the probability that the chain so far is kept.
+    - `token`: the drafted one; the draft is all on it where it is `None`.
+    """
+    if draft is None:
+        return jnp.maximum(kept - kept * jnp.exp(target.logprob(token)), 0.0)
+    if draft.support is None:
+        return jnp.sum(jnp.maximum(kept * target.probs() - draft.probs(), 0.0))
+    # Not `target.logits[draft.support]`, which takes more than twice as long on CPU.
+    logits = jnp.take_along_axis(target.logits, draft.support, axis=-1)
+    common = jnp.minimum(kept * jnp.exp(logits - target.log_normalizer), jnp.exp(draft.logits - draft.log_normalizer))
+    return jnp.maximum(kept - jnp.sum(common), 0.0)
 
 
 VERIFIER = VerifierKind(Block(), "all together")
