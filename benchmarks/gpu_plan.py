@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -43,12 +44,15 @@ from gpu_target import (
     placed,
     read_plan,
 )
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import PyTree
 
 from eqx_specgrpo.bench import whole_numbers
 from eqx_specgrpo.decoding import Block, Sampling, decode_programs
 from eqx_specgrpo.distill import DraftBatch, ForwardKL, draft_gradients
 from eqx_specgrpo.drafts import MedusaHeads
 from eqx_specgrpo.grpo import LossNormalizer, LossSettings, UpdateBatch, compute_copy, policy_gradients
+from eqx_specgrpo.layout import DATA, MODEL, AbstractDeviceMesh, DeviceMesh, Layout
 from eqx_specgrpo.models import Adapters, Features, Program, Transformer, TransformerConfig, platform_of
 from eqx_specgrpo.records import machine
 
@@ -80,8 +84,8 @@ def shapes_of_model(name: str, layers: int | None) -> tuple[Transformer, MedusaH
     return eqx.filter_eval_shape(make)
 
 
-def of_update(target: Transformer, asked: argparse.Namespace) -> Program:
-    """The gradients of one micro-batch, whose rows share a prompt on each device."""
+def of_update(target: Transformer, asked: argparse.Namespace, mesh: AbstractDeviceMesh) -> Program:
+    """The gradients of one micro-batch, whose rows share a prompt on each device. Weights are divided as in a run."""
     rows, new = asked.rows, asked.new
     ints, floats = _array((rows,), jnp.int32), _array((rows, new))
     batch = UpdateBatch(
@@ -98,24 +102,40 @@ def of_update(target: Transformer, asked: argparse.Namespace) -> Program:
     normalizer, settings = eqx.filter_eval_shape(
         lambda: (LossNormalizer(1, 1, 1), LossSettings(gradient_checkpointing=not asked.keep_all))
     )
-    options = {}
+    options: dict[str, Any] = {"mesh": mesh}
     if asked.lora_rank > 0:
         made = eqx.filter_eval_shape(
             lambda: Adapters.fresh(target.config, asked.lora_rank, 2.0 * asked.lora_rank, "all-linear", key=jr.key(0))
         )
-        options["adapters"] = made
-    return Program("update", policy_gradients, (target, batch, normalizer, settings), options)
+        options["adapters"] = divided(mesh, made)
+    return Program("update", policy_gradients, (divided(mesh, target), batch, normalizer, settings), options)
 
 
-def of_lesson(target: Transformer, draft: MedusaHeads, asked: argparse.Namespace) -> Program:
+def divided(mesh: AbstractDeviceMesh, tree: PyTree) -> PyTree:
+    """Shapes of parameters that lie where a run keeps them."""
+
+    def one(shape: Any, spec: PartitionSpec | None) -> Any:
+        if spec is None:
+            return shape
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=mesh.sharding(spec))
+
+    return jax.tree.map(one, tree, mesh.specs(tree, Layout.MASTER))
+
+
+def of_lesson(target: Transformer, draft: MedusaHeads, asked: argparse.Namespace, mesh: AbstractDeviceMesh) -> Program:
     """The draft's gradients on as many rows as the update has."""
     rows, width = asked.rows, asked.prompt + asked.new
     features = Features(_array((rows, width, target.hidden_size), jnp.float32), {})
     ints = _array((rows,), jnp.int32)
     batch = DraftBatch(features, _array((rows, width), jnp.int32), ints, ints)
     options = dict(
-        temperature=_array(()), alpha=_array((draft.train_length,)), position_decay=_array(()), new=asked.new
+        temperature=_array(()),
+        alpha=_array((draft.train_length,)),
+        position_decay=_array(()),
+        new=asked.new,
+        mesh=mesh,
     )
+    draft, target = divided(mesh, draft), divided(mesh, target)
     return Program("draft lesson", draft_gradients, (draft, target, batch, ForwardKL()), options)
 
 
@@ -123,7 +143,7 @@ def _array(shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def programs(name: str, asked: argparse.Namespace) -> Iterator[Program]:
+def programs(name: str, asked: argparse.Namespace, mesh: AbstractDeviceMesh) -> Iterator[Program]:
     target, draft = shapes_of_model(name, asked.layers)
     yield from decode_programs(
         target,
@@ -136,8 +156,8 @@ def programs(name: str, asked: argparse.Namespace) -> Iterator[Program]:
         new_tokens=asked.new,
         lengths=asked.lengths,
     )
-    yield of_update(target, asked)
-    yield of_lesson(target, draft, asked)
+    yield of_update(target, asked, mesh)
+    yield of_lesson(target, draft, asked, mesh)
 
 
 def broken_promises(program: str, plan: Plan, asked: argparse.Namespace) -> list[str]:
@@ -162,6 +182,10 @@ def broken_promises(program: str, plan: Plan, asked: argparse.Namespace) -> list
             found.append(f"keeps {plan.output_bytes - plan.alias_bytes} bytes of its state twice")
     if plan.bytes > memory_of(asked.target):
         found.append(f"needs {plan.bytes / 2**30:.1f} GiB of {memory_of(asked.target) / 2**30:.1f}")
+    # Each device gathers weights and keeps its part of the gradients; hidden states and logits stay where they are.
+    wrong = {kind for kind in collectives if kind not in ("all-gather", "reduce-scatter", "all-reduce")}
+    if not program.startswith("segment") and wrong:
+        found.append(f"moves what is a device's own: {', '.join(sorted(wrong))}")
     return found
 
 
@@ -196,11 +220,12 @@ def main() -> int:
         asked.layers = 2
     jax.config.update("jax_platforms", "cpu")  # the plugin looks for a driver where it may be the default
     mesh, broken, found = mesh_of(asked.target, asked.devices), [], []
-    place = placed(mesh, asked.rows)
+    run_mesh = DeviceMesh(Mesh(mesh.devices.reshape(-1, 1), (DATA, MODEL)))
+    place = placed(run_mesh.mesh, asked.rows)
     jax.config.update("jax_default_device", mesh.devices.flat[0])  # what is best there is then chosen, as in a run
     is_gpu = platform_of(()) == "gpu"
     for name in asked.models.split(","):
-        for program in programs(name, asked):
+        for program in programs(name, asked, run_mesh):
             if asked.only is not None and asked.only not in program.name:
                 continue
             print(f"{name}, {program.name}: compiling ...", flush=True)

@@ -110,6 +110,8 @@ def placed(mesh: Mesh, rows: int) -> Callable[[jax.ShapeDtypeStruct], jax.ShapeD
     """Puts shapes on the mesh: arrays with a row each are divided, all others are on every device."""
 
     def place(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if shape.sharding is not None:
+            return shape
         divided = len(shape.shape) > 0 and shape.shape[0] == rows and rows % mesh.size == 0 and mesh.size > 1
         spec = PartitionSpec("data") if divided else PartitionSpec()
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
