@@ -168,7 +168,7 @@ class Plan(NamedTuple):
     - `collectives`, `collectives_in_loop`: by kind, once and a turn of the loop.
     - `custom_calls`: by target.
     - `host_calls`: whatever asks the host.
-    - `copies`: large arrays that are copied whole, with their sizes.
+    - `copies`, `copies_in_loop`: large arrays that are copied whole, by shape: in all, and within loops.
     - `seconds`: of compiling.
     """
 
@@ -184,6 +184,7 @@ class Plan(NamedTuple):
     custom_calls: dict[str, int]
     host_calls: tuple[str, ...]
     copies: dict[str, int]
+    copies_in_loop: dict[str, int]
     seconds: float
 
     @property
@@ -214,6 +215,7 @@ def read_plan(compiled: jax.stages.Compiled, thunks: str | None, seconds: float)
         host_calls=tuple(sorted(name for name in custom_calls if _HOST.search(name)))
         + tuple(one.kind for one in listed if _HOST.search(one.kind)),
         copies=large_copies(text),
+        copies_in_loop=large_copies("\n".join(split_by_loops(text)[1])),
         seconds=seconds,
     )
 
@@ -224,8 +226,8 @@ def _collectives(thunks: list[Thunk]) -> dict[str, int]:
     return dict(Counter(kinds[kind] for kind in found if kind in kinds))
 
 
-def collectives_of(text: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Of optimized HLO: by kind, outside of loops and within them."""
+def split_by_loops(text: str) -> tuple[list[str], list[str]]:
+    """The computations of optimized HLO: those outside of loops, and those within them."""
     bodies = re.split(r"\n(?=(?:ENTRY )?%\S+ \()", text)
     called = {
         name[1]: (body, set(re.findall(r"(?:body|condition|calls|to_apply|branch_computations=\{)=?(%[\w.-]+)", body)))
@@ -235,12 +237,19 @@ def collectives_of(text: str) -> tuple[dict[str, int], dict[str, int]]:
     inside = set(re.findall(r"(?:body|condition)=(%[\w.-]+)", text))
     while more := {name for one in inside & called.keys() for name in called[one][1]} - inside:
         inside |= more
-    once: Counter[str] = Counter()
-    looped: Counter[str] = Counter()
-    for name, (body, _) in called.items():
-        found = re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", body)
-        (looped if name in inside else once).update(found)
-    return dict(once), dict(looped)
+    once = [body for name, (body, _) in called.items() if name not in inside]
+    return once, [body for name, (body, _) in called.items() if name in inside]
+
+
+def collectives_of(text: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Of optimized HLO: by kind, outside of loops and within them."""
+
+    def count(bodies: list[str]) -> dict[str, int]:
+        found = re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", "\n".join(bodies))
+        return dict(Counter(found))
+
+    once, looped = split_by_loops(text)
+    return count(once), count(looped)
 
 
 def large_copies(text: str, least: int = 1 << 20) -> dict[str, int]:

@@ -156,6 +156,13 @@ MUTATIONS = (
         "test_cache.py::test_cached_forward_is_the_full_forward_after_any_accepting_and_rewinding",
     ),
     Mutation(
+        "on an accelerator a block is written one slot too late",
+        "models/_cache.py",
+        "set(slot + jnp.arange(size, dtype=slot.dtype))",
+        "set(slot + 1 + jnp.arange(size, dtype=slot.dtype))",
+        "test_cache.py::test_a_block_written_position_by_position_is_one_written_whole",
+    ),
+    Mutation(
         "a window is one position too wide",
         "models/_attention.py",
         "(distance < sliding_window)",

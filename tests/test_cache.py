@@ -17,7 +17,7 @@ from eqx_specgrpo.decoding._segment import run_segment
 from eqx_specgrpo.drafts import MedusaHeads
 from eqx_specgrpo.models import KVCache, NoCache, _partial_attention, take_rows
 from eqx_specgrpo.models._attention import attention, causal_mask
-from eqx_specgrpo.models._cache import attend_to_all
+from eqx_specgrpo.models._cache import attend_to_all, write_positions
 from eqx_specgrpo.models._partial_attention import PartialAttention
 
 ROWS, BLOCK, CAPACITY = 3, 4, 24
@@ -66,6 +66,19 @@ def test_a_block_is_written_at_each_rows_own_cursor():
     cache = cache.write(block, 10 * block, jnp.array([[1, 2], [4, 5]]))
     np.testing.assert_array_equal(cache.keys[:, 0, :, 0], [[0, 1, 2, 0, 0, 0], [0, 0, 0, 0, 3, 4]])
     np.testing.assert_array_equal(cache.values, 10 * cache.keys)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_a_block_written_position_by_position_is_one_written_whole(axis):
+    """The form for accelerators against the one for CPUs, for values and for keys, up to the last slot."""
+    rng = np.random.default_rng(4)
+    cache = rng.normal(size=(ROWS, 2, 5, 5)).astype(np.float32)
+    block = rng.normal(size=(ROWS, 2, *((3, 5) if axis == 1 else (5, 3)))).astype(np.float32)
+    start = np.array([0, 2, 1], np.int32)
+    found = write_positions(jnp.asarray(cache), jnp.asarray(block), jnp.asarray(start), axis=axis)
+    for row, slot in enumerate(start):
+        np.moveaxis(cache[row], axis, 0)[slot : slot + 3] = np.moveaxis(block[row], axis, 0)
+    np.testing.assert_array_equal(found, cache)
 
 
 only_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads what XLA makes on CPU")

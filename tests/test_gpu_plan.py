@@ -94,6 +94,13 @@ def test_collectives_of_a_program_without_thunks_are_read_by_their_place():
     assert (once, looped) == ({"all-reduce": 1}, {"all-reduce": 1, "all-gather": 1})
 
 
+def test_computations_are_divided_into_those_of_loops_and_others():
+    """What a loop's body calls is in the loop, however deep."""
+    outside, inside = gpu_target.split_by_loops(HLO)
+    names = [[body.split()[body.startswith("ENTRY")] for body in bodies] for bodies in (outside, inside)]
+    assert names == [["%main"], ["%add", "%inner", "%body.1", "%condition.1"]]
+
+
 PLAN = gpu_target.Plan(
     argument_bytes=3_000_000,
     output_bytes=1_000_000,
@@ -107,6 +114,7 @@ PLAN = gpu_target.Plan(
     custom_calls={},
     host_calls=(),
     copies={},
+    copies_in_loop={},
     seconds=1.0,
 )
 
@@ -115,6 +123,11 @@ def test_a_plan_for_a_tpu_says_nothing_of_kernels():
     asked = argparse.Namespace(devices=1, new=2048, target="v5e")
     plan = PLAN._replace(kernels=None, kernels_in_loop=None, kernels_in_loop_buffered=None)
     assert gpu_plan.broken_promises("segment of length 3", plan, asked) == []
+    # There a cache may be copied between rounds, as each segment begins and ends, and in none.
+    copied = {"bf16[16,3,2560,64]": 4}
+    assert gpu_plan.broken_promises("segment of length 3", plan._replace(copies=copied), asked) == []
+    in_rounds = plan._replace(copies=copied, copies_in_loop=copied)
+    assert gpu_plan.broken_promises("segment of length 3", in_rounds, asked) == ["copies a cache: bf16[16,3,2560,64]"]
     too_large = gpu_plan.broken_promises("update", plan._replace(temporary_bytes=20 << 30), asked)
     assert too_large == ["needs 20.0 GiB of 16.0"]
 

@@ -78,8 +78,8 @@ class KVCache(AbstractLayerCache):
         """With a block in it. Its positions are consecutive within a row."""
         start = positions[:, 0]
         return KVCache(
-            write_rows(self.transposed_keys, keys.swapaxes(2, 3), start, axis=2),
-            write_rows(self.values, values, start, axis=1),
+            _write_block(self.transposed_keys, keys.swapaxes(2, 3), start, axis=2),
+            _write_block(self.values, values, start, axis=1),
         )
 
     def with_slots(self, slots: int) -> "KVCache":
@@ -150,6 +150,43 @@ def write_rows(
 
     def write(row, new, slot):
         return lax.dynamic_update_slice_in_dim(row, new, slot, axis)
+
+    return jax.vmap(write)(cache, block.astype(cache.dtype), start)
+
+
+def _write_block(
+    cache: Float[Array, "batch kv_heads _ _"],
+    block: Float[Array, "batch kv_heads _ _"],
+    start: Int[Array, " batch"],
+    *,
+    axis: int,
+) -> Float[Array, "batch kv_heads _ _"]:
+    """`write_rows` on CPU, and `write_positions` elsewhere."""
+    return lax.platform_dependent(
+        cache, block, start, cpu=partial(write_rows, axis=axis), default=partial(write_positions, axis=axis)
+    )
+
+
+def write_positions(
+    cache: Float[Array, "batch kv_heads _ _"],
+    block: Float[Array, "batch kv_heads _ _"],
+    start: Int[Array, " batch"],
+    *,
+    axis: int,
+) -> Float[Array, "batch kv_heads _ _"]:
+    """Does what `write_rows` does, as a scatter with one window for each position of the block.
+
+    The heads of a position lie together in what a layer's product gives. On a GPU keys are then turned to their
+    positions and written by one kernel. A block written whole takes three, because XLA transposes it by itself.
+    """
+    size = block.shape[axis + 1]
+    # The indices name all three axes of a row. If they named the slots alone, XLA would transpose the cache first.
+    numbers = lax.ScatterDimensionNumbers((1, 2, 3), (), (0, 1, 2))
+
+    def write(row, new, slot):
+        indices = jnp.zeros((size, 3), slot.dtype).at[:, axis].set(slot + jnp.arange(size, dtype=slot.dtype))
+        updates = jnp.expand_dims(jnp.moveaxis(new, axis, 0), axis + 1)
+        return lax.scatter(row, indices, updates, numbers, indices_are_sorted=True, unique_indices=True)
 
     return jax.vmap(write)(cache, block.astype(cache.dtype), start)
 

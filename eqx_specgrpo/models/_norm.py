@@ -26,7 +26,14 @@ class RMSNorm(eqx.Module):
 
     @jax.named_scope("RMSNorm")
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
-        scale = lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return self.scaled(x, self.scale(x))
+
+    def scale(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch 1"]:
+        """One over the root of the mean square."""
+        return lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+
+    def scaled(self, x: Float[Array, "*batch size"], scale: Float[Array, "*batch 1"]) -> Float[Array, "*batch size"]:
+        """`x` times its `scale` and the weight."""
         weight = self.weight.astype(jnp.float32)
         weight = weight + self.offset if self.offset else weight
         return x * scale * jnp.broadcast_to(weight, x.shape)

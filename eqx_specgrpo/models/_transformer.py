@@ -86,7 +86,14 @@ class Attention(eqx.Module):
         queries = heads[:, :, :, :group].reshape(batch, seq, config.num_heads, config.head_dim)
         keys, values = heads[:, :, :, group], heads[:, :, :, group + 1]
         if self.query_norm is not None and self.key_norm is not None:
-            queries, keys = _normalize_heads(self.query_norm, queries), _normalize_heads(self.key_norm, keys)
+            if config.qk_norm_across_heads:
+                queries, keys = _normalize_heads(self.query_norm, queries), _normalize_heads(self.key_norm, keys)
+            else:
+                # One reduction for both, whose epsilon is the same. What follows is elementwise, and on a GPU a part of
+                # the kernels that turn queries and write keys.
+                scale = self.query_norm.scale(heads[:, :, :, : group + 1])
+                queries = self.query_norm.scaled(queries, scale[:, :, :, :group].reshape(batch, seq, -1, 1))
+                keys = self.key_norm.scaled(keys, scale[:, :, :, group])
         if self.rope is not None:
             queries, keys = apply_rope(queries, ropes[self.rope]), apply_rope(keys, ropes[self.rope])
         if config.attention_multiplier is not None:
