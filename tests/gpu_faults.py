@@ -13,10 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import jax
-from gpu_plan import broken_promises, programs
+from gpu_plan import broken_promises, mesh_of_run, programs
 from gpu_target import AsksTheHost, compile_with_thunks, mesh_of, placed, read_plan
-from jax.sharding import NamedSharding, PartitionSpec
 
+from eqx_specgrpo.decoding import UntilRowsFinish
 from eqx_specgrpo.models import Program
 
 Place = Callable[[jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]
@@ -28,17 +28,10 @@ def cache_copied(program: Program, place: Place) -> tuple[Program, Place]:
 
 
 def collective_too_many(program: Program, place: Place) -> tuple[Program, Place]:
-    """Weights lie in pieces on the devices, so that each product has to gather or to reduce."""
-
-    def divided(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        there = place(shape)
-        if len(shape.shape) != 2 or shape.dtype != "bfloat16":
-            return there
-        assert isinstance(there.sharding, NamedSharding)
-        sharding = NamedSharding(there.sharding.mesh, PartitionSpec(None, "data"))
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-    return program, divided
+    """The loop of CPUs, in which the devices agree after each round whether to go on."""
+    context, *others = program.arguments
+    modules, store, _ = context
+    return program._replace(arguments=((modules, store, UntilRowsFinish()), *others)), place
 
 
 def host_asked(program: Program, place: Place) -> tuple[Program, Place]:
@@ -59,7 +52,7 @@ def host_asked(program: Program, place: Place) -> tuple[Program, Place]:
 
 FAULTS = {
     "copies a cache": (cache_copied, 1),
-    "more than one collective": (collective_too_many, 2),
+    "collectives in a round": (collective_too_many, 2),
     "asks the host": (host_asked, 1),
 }
 
@@ -79,10 +72,10 @@ def main() -> int:
         asked = argparse.Namespace(
             layers=1, devices=devices, rows=16, prompt=256, new=2048, lengths=(3,), lora_rank=0, target="h200"
         )
-        mesh = mesh_of(asked.target, devices)
-        place = placed(mesh, asked.rows)
-        jax.config.update("jax_default_device", mesh.devices.flat[0])  # see gpu_plan.py
-        sound = next(program for program in programs("smollm2-135m", asked) if program.name.startswith("segment"))
+        mesh = mesh_of_run(mesh_of(asked.target, devices))
+        place = placed(mesh.mesh, asked.rows)
+        jax.config.update("jax_default_device", mesh.devices[0])  # see gpu_plan.py
+        sound = next(program for program in programs("smollm2-135m", asked, mesh) if program.name.startswith("segment"))
         before, after = complaints(sound, place, asked), complaints(*fault(sound, place), asked)
         is_right = not before and any(expected in what for what in after)
         wrong += not is_right

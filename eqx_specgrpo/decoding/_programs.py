@@ -6,9 +6,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import DTypeLike
+from jax.sharding import PartitionSpec
+from jaxtyping import DTypeLike, PyTree
 
 from ..drafts import AbstractDraft
+from ..layout import ROWS, WHOLE, AbstractDeviceMesh, Layout, OneDevice
 from ..models import AbstractLanguageModel, Program, caches_can_grow, default_cache_dtype
 from ..sampling import AbstractSampling
 from ._prompts import share_prompts
@@ -31,6 +33,7 @@ def decode_programs(
     lengths: Sequence[int],
     loop: AbstractSegmentLoop | None = None,
     cache_dtype: DTypeLike | None = None,
+    mesh: AbstractDeviceMesh = OneDevice(),
 ) -> list[Program]:
     """What `decode` compiles for one batch in one room: the prompts' pass, a segment of each draft length, and the step
     to half as many rows.
@@ -43,42 +46,59 @@ def decode_programs(
     - `prompt_length`: of the padded prompts.
     - `new_tokens`: that rows have room for: the step of the ladder that holds so many.
     - `lengths`: tokens drafted a round; one segment each.
+    - `mesh`: whose shards have an equal part of the prompts and of their rows.
     """
+
+    def ints(spec: PartitionSpec, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh.sharding(spec))
+
+    def lying(tree: PyTree, specs: PyTree) -> PyTree:
+        """Shapes of arrays that are so divided."""
+        if isinstance(specs, PartitionSpec):
+            specs = jax.tree.map(lambda _: specs, tree)
+        shapes, others = eqx.partition(tree, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+        placed = jax.tree.map(
+            lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh.sharding(spec)), shapes, specs
+        )
+        return eqx.combine(placed, others)
+
     rows = prompts * samples
     loop = default_loop(target) if loop is None else loop
     cache_dtype = default_cache_dtype(target) if cache_dtype is None else cache_dtype
     target, draft = eqx.filter_eval_shape(lambda: (target, draft))
-    modules = (target, draft, verifier, sampling, _ints(1))
+    copies = [lying(one, mesh.specs(one, Layout.COPY)) for one in (target, draft)]
+    modules = (*copies, lying(verifier, WHOLE), lying(sampling, WHOLE), ints(WHOLE, 1))
     ladder = room_ladder(prompt_length, target.max_length, can_grow=caches_can_grow(target))
     room = next((room for room in ladder if room.new >= new_tokens + draft.max_length + 1), ladder[-1])
-    key = eqx.filter_eval_shape(jr.key, 0)
+    key = lying(eqx.filter_eval_shape(jr.key, 0), WHOLE)
     share = share_prompts(
-        target, prompts=prompts, width=prompt_length, samples=samples, waiting=0, cache_dtype=cache_dtype
+        target, prompts=prompts // mesh.data, width=prompt_length, samples=samples, waiting=0, cache_dtype=cache_dtype
     )
     begin = Program(
         "prefill",
         prefill,
-        (modules, _ints(prompts, prompt_length), _ints(prompts), _ints(prompts), key, _ints(rows), _ints(rows)),
+        (modules, ints(ROWS, prompts, prompt_length), *[ints(ROWS, prompts)] * 2, key, *[ints(ROWS, rows)] * 2),
         dict(
             room=room,
             capacity=ladder[-1].whole,
             cache_dtype=jnp.dtype(cache_dtype).name,
             share=share,
             keep_prompts=False,
+            mesh=mesh,
         ),
     )
     state, store, _ = eqx.filter_eval_shape(begin.function, *begin.arguments, **begin.options)
+    state, store = lying(state, ROWS), lying(store, ROWS)
     context = (modules, store, loop)
     segments = [
         Program(
-            f"segment of length {length}", run_segment, (context, state, _ints(), _ints(1), length), donated=(1, 2, 3)
+            f"segment of length {length}",
+            run_segment,
+            (context, state, ints(WHOLE), ints(ROWS, mesh.data), length, mesh, ints(WHOLE)),
+            donated=(1, 2, 3),
         )
         for length in lengths
     ]
-    if rows < 2:
+    if rows < 2 * mesh.data:
         return [begin, *segments]
-    return [begin, *segments, Program("shrink", keep_rows, (state, store, _ints(rows // 2), room.whole))]
-
-
-def _ints(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
+    return [begin, *segments, Program("shrink", keep_rows, (state, store, ints(ROWS, rows // 2), room.whole, mesh))]
