@@ -1,6 +1,7 @@
 """The programs of a decoding as functions and shapes, to be compiled for any device."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -54,13 +55,15 @@ def decode_programs(
 
     def lying(tree: PyTree, specs: PyTree) -> PyTree:
         """Shapes of arrays that are so divided."""
+
+        def one(x: Any, spec: PartitionSpec | None) -> Any:
+            if spec is None or not isinstance(x, jax.ShapeDtypeStruct):
+                return x
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh.sharding(spec))
+
         if isinstance(specs, PartitionSpec):
             specs = jax.tree.map(lambda _: specs, tree)
-        shapes, others = eqx.partition(tree, lambda x: isinstance(x, jax.ShapeDtypeStruct))
-        placed = jax.tree.map(
-            lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh.sharding(spec)), shapes, specs
-        )
-        return eqx.combine(placed, others)
+        return jax.tree.map(one, tree, specs)
 
     rows = prompts * samples
     loop = default_loop(target) if loop is None else loop
