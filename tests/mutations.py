@@ -523,8 +523,22 @@ MUTATIONS = (
         "all rows share one record of two drafts",
         "drafts/_track_record.py",
         "share = (self.accepted + 1) / (self.offered + 1)",
-        "share = 0 * self.offered + (self.accepted + 1).mean(0) / (self.offered + 1).mean(0)",
+        "share = jnp.ones_like(self.offered) * ((self.accepted + 1) / (self.offered + 1)).mean(0, keepdims=True)",
         "test_fallback.py::test_who_drafts_does_not_depend_on_the_batch",
+    ),
+    Mutation(
+        "what a draft expects of itself is not asked before a lookup guesses",
+        "drafts/_track_record.py",
+        "others = ours[:, 1] if expected is None else",
+        "others = ours[:, 1] if True else",
+        "test_markov.py::test_a_lookup_in_front_is_chosen_by_confidence",
+    ),
+    Mutation(
+        "the loss of a draft's confidence reaches its heads",
+        "drafts/_confidence.py",
+        "lax.stop_gradient(hidden).astype",
+        "hidden.astype",
+        "test_markov.py::test_confidence_learns_the_acceptance_and_nothing_else_does",
     ),
     # The draft of a run, its lessons, and what is compiled for it.
     Mutation(

@@ -92,6 +92,9 @@ CONFORMANCE_DRAFTS: dict[str, AbstractDraft] = {
     "n-gram": NGramDraft(LENGTH, memory_size=0),
     "reduced and tempered": TemperedDraft(REDUCED, jnp.array([8, 0, -8], jnp.int32)),
     "fallback": FallbackDraft(NGramDraft(LENGTH, min_ngram=3, memory_size=0), HYDRA),
+    "fallback by confidence": FallbackDraft(
+        NGramDraft(LENGTH, min_ngram=1, memory_size=0), _random(MarkovHeads, HIDDEN, LENGTH, 5, confidence=True)
+    ),
 }
 # Drafts that any target suits: there is nothing that they could refuse.
 FITS_ANY = ("none", "n-gram")
@@ -115,7 +118,7 @@ def test_our_drafts_conform(kind):
         assert 0 < comparison.logprob_gap_max < 1e-4
     if kind not in ("none", "n-gram"):
         # Verdicts are remembered by a fallback, so that it is compared with its own twin, not with a restart.
-        assert (0 < report.rewind_error < 1e-4) == (kind != "fallback") and report.draw_p_value > 1e-3
+        assert (0 < report.rewind_error < 1e-4) == ("fallback" not in kind) and report.draw_p_value > 1e-3
 
 
 #

@@ -1,5 +1,6 @@
 """Parallel heads with a low-rank term: what they are told of the tokens before is the same in training and decoding."""
 
+import dataclasses
 import re
 
 import equinox as eqx
@@ -12,8 +13,20 @@ from helpers import normalized, quick_compilation, randomise, tiny_transformer
 from jax import lax
 
 from eqx_specgrpo.decoding import Block, FixedLength, decode, teacher_forced_logprobs
-from eqx_specgrpo.drafts import DraftError, IndependentSampler, MarkovHeads, ReducedVocabulary, load_draft, save_draft
-from eqx_specgrpo.models import sequence_features
+from eqx_specgrpo.distill import DraftBatch, ForwardKL, draft_gradients
+from eqx_specgrpo.distill._losses import confidence_loss
+from eqx_specgrpo.drafts import (
+    DraftError,
+    FallbackDraft,
+    IndependentSampler,
+    MarkovHeads,
+    NGramDraft,
+    ReducedVocabulary,
+    load_draft,
+    save_draft,
+)
+from eqx_specgrpo.drafts._confidence import ConfidenceHead, NoConfidence
+from eqx_specgrpo.models import Features, sequence_features
 from eqx_specgrpo.sampling import GreedySampling, Sampling
 
 HIDDEN, HEADS, RANK = 16, 3, 4
@@ -110,6 +123,68 @@ def test_fewer_tokens_are_the_first_of_more(target, heads):
     few, _ = heads.propose(target, state, last, IndependentSampler(GreedySampling(), keys), 2)
     many, _ = heads.propose(target, state, last, IndependentSampler(GreedySampling(), keys), HEADS)
     np.testing.assert_array_equal(few.tokens, many.tokens[:, :2])
+
+
+def _confident(heads: MarkovHeads, seed: int = 5) -> MarkovHeads:
+    """The same heads with a confidence of random weights."""
+    fresh = ConfidenceHead(HEADS, HIDDEN)
+    return eqx.tree_at(lambda h: h.confidence, heads, randomise(fresh, seed, 1.0), is_leaf=_is_confidence)
+
+
+def _is_confidence(part) -> bool:
+    return isinstance(part, NoConfidence)
+
+
+def test_confidence_is_the_same_in_training_and_decoding(target, heads):
+    confident, rows, i = _confident(heads), 3, 4
+    tokens = jr.randint(jr.key(3), (rows, 8), 0, target.vocab_size)
+    features = sequence_features(target, tokens)
+    said = confident.expected_acceptance(target, features.last[:, i], tokens[:, i + 1], 2)
+    trained = confident.train_confidence(confident.train_hidden(target, features, tokens)[:, i])
+    np.testing.assert_allclose(said, jax.nn.sigmoid(trained[:, :2]), atol=1e-5)
+    assert np.ptp(said) > 0.05
+    assert heads.expected_acceptance(target, features.last[:, i], tokens[:, i + 1], 2) is None
+
+
+def test_confidence_learns_the_acceptance_and_nothing_else_does(target, heads):
+    """Its loss is least at the acceptance, and heads have the gradients that they have without it."""
+    acceptance = jnp.array([0.1, 0.5, 0.9])
+    slopes = jax.grad(lambda z: confidence_loss(z, acceptance).sum())
+    np.testing.assert_allclose(slopes(jnp.log(acceptance / (1 - acceptance))), 0.0, atol=1e-6)
+    np.testing.assert_allclose(slopes(jnp.zeros(3)), 0.5 - acceptance, atol=1e-6)
+
+    tokens = jr.randint(jr.key(3), (2, 10), 0, target.vocab_size)
+    lengths = jnp.array([2, 3], jnp.int32)
+    batch = DraftBatch(sequence_features(target, tokens), tokens, lengths, 10 - lengths)
+    settings = dict(temperature=jnp.ones(()), alpha=jnp.ones(HEADS), position_decay=jnp.ones(()), new=8, chunk=16)
+    with_it, without = (draft_gradients(h, target, batch, ForwardKL(), **settings) for h in (_confident(heads), heads))
+    for pick in WEIGHTS.values():
+        np.testing.assert_allclose(pick(with_it.gradients), pick(without.gradients), atol=1e-6)
+    assert min(np.abs(x).min() for x in jax.tree.leaves(with_it.gradients.confidence)) > 0
+    assert with_it.loss > without.loss
+
+
+def test_a_lookup_in_front_is_chosen_by_confidence(target, heads):
+    """Known before anything is drawn: one row is sure of its guesses, and both have a match."""
+    by_row = eqx.tree_at(lambda h: h.confidence.weight, _confident(heads), jnp.full((HEADS, HIDDEN), 100.0))
+    by_row = eqx.tree_at(lambda h: h.confidence.bias, by_row, jnp.zeros(HEADS))
+    draft = FallbackDraft(NGramDraft(HEADS, min_ngram=1, siblings=1, memory_size=0), by_row)
+    tokens = jnp.array([[1, 2, 3, 1]] * 2, jnp.int32)
+    features = sequence_features(target, tokens)
+    last = jnp.array([2, 2], jnp.int32)
+    signs = np.array([1.0, -1.0])[:, None, None] * np.ones((2, 4, HIDDEN))
+    features = Features(jnp.asarray(1e3 * signs, jnp.float32), features.layers)
+
+    @eqx.filter_jit
+    def prefers_first(keys):
+        state = draft.init(target, features, tokens, jnp.array([4, 4], jnp.int32), 16)
+        # A lookup that was right half of the time.
+        halves = dataclasses.replace(state[2], accepted=state[2].accepted + 5.0, offered=state[2].offered + 10.0)
+        sampler = IndependentSampler(Sampling(1.0), keys)
+        return draft.propose(target, (*state[:2], halves), last, sampler, HEADS)[1][2].prefers_first
+
+    for seed in range(2):
+        assert prefers_first(jr.split(jr.key(seed), 2)).tolist() == [False, True]
 
 
 def test_decoding_is_lossless_with_them(target, heads):

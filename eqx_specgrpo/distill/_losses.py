@@ -67,6 +67,21 @@ def expected_acceptance(
     )
 
 
+def confidence_loss(
+    confidence_logits: Float[Array, "*shape"], acceptance: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """Binary cross-entropy of a draft's confidence with the acceptance that is expected, which is a constant. It is
+    least where the confidence is the acceptance.
+
+    **Arguments:**
+
+    - `confidence_logits`: see `AbstractDraft.train_confidence`.
+    - `acceptance`: see [`eqx_specgrpo.distill.expected_acceptance`][].
+    """
+    logits = confidence_logits.astype(jnp.float32)
+    return jax.nn.softplus(logits) - lax.stop_gradient(acceptance) * logits
+
+
 def log_acceptance(
     target_logits: Float[Array, "*shape vocab"], draft_logits: Float[Array, "*shape vocab"]
 ) -> Float[Array, "*shape"]:

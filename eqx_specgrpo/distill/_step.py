@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..drafts import AbstractDraft, draft_vocabulary
 from ..layout import (
@@ -20,6 +20,7 @@ from ..layout import (
 from ..models import AbstractLanguageModel, Features
 from ..sampling import TruncatedSampling
 from ._base import AbstractDraftLoss
+from ._losses import confidence_loss, expected_acceptance
 from ._support import draft_over_support, target_over_support
 from ._truncated import truncated_acceptance
 
@@ -183,6 +184,9 @@ def _of_own_rows(
             untempered = eqx.combine(params, static).train_logits(target, hidden)
             draft_logits = draft_over_support(untempered / temperature, vocabulary.support)
             losses, acceptances = loss(target_logits, draft_logits, mask, alpha)
+            confidence = eqx.combine(params, static).train_confidence(hidden)
+            if confidence is not None:
+                losses += _confidence_losses(confidence, target_logits, draft_logits, mask)
             if truncation is not None:
                 drawn = truncated_acceptance(ahead, lax.stop_gradient(untempered), truncation, vocabulary.support)
                 acceptances = jnp.where(mask, drawn, 0.0).sum(0)
@@ -203,6 +207,18 @@ def _of_own_rows(
     (through_hidden,) = pull_back(d_hidden.reshape(-1, *draft_hidden.shape[1:])[: rows * new])
     gradients = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), gradients, through_hidden)
     return DraftGradients(gradients, total, acceptance_sums / jnp.maximum(counts, 1))
+
+
+def _confidence_losses(
+    confidence_logits: Float[Array, "positions draft"],
+    target_logits: Float[Array, "positions draft vocab"],
+    draft_logits: Float[Array, "positions draft vocab"],
+    mask: Bool[Array, "positions draft"],
+) -> Float[Array, " draft"]:
+    """The losses of a draft's confidence, summed over the positions that count."""
+    target_logits, draft_logits = (jnp.where(mask[..., None], x, 0.0) for x in (target_logits, draft_logits))
+    losses = confidence_loss(confidence_logits, expected_acceptance(target_logits, lax.stop_gradient(draft_logits)))
+    return jnp.where(mask, losses, 0.0).sum(0)
 
 
 def _default_chunk(positions: int, logits: int) -> int:

@@ -171,6 +171,19 @@ class AbstractDraft(eqx.Module, Generic[State]):
             chooses its tokens without chance does not need it.
         """
 
+    def expected_acceptance(
+        self, target: AbstractLanguageModel, state: State, last_token: Int[Array, " rows"], length: int
+    ) -> Float[Array, "rows draft"] | None:
+        """Says how likely each of the next guesses is to be accepted if those before it are, before any is drawn. By
+        default it returns `None`: the draft does not know.
+
+        **Arguments:**
+
+        - `target`, `state`, `last_token`, `length`: as for `propose`. There is no sampler: nothing may depend on what
+            is drawn.
+        """
+        del target, state, last_token, length
+
     @abstractmethod
     def commit(
         self,
@@ -234,6 +247,13 @@ class AbstractDraft(eqx.Module, Generic[State]):
     ) -> Float[Array, "*batch vocab"]:
         """Computes logits from the output of `train_hidden`. It is separate so that the loss can go in chunks of
         positions."""
+
+    def train_confidence(
+        self, hidden: Float[Array, "positions draft draft_hidden"]
+    ) -> Float[Array, "positions draft"] | None:
+        """Computes the logits of `expected_acceptance` from the output of `train_hidden`; `None` by default. They are
+        trained on the acceptance that the loss expects."""
+        del hidden
 
     @abstractmethod
     def provenance(self) -> dict[str, Any]:

@@ -25,7 +25,8 @@ class FallbackDraft(AbstractDraft[FallbackState], Generic[First, Then]):
 
     Each row keeps a record of how many offered tokens were accepted: of each draft, for each class of match. Where the
     first draft has a match, the draft with the larger share guesses. Both begin as if they were always right, so that
-    each is tried in every row, the first draft first; old rounds are forgotten.
+    each is tried in every row, the first draft first; old rounds are forgotten. Where the second draft says itself what
+    it expects to be accepted (`expected_acceptance`), that takes the place of its share.
 
     Which draft guesses in a row depends on committed tokens and past verdicts only, and is known before the second
     draft draws anything. If it depended on a token just drawn, the verified tokens would not be distributed as the
@@ -88,7 +89,8 @@ class FallbackDraft(AbstractDraft[FallbackState], Generic[First, Then]):
     @jax.named_scope("FallbackDraft.propose")
     def propose(self, target, state: FallbackState, last_token, sampler: AbstractSampler, length: int):
         matches, match, first_state = self.first.propose_matches(target, state[0], last_token, length)
-        record = state[2].choose(match)  # before anything is drawn
+        expected = self.then.expected_acceptance(target, state[1], last_token, length)
+        record = state[2].choose(match, expected)  # before anything is drawn
         others, then_state = self.then.propose(target, state[1], last_token, sampler, length)
         proposal = prefer_matches(matches.tokens, record.prefers_first, others)
         return proposal, (first_state, then_state, record)
@@ -116,6 +118,9 @@ class FallbackDraft(AbstractDraft[FallbackState], Generic[First, Then]):
 
     def train_logits(self, target, hidden):
         return self.then.train_logits(target, hidden)
+
+    def train_confidence(self, hidden):
+        return self.then.train_confidence(hidden)
 
     def provenance(self) -> dict[str, Any]:
         return {"first": self.first.provenance(), "then": self.then.provenance()}

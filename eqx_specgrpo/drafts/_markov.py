@@ -11,6 +11,7 @@ from pydantic import Field
 
 from ..models import AbstractLanguageModel, Features, Linear, matmul, rms_normalize
 from ._base import AbstractDraft, Proposal, check_heads, pick_positions
+from ._confidence import AbstractConfidence, ConfidenceHead, NoConfidence
 from ._kind import DraftKind
 from ._sampler import AbstractSampler
 from ._vocabulary import AbstractDraftVocabulary, FullVocabulary
@@ -29,6 +30,9 @@ class MarkovHeads(AbstractDraft[MarkovState]):
 
     A fresh head adds zero: it repeats the target's own prediction. Embeddings are brought to unit root mean square.
 
+    With `confidence`, `hidden_k` also says how likely the guess of each head is to be accepted. That is known before
+    any of them is drawn, so that a [`eqx_specgrpo.drafts.FallbackDraft`][] may choose by it.
+
     Trained: all of it. Frozen, and not part of the module: the target's embedding and unembedding.
 
     ??? cite
@@ -42,6 +46,7 @@ class MarkovHeads(AbstractDraft[MarkovState]):
     - `num_heads`: the most tokens drafted.
     - `rank`: of the term.
     - `vocabulary`: the tokens that it can say; see [`eqx_specgrpo.drafts.ReducedVocabulary`][].
+    - `confidence`: whether it says how likely its guesses are to be accepted.
     - `key`: for `D`.
     """
 
@@ -51,6 +56,7 @@ class MarkovHeads(AbstractDraft[MarkovState]):
     context: Float[Array, "rank hidden"]
     directions: Float[Array, "rank hidden"]
     vocabulary: AbstractDraftVocabulary
+    confidence: AbstractConfidence
     layers: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(
@@ -60,6 +66,7 @@ class MarkovHeads(AbstractDraft[MarkovState]):
         rank: int = 64,
         vocabulary: AbstractDraftVocabulary | None = None,
         *,
+        confidence: bool = False,
         key: PRNGKeyArray,
     ):
         self.weight = jnp.zeros((num_heads, hidden_size, 2 * hidden_size))
@@ -68,6 +75,7 @@ class MarkovHeads(AbstractDraft[MarkovState]):
         self.context = jnp.zeros((rank, hidden_size))
         self.directions = jnp.zeros((rank, hidden_size))
         self.vocabulary = FullVocabulary() if vocabulary is None else vocabulary
+        self.confidence = ConfidenceHead(num_heads, hidden_size) if confidence else NoConfidence()
         self.layers = ()
 
     @property
@@ -98,6 +106,10 @@ class MarkovHeads(AbstractDraft[MarkovState]):
             token = steps[-1][0]
         return Proposal.stack(steps), state
 
+    def expected_acceptance(self, target, state: MarkovState, last_token, length: int):
+        logits = self.confidence(self._heads(target, state, last_token, length))
+        return None if logits is None else jax.nn.sigmoid(logits)
+
     def commit(self, target, state: MarkovState, features, block, num_accepted) -> MarkovState:
         del target, state, block
         return pick_positions(features.last, num_accepted)
@@ -116,9 +128,13 @@ class MarkovHeads(AbstractDraft[MarkovState]):
         size = self.bias.shape[-1]
         return self.vocabulary.unembed(target, hidden[..., :size]) + hidden[..., size:] @ self._basis(target)
 
+    def train_confidence(self, hidden):
+        return self.confidence(hidden[..., : self.bias.shape[-1]])
+
     def provenance(self) -> dict[str, Any]:
         num_heads, hidden_size = self.bias.shape
-        return {"hidden_size": hidden_size, "num_heads": num_heads, "rank": self.directions.shape[0]}
+        settings = {"hidden_size": hidden_size, "num_heads": num_heads, "rank": self.directions.shape[0]}
+        return settings | {"confidence": isinstance(self.confidence, ConfidenceHead)}
 
     def _heads(
         self,
@@ -149,17 +165,23 @@ def _fresh(
     max_length: int,
     *,
     rank: Annotated[int, Field(ge=1)] = 64,
+    confidence: bool = False,
     key: PRNGKeyArray,
 ) -> MarkovHeads:
     """**Arguments:**
 
     - `rank`: numbers that a drafted token is told to the next head in
+    - `confidence`: say how likely guesses are to be accepted; a lookup in front of the heads is chosen by it
     """
-    return MarkovHeads(target.hidden_size, max_length, rank, key=key)
+    return MarkovHeads(target.hidden_size, max_length, rank, confidence=confidence, key=key)
 
 
 def _rebuild(settings: dict[str, Any]) -> MarkovHeads:
-    return MarkovHeads(settings["hidden_size"], settings["num_heads"], settings["rank"], key=jr.key(0))
+    # Drafts that were saved before there was a confidence do not name it.
+    confidence = settings.get("confidence", False)
+    return MarkovHeads(
+        settings["hidden_size"], settings["num_heads"], settings["rank"], confidence=confidence, key=jr.key(0)
+    )
 
 
 DRAFT = DraftKind(MarkovHeads, fresh=_fresh, rebuild=_rebuild, needs_learning=True)

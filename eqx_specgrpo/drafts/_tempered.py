@@ -82,6 +82,9 @@ class TemperedDraft(AbstractDraft[Any], Generic[Inner]):
     def propose(self, target, state, last_token, sampler: AbstractSampler, length: int):
         return self.draft.propose(target, state, last_token, TemperedSampler(sampler, self.temperature), length)
 
+    def expected_acceptance(self, target, state, last_token, length):
+        return self.draft.expected_acceptance(target, state, last_token, length)
+
     def commit(self, target, state, features, block, num_accepted):
         return self.draft.commit(target, state, features, block, num_accepted)
 
@@ -94,6 +97,9 @@ class TemperedDraft(AbstractDraft[Any], Generic[Inner]):
     def train_logits(self, target, hidden):
         """Computes the draft's own logits, before they are divided by the temperatures."""
         return self.draft.train_logits(target, hidden)
+
+    def train_confidence(self, hidden):
+        return self.draft.train_confidence(hidden)
 
     def provenance(self) -> dict[str, Any]:
         return {"draft": self.draft.provenance()}

@@ -45,16 +45,19 @@ class TrackRecord(eqx.Module):
         nothing = jnp.zeros((rows, classes, 2))
         return TrackRecord(nothing, nothing, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool))
 
-    def choose(self, match: Int[Array, " rows"]) -> "TrackRecord":
+    def choose(self, match: Int[Array, " rows"], expected: Float[Array, "rows draft"] | None = None) -> "TrackRecord":
         """Decides who guesses in each row: the first draft where it has a match and was not right less often.
 
         **Arguments:**
 
         - `match`: class of the first draft's match, from 1; 0 where it has none.
+        - `expected`: what the second draft expects of each of its guesses if those before it are accepted, in place of
+            its record; `None` if it does not know.
         """
         share = (self.accepted + 1) / (self.offered + 1)
         ours = jnp.take_along_axis(share, jnp.maximum(match - 1, 0)[:, None, None], axis=1)[:, 0]
-        prefers_first = (match > 0) & (ours[:, 0] >= ours[:, 1])
+        others = ours[:, 1] if expected is None else jnp.cumprod(expected, axis=1).mean(1)
+        prefers_first = (match > 0) & (ours[:, 0] >= others)
         return dataclasses.replace(self, match=match, prefers_first=prefers_first)
 
     def judge(self, num_accepted: Int[Array, " rows"], length: int) -> "TrackRecord":
