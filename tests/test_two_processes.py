@@ -31,6 +31,10 @@ SETTINGS = (
     "grpo.prompts_per_step=3",
     "grpo.adam_epsilon=1e-3",
     "seed=3",
+    "eval.task=arithmetic",
+    "eval.limit=3",
+    "eval.at_start=false",
+    "eval.every=3",
 )
 WITHIN = 30.0  # seconds in which every process has to end once one of them has
 
@@ -52,7 +56,14 @@ class Pair:
             with open(log, "ab") as file:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-c", "from eqx_specgrpo.cli import main; main()", "run", *arguments],
+                        [
+                            *own.get("under", []),
+                            sys.executable,
+                            "-c",
+                            "from eqx_specgrpo.cli import main; main()",
+                            "run",
+                            *arguments,
+                        ],
                         env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | own.get("env", {}),
                         stdout=file,
                         stderr=subprocess.STDOUT,
@@ -105,11 +116,15 @@ def assert_same(straight: Path, out: Path) -> None:
     for expected, found in zip(*records, strict=True):
         for name in ("loss", "grad_norm", "reward", "draft/loss", "num_tokens", "completions/mean_length"):
             assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5), name
-    for tree in ("policy", "policy_optimizer", "draft"):
+    (expected,), (found,) = (read_records(folder / "eval.jsonl") for folder in (straight, out))
+    for name in ("step", "eval/reward", "eval/mean@4", "eval/best@4", "eval/rewards/even/mean"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-6), name
+    # The draft's Adam has its usual epsilon.
+    for tree, within in (("policy", 1e-6), ("policy_optimizer", 1e-6), ("draft", 1e-4)):
         first, second = (checkpoint_arrays(latest_checkpoint(folder), tree) for folder in (straight, out))
         assert first.keys() == second.keys()
         for name, array in first.items():
-            np.testing.assert_allclose(second[name], array, rtol=1e-4, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(second[name], array, rtol=1e-4, atol=within, err_msg=name)
 
 
 def test_two_processes_are_one_and_a_failed_reward_loses_nothing(straight, tiny_folder, tmp_path):
@@ -149,6 +164,18 @@ def test_ctrl_c_in_one_and_a_killed_one_lose_no_checkpoint(straight, tiny_folder
     assert "process 0 (" in pair.said(1) and "no sign of life" in pair.said(1)
     assert latest_checkpoint(pair.out) == pair.out / "checkpoints" / "step-000002"
     assert_same(straight, alone(tiny_folder, pair.out, resume=True))
+
+
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="limits the size of a process's files by util-linux")
+def test_a_full_disk_of_one_ends_both(tiny_folder, tmp_path):
+    """The second one can't write its part of the first checkpoint."""
+    out = tmp_path / "run"
+    pair = Pair(tiny_folder, out, "steps=1", of_second={"under": ["prlimit", "--fsize=30000"]})
+    assert pair.wait() == [3, 2], pair.said(0) + pair.said(1)
+    for index in range(2):
+        said = " ".join(pair.said(index).split())
+        assert "the checkpoint of step 1 could not be written" in said, said
+    assert latest_checkpoint(out) is None and not list((out / "checkpoints").glob(".tmp*"))
 
 
 def test_one_that_is_started_otherwise_is_caught_before_the_first_step(tiny_folder, tmp_path):
