@@ -89,19 +89,21 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
             )
         known = known_lengths(state, rows)
         compiled = [k for k in state.lengths if (rows, k) in state.seen and k not in known]
-        if compiled:
-            return SegmentPlan(compiled[0], max_rounds=8)
         if not known:
-            return SegmentPlan(_as_with_most_alike(state, rows), max_rounds=8)
+            return SegmentPlan(compiled[0] if compiled else _as_with_most_alike(state, rows), max_rounds=8)
         best = _best(state, rows, known)
+        seconds = min(max(_SHORTEST_SEGMENT, _SEGMENT_SHARE * state.clock), _LONGEST_SEGMENT)
+        usual = _plan(state, rows, best, seconds)
+        if compiled:
+            return SegmentPlan(compiled[0], max_rounds=8, otherwise=usual)
         untried = self._worth_trying(state, rows, known, best)
         if untried is not None:
             return _plan(state, rows, untried, _PROBE_SECONDS)
         again = self._worth_a_look(state, rows, known, best)
         if again is not None:
-            return _plan(state, rows, again, _PROBE_SECONDS)
-        seconds = min(max(_SHORTEST_SEGMENT, _SEGMENT_SHARE * state.clock), _LONGEST_SEGMENT)
-        return _plan(state, rows, best, seconds)
+            look = _plan(state, rows, again, _PROBE_SECONDS)
+            return dataclasses.replace(look, otherwise=usual)
+        return usual
 
     def _worth_trying(self, state: AdaptiveState, rows: int, known: list[int], best: int) -> int | None:
         """An untried length, if what it promises would have paid for its compilation by now.

@@ -37,11 +37,14 @@ class SegmentPlan(eqx.Module):
     - `max_rounds`: the segment ends after so many rounds, or earlier when rows can be shrunk away or refilled. (A
         [`eqx_specgrpo.decoding.FixedRounds`][] loop always runs its own number.)
     - `expected`: the expected speed, or `None`.
+    - `otherwise`: the plan to follow where the program of this one would have to be compiled, if it is known to be
+        missing: this one is only to measure its length again. `None`: it is worth compiling.
     """
 
     length: int
     max_rounds: int
     expected: Expectation | None = None
+    otherwise: "SegmentPlan | None" = None
 
 
 class SegmentObservation(eqx.Module):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..decoding import AbstractCompiler, AbstractLengthController, CompileAtOnce, SegmentObservation, plain_seconds
+from ..decoding import AbstractCompiler, AbstractLengthController, CompileSparingly, SegmentObservation, plain_seconds
 
 
 class SegmentLog:
@@ -29,7 +29,7 @@ class SegmentLog:
 
     def __init__(self, length: AbstractLengthController, compiler: AbstractCompiler | None = None):
         self.length_state = None
-        self.compiler = CompileAtOnce() if compiler is None else compiler
+        self.compiler = CompileSparingly() if compiler is None else compiler
         self._length = length
         self._segments: list[SegmentObservation] = []
         self._plain: dict[int, tuple[int, float]] = {}  # rounds of plain decoding and their seconds, by rows

@@ -12,7 +12,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from .._types import Prompts, Rollouts, ScoredRollouts
+from .._types import Prompts, Rollouts, ScoredRollouts, padding_step
 from ..config import RunParts, check_prompt
 from ..distill import DraftBatch, draft_gradients, fit_temperature, select_rows
 from ..drafts import AbstractDraft, tempered_part, with_temperature
@@ -44,7 +44,6 @@ from ._planner import UpdatePlanner
 from ._state import PolicyUpdate, RunState
 from ._step_records import check_names
 
-_PROMPT_WIDTH = 32  # prompts are padded to a multiple of this, so that few widths are compiled
 POSITION_DECAY = 0.8  # weight of a draft position relative to the one before it (Cai et al. 2024, section 2.2.1)
 
 
@@ -69,7 +68,7 @@ def next_examples(
         check_prompt(len(ids), position, target, max_new)
         examples.append(example)
         rows.append(ids)
-    return examples, Prompts.from_lists(rows, multiple_of=_PROMPT_WIDTH)
+    return examples, Prompts.from_lists(rows, multiple_of=padding_step(max(map(len, rows))))
 
 
 def _example(task: AbstractTask, tokenizer: Tokenizer, position: int, index: int | None) -> tuple[Example, list[int]]:
