@@ -119,7 +119,7 @@ def main() -> int:
                 "acceptance_length": rollouts.statistics.acceptance_length,
                 **segments.metrics(),
             }
-        lessons = plan.lessons(state.lessons) if state.draft.train_length > 0 else 0
+        lessons = plan.lessons(state.lessons, line["speculative"]["seconds"]) if state.draft.train_length > 0 else 0
         state = dataclasses.replace(state, draft=remember(state.draft, rollouts))
         batch = make_update_batch(rollouts, np.zeros(len(rollouts.group), np.float32))
         features = features_of(target, batch, state.draft.layers) if lessons else None  # free in a run

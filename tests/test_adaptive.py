@@ -332,6 +332,21 @@ def test_nothing_is_compiled_before_it_would_have_paid():
     assert {kind for kind in machine.compiled if kind[0] == 4} == {(4, 2)}, "what is best for 16 rows, and that alone"
 
 
+def test_where_programs_are_missing_only_what_pays_is_compiled():
+    """Prompts of another width and larger caches need programs of their own, for each length."""
+    machine, controller = Machine(_linear, [0.9, 0.85, 0.8, 0.8], noise=0.05), AdaptiveLength(4)
+    _, _, state = _run(machine, controller, 4, 60.0)
+    assert len(machine.compiled) > 2
+    for _ in range(10):
+        machine.compiled, clock, left = set(), state.clock, 0
+        while state.clock < clock + 8.0:
+            plan = controller.choose(state, 4)
+            if plan.otherwise is not None and (4, plan.length) not in machine.compiled:
+                plan, left = plan.otherwise, left + 1
+            state = controller.update(state, machine.segment(4, plan))
+        assert left > 0 and machine.compiled == {(4, _best(machine, 4)[0])}
+
+
 def test_kinds_that_turn_out_to_be_compiled_already_are_tried_sooner():
     machine, controller = Machine(lambda rows, length: 0.05, [0.8, 0.8, 0.8, 0.8]), AdaptiveLength(4)
     machine.compile_seconds = 8.0

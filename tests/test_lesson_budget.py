@@ -9,17 +9,18 @@ from eqx_specgrpo.decoding import plain_seconds
 from eqx_specgrpo.train._lesson_budget import FIRST_STEPS, LessonBudget, LessonState, OneLesson, lesson_plan
 
 
-def run(saved, steps=100, each=2.0, found=lambda step: 0.7, plan=None):
+def run(saved, steps=100, each=2.0, found=lambda step: 0.7, plan=None, rollout=30.0):
     """Lessons of each step.
 
     **Arguments:**
 
     - `saved`: seconds saved in a step, a function of its number.
     - `each`: seconds of a lesson.
+    - `rollout`: seconds of each step's rollouts.
     """
     plan, state, lessons = LessonBudget() if plan is None else plan, LessonState(), []
     for step in range(steps):
-        lessons.append(plan.lessons(state))
+        lessons.append(plan.lessons(state, rollout))
         state = plan.update(state, lessons[-1], saved(step), each * lessons[-1], found(step) if lessons[-1] else None)
     return lessons, state
 
@@ -33,6 +34,14 @@ def test_lessons_take_no_more_than_a_quarter_of_what_they_bring(saved):
     assert 2.0 * sum(later) <= 0.25 * saved * len(later) + 2.0
     if saved >= 9.0:
         assert later[1:] == [1] * (len(later) - 1), "one is enough where the policy does not move"
+
+
+@pytest.mark.parametrize("rollout, lessons", [(30.0, 1), (100.0, 2), (130.0, 3), (1000.0, 4)])
+def test_where_rollouts_are_long_the_first_steps_have_more(rollout, lessons):
+    """A twentieth of the rollout's seconds, once it is known what a lesson takes."""
+    found, _ = run(lambda step: 9.0, rollout=rollout)
+    assert found[:FIRST_STEPS] == [1] + [lessons] * (FIRST_STEPS - 1) and max(found[FIRST_STEPS:]) == 1
+    assert run(lambda step: 9.0, rollout=rollout, plan=OneLesson())[0] == [1] * 100
 
 
 def test_without_savings_lessons_become_ever_rarer():
