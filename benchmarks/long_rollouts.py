@@ -28,7 +28,7 @@ from eqx_specgrpo.grpo import compute_copy, make_update_batch
 from eqx_specgrpo.records import machine
 from eqx_specgrpo.runtime import count_compilations, keep_freed_memory
 from eqx_specgrpo.train._lesson_budget import lesson_plan
-from eqx_specgrpo.train._lessons import CHOOSE, DECODE, learn_lesson, make_lesson, updates_per_lesson
+from eqx_specgrpo.train._lessons import CHOOSE, DECODE, learn_lesson, make_lesson, updates_per_warm_up_lesson
 from eqx_specgrpo.train._roll_out import roll_out
 from eqx_specgrpo.train._segments import SegmentLog
 from eqx_specgrpo.train._state import RunState
@@ -58,7 +58,7 @@ def warmed_up(parts: RunParts, state: RunState, target: Any) -> tuple[RunState, 
     plain = dataclasses.replace(parts, length=FixedLength(0))
     with count_compilations() as compiled:
         for update in range(parts.config.draft.warmup if state.draft.train_length > 0 else 0):
-            number, within = divmod(update, updates_per_lesson(parts))
+            number, within = divmod(update, updates_per_warm_up_lesson(parts.config.draft))
             if lesson is None or within == 0:
                 draft = compute_copy(state.draft, parts.config.model.dtype)
                 lesson = make_lesson(plain, target, draft, state.draft.layers, number)

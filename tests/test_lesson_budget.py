@@ -5,8 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from eqx_specgrpo.config import load_config
 from eqx_specgrpo.decoding import plain_seconds
 from eqx_specgrpo.train._lesson_budget import FIRST_STEPS, LessonBudget, LessonState, OneLesson, lesson_plan
+from eqx_specgrpo.train._lessons import updates_per_warm_up_lesson
 
 
 def run(saved, steps=100, each=2.0, found=lambda step: 0.7, plan=None, rollout=30.0):
@@ -76,6 +78,12 @@ def test_where_nothing_depends_on_times_there_is_one_in_every_step():
     assert lesson_plan(0.5, adaptive=True) == LessonBudget(0.5)
     lessons, state = run(lambda step: 0.0, plan=OneLesson())
     assert lessons == [1] * 100 and state == LessonState()
+
+
+@pytest.mark.parametrize("warmup, fraction, updates", [(20, 0.25, 20), (30, 0.25, 15), (100, 0.25, 17), (3, 1.0, 3)])
+def test_a_warm_up_makes_no_rollouts_for_a_few_updates(warmup, fraction, updates):
+    config = load_config(None, [f"draft.warmup={warmup}", f"draft.fraction={fraction}"])
+    assert updates_per_warm_up_lesson(config.draft) == updates
 
 
 def seconds(rows):

@@ -63,7 +63,7 @@ from ._finish import finish, sum_up
 from ._header import header
 from ._inputs import check_inputs, run_inputs
 from ._interrupt import StopRequest, stop_requests, stopped_at_once
-from ._lessons import learn_lesson, make_lesson, recall_lesson, updates_per_lesson
+from ._lessons import learn_lesson, make_lesson, recall_lesson, updates_per_warm_up_lesson
 from ._loss_state import current_reference, fixed_reference, with_loss_state, with_update
 from ._out_of_memory import out_of_memory_advice
 from ._planner import UpdatePlanner
@@ -297,7 +297,7 @@ def _warm_up(parts: RunParts, state: RunState, progress: RunProgress) -> RunStat
     config = parts.config
     decoding = dataclasses.replace(parts, length=FixedLength(0)) if config.draft.adaptive else parts
     target = compute_copy(state.policy, config.model.dtype)
-    lesson, per_lesson = None, updates_per_lesson(parts)
+    lesson, per_lesson = None, updates_per_warm_up_lesson(config.draft)
     for update in range(config.draft.warmup):
         number, within = divmod(update, per_lesson)
         if lesson is None or within == 0:
