@@ -105,7 +105,7 @@ def main() -> int:
         for arm in list(arms) if (step + arguments.seed) % 2 == 0 else list(arms)[::-1]:
             mine, segments = arms[arm]
             guesser = NoDraft() if arm == "plain" else compute_copy(state.draft, config.model.dtype)
-            segments.after_training(guesser.max_length, state.draft_acceptance)
+            segments.after_training(guesser.max_length, state.draft_acceptance, step, arguments.steps - step)
             began = time.perf_counter()
             with count_compilations() as compiled:
                 rollouts = roll_out(mine, target, guesser, prompts, step_key(config.seed, step, DECODE), None, segments)

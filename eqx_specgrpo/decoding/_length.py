@@ -105,6 +105,11 @@ class AbstractLengthController(eqx.Module, Generic[State]):
         """
 
     @abstractmethod
+    def with_future(self, state: State, left: float) -> State:
+        """Returns the state of a controller that knows how much there will be to decode: `left` times what it has seen
+        so far. A length is worth compiling sooner where it will be used for long."""
+
+    @abstractmethod
     def plain_seconds(self, state: State, rows: int) -> float | None:
         """What a round of plain decoding with so many rows takes, as far as the controller knows: from what it has
         seen of such rounds, or of others like them. `None` if it knows of none."""
@@ -144,6 +149,10 @@ class FixedLength(AbstractLengthController[int]):
 
     def after_training(self, state: int, expected_acceptance: Sequence[float] | None) -> int:
         del expected_acceptance
+        return state
+
+    def with_future(self, state: int, left: float) -> int:
+        del left
         return state
 
     def plain_seconds(self, state: int, rows: int) -> float | None:

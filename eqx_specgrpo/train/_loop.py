@@ -339,7 +339,7 @@ def _one_step(
     with progress.timed("rollout", f"step {step}: rollout"):
         target = compute_copy(state.policy, config.model.dtype)
         draft = compute_copy(state.draft, config.model.dtype)
-        segments.after_training(draft.max_length, state.draft_acceptance)
+        segments.after_training(draft.max_length, state.draft_acceptance, done, config.steps - done)
         guard.begin(state.draft, step)
     decoding = unless_urgent(stop, progress.decoding, parts.processes)
     sample = sample_step(parts, state, target, draft, done, progress, segments, lengths, decoding)
