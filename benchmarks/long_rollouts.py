@@ -29,7 +29,7 @@ from eqx_specgrpo.records import machine
 from eqx_specgrpo.runtime import count_compilations, keep_freed_memory
 from eqx_specgrpo.train._draft_step import draft_rows, features_of, update_draft
 from eqx_specgrpo.train._lesson_budget import lesson_plan
-from eqx_specgrpo.train._lessons import CHOOSE, DECODE, learn_lesson, make_lesson, updates_per_lesson
+from eqx_specgrpo.train._lessons import CHOOSE, DECODE, learn_lesson, make_lesson, updates_per_warm_up_lesson
 from eqx_specgrpo.train._roll_out import roll_out
 from eqx_specgrpo.train._segments import SegmentLog
 from eqx_specgrpo.train._state import RunState
@@ -59,7 +59,7 @@ def warmed_up(parts: RunParts, state: RunState, target: Any) -> tuple[RunState, 
     plain = dataclasses.replace(parts, length=FixedLength(0))
     with count_compilations() as compiled:
         for update in range(parts.config.draft.warmup if state.draft.train_length > 0 else 0):
-            number, within = divmod(update, updates_per_lesson(parts))
+            number, within = divmod(update, updates_per_warm_up_lesson(parts.config.draft))
             if lesson is None or within == 0:
                 draft = compute_copy(state.draft, parts.config.model.dtype)
                 lesson = make_lesson(plain, target, draft, state.draft.layers, number)
@@ -106,7 +106,7 @@ def main() -> int:
         for arm in list(arms) if (step + arguments.seed) % 2 == 0 else list(arms)[::-1]:
             mine, segments = arms[arm]
             guesser = NoDraft() if arm == "plain" else compute_copy(state.draft, config.model.dtype)
-            segments.after_training(guesser.max_length, state.draft_acceptance)
+            segments.after_training(guesser.max_length, state.draft_acceptance, step, arguments.steps - step)
             began = time.perf_counter()
             with count_compilations() as compiled:
                 rollouts = roll_out(mine, target, guesser, prompts, step_key(config.seed, step, DECODE), None, segments)
@@ -120,7 +120,7 @@ def main() -> int:
                 "acceptance_length": rollouts.statistics.acceptance_length,
                 **segments.metrics(),
             }
-        lessons = plan.lessons(state.lessons) if state.draft.train_length > 0 else 0
+        lessons = plan.lessons(state.lessons, line["speculative"]["seconds"]) if state.draft.train_length > 0 else 0
         state = dataclasses.replace(state, draft=remember(state.draft, rollouts))
         batch = make_update_batch(rollouts, np.zeros(len(rollouts.group), np.float32))
         features = features_of(target, batch, state.draft.layers) if lessons else None  # free in a run

@@ -22,6 +22,15 @@ class StopReason(IntEnum):
     STOP = 3  # a text, see `decoding.StopStrings`
 
 
+def padding_step(longest: int) -> int:
+    """What the longest prompt of a batch is padded to a multiple of: 32 up to 128 tokens, 64 up to 256, and so on.
+
+    The padding is at most a third of the width, or 31 tokens, and each doubling has two widths only: every width is
+    a set of programs to compile, and prompts of a task may differ in length by a decade.
+    """
+    return 32 << max(0, (longest - 1).bit_length() - 7)
+
+
 class Prompts(eqx.Module):
     """Right-padded prompts, one per row.
 

@@ -332,6 +332,38 @@ def test_nothing_is_compiled_before_it_would_have_paid():
     assert {kind for kind in machine.compiled if kind[0] == 4} == {(4, 2)}, "what is best for 16 rows, and that alone"
 
 
+def test_what_will_be_used_for_long_is_compiled_sooner():
+    """Once a quarter of its compilation would have been saved so far, early in a run of many steps."""
+
+    def compiled(left):
+        machine, controller = Machine(lambda rows, length: 0.05, [0.8, 0.8]), AdaptiveLength(2)
+        machine.compile_seconds = 3.0
+        state = controller.with_future(controller.init(2), left)
+        _run(machine, controller, 16, 6.0, state)
+        return machine.compiled
+
+    assert compiled(0.5) == {(16, 0)} and len(compiled(4.0)) > 1
+    machine, controller = Machine(lambda rows, length: 0.05 * (1 + length), [0.4] * 4), AdaptiveLength(4)
+    machine.compile_seconds = 3.0
+    _run(machine, controller, 16, 60.0, controller.with_future(controller.init(4), 100.0))
+    assert machine.compiled <= {(16, 0), (16, 1)}, "what promises nothing is not worth it, however long the run"
+
+
+def test_where_programs_are_missing_only_what_pays_is_compiled():
+    """Prompts of another width and larger caches need programs of their own, for each length."""
+    machine, controller = Machine(_linear, [0.9, 0.85, 0.8, 0.8], noise=0.05), AdaptiveLength(4)
+    _, _, state = _run(machine, controller, 4, 60.0)
+    assert len(machine.compiled) > 2
+    for _ in range(10):
+        machine.compiled, clock, left = set(), state.clock, 0
+        while state.clock < clock + 8.0:
+            plan = controller.choose(state, 4)
+            if plan.otherwise is not None and (4, plan.length) not in machine.compiled:
+                plan, left = plan.otherwise, left + 1
+            state = controller.update(state, machine.segment(4, plan))
+        assert left > 0 and machine.compiled == {(4, _best(machine, 4)[0])}
+
+
 def test_kinds_that_turn_out_to_be_compiled_already_are_tried_sooner():
     machine, controller = Machine(lambda rows, length: 0.05, [0.8, 0.8, 0.8, 0.8]), AdaptiveLength(4)
     machine.compile_seconds = 8.0

@@ -15,6 +15,7 @@ from eqx_specgrpo.decoding import (
     AdaptiveLength,
     CompileAtOnce,
     CompileBehind,
+    CompileSparingly,
     Coupled,
     FixedLength,
     SegmentPlan,
@@ -147,3 +148,34 @@ def test_at_once_is_always_ready():
     assert compiler.ready("it", lambda: pytest.fail("nothing is compiled ahead")) and not compiler.is_busy
     assert compiler.seconds("it") == 0.0
     compiler.close()
+
+
+def test_nothing_is_compiled_only_to_be_measured_again():
+    target, heads = tiny_transformer(seed=4), randomise(MedusaHeads.fresh(16, 2), 0, 0.3)
+    plain = SegmentPlan(0, 2)
+
+    class Looks(AdaptiveLength):
+        def choose(self, state, rows):
+            return SegmentPlan(2, 2, otherwise=plain)
+
+    def lengths(compiler, length):
+        seen = []
+        with quick_compilation():
+            decode(
+                target,
+                [[1, 2, 3]] * 4,
+                draft=heads,
+                length=length,
+                key=jr.key(1),
+                max_new_tokens=12,
+                smallest_bucket=4,
+                compiler=compiler,
+                on_segment=lambda observation, _: seen.append(observation.plan.length),
+            )
+        return set(seen)
+
+    sparing = CompileSparingly()
+    assert lengths(sparing, Looks(2)) == {0}
+    assert lengths(sparing, FixedLength(2)) == {2}
+    assert lengths(sparing, Looks(2)) == {2}, "it is there now, from another decoding"
+    assert lengths(CompileAtOnce(), Looks(2)) == {2}

@@ -270,6 +270,9 @@ class Alternating(AbstractLengthController[int]):
     def after_training(self, state, expected_acceptance):
         return state
 
+    def with_future(self, state, left):
+        return state
+
     def plain_seconds(self, state, rows):
         return None
 

@@ -6,6 +6,7 @@ import warnings
 import pytest
 from tiny_run import main_like, tiny_config, tiny_folder as tiny_folder
 
+from eqx_specgrpo._types import padding_step
 from eqx_specgrpo.config import RunConfig, dump_config
 from eqx_specgrpo.config._check import load_task_and_rewards
 from eqx_specgrpo.errors import UserError
@@ -184,3 +185,9 @@ def test_the_command_line(stopped, monkeypatch, capsys):
     code, _, err = main_like(monkeypatch, capsys, "run", "--resume", "--accept-changes", "--out", str(out))
     assert code == 2 and "warning: the task" in err and "meta.json cannot be read" in err and "Traceback" not in err
     assert (out / "inputs.jsonl").read_bytes() == before
+
+
+def test_prompts_have_few_widths():
+    padded = {longest: -(-longest // padding_step(longest)) * padding_step(longest) for longest in range(1, 2049)}
+    assert sorted(set(padded.values())) == [32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
+    assert all(width - longest < max(32, width / 3) for longest, width in padded.items())

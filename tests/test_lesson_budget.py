@@ -5,21 +5,24 @@ import dataclasses
 import numpy as np
 import pytest
 
+from eqx_specgrpo.config import load_config
 from eqx_specgrpo.decoding import plain_seconds
 from eqx_specgrpo.train._lesson_budget import FIRST_STEPS, LessonBudget, LessonState, OneLesson, lesson_plan
+from eqx_specgrpo.train._lessons import updates_per_warm_up_lesson
 
 
-def run(saved, steps=100, each=2.0, found=lambda step: 0.7, plan=None):
+def run(saved, steps=100, each=2.0, found=lambda step: 0.7, plan=None, rollout=30.0):
     """Lessons of each step.
 
     **Arguments:**
 
     - `saved`: seconds saved in a step, a function of its number.
     - `each`: seconds of a lesson.
+    - `rollout`: seconds of each step's rollouts.
     """
     plan, state, lessons = LessonBudget() if plan is None else plan, LessonState(), []
     for step in range(steps):
-        lessons.append(plan.lessons(state))
+        lessons.append(plan.lessons(state, rollout))
         state = plan.update(state, lessons[-1], saved(step), each * lessons[-1], found(step) if lessons[-1] else None)
     return lessons, state
 
@@ -33,6 +36,14 @@ def test_lessons_take_no_more_than_a_quarter_of_what_they_bring(saved):
     assert 2.0 * sum(later) <= 0.25 * saved * len(later) + 2.0
     if saved >= 9.0:
         assert later[1:] == [1] * (len(later) - 1), "one is enough where the policy does not move"
+
+
+@pytest.mark.parametrize("rollout, lessons", [(30.0, 1), (100.0, 2), (130.0, 3), (1000.0, 4)])
+def test_where_rollouts_are_long_the_first_steps_have_more(rollout, lessons):
+    """A twentieth of the rollout's seconds, once it is known what a lesson takes."""
+    found, _ = run(lambda step: 9.0, rollout=rollout)
+    assert found[:FIRST_STEPS] == [1] + [lessons] * (FIRST_STEPS - 1) and max(found[FIRST_STEPS:]) == 1
+    assert run(lambda step: 9.0, rollout=rollout, plan=OneLesson())[0] == [1] * 100
 
 
 def test_without_savings_lessons_become_ever_rarer():
@@ -67,6 +78,12 @@ def test_where_nothing_depends_on_times_there_is_one_in_every_step():
     assert lesson_plan(0.5, adaptive=True) == LessonBudget(0.5)
     lessons, state = run(lambda step: 0.0, plan=OneLesson())
     assert lessons == [1] * 100 and state == LessonState()
+
+
+@pytest.mark.parametrize("warmup, fraction, updates", [(20, 0.25, 20), (30, 0.25, 15), (100, 0.25, 17), (3, 1.0, 3)])
+def test_a_warm_up_makes_no_rollouts_for_a_few_updates(warmup, fraction, updates):
+    config = load_config(None, [f"draft.warmup={warmup}", f"draft.fraction={fraction}"])
+    assert updates_per_warm_up_lesson(config.draft) == updates
 
 
 def seconds(rows):

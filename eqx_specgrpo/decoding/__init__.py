@@ -22,6 +22,7 @@ from ._compiler import (
     AbstractCompiler as AbstractCompiler,
     CompileAtOnce as CompileAtOnce,
     CompileBehind as CompileBehind,
+    CompileSparingly as CompileSparingly,
 )
 from ._coupled import Coupled as Coupled
 from ._decode import DecodeProgress as DecodeProgress, decode as decode

@@ -35,6 +35,7 @@ _BENEFIT_OF_DOUBT = 8.0  # tokens taken to be accepted at each position of an un
 _UNEVEN_ENDS = 1.05
 _UNEVEN_LOOK = 0.35  # of the time of a look at drafting while plain decoding is best, at most: lost at the ends of rows
 _PATIENCE = 10.0  # how many times its compilation a length must be worth that pays only at the cost hoped for
+_FORESIGHT = 4.0  # times what was decoded so far, that decodings to come count for when a compilation has to pay
 _CLEARLY = 1.03  # a shorter length is preferred, plain decoding above all, unless it is so much slower
 
 
@@ -89,31 +90,36 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
             )
         known = known_lengths(state, rows)
         compiled = [k for k in state.lengths if (rows, k) in state.seen and k not in known]
-        if compiled:
-            return SegmentPlan(compiled[0], max_rounds=8)
         if not known:
-            return SegmentPlan(_as_with_most_alike(state, rows), max_rounds=8)
+            return SegmentPlan(compiled[0] if compiled else _as_with_most_alike(state, rows), max_rounds=8)
         best = _best(state, rows, known)
+        seconds = min(max(_SHORTEST_SEGMENT, _SEGMENT_SHARE * state.clock), _LONGEST_SEGMENT)
+        usual = _plan(state, rows, best, seconds)
+        if compiled:
+            return SegmentPlan(compiled[0], max_rounds=8, otherwise=usual)
         untried = self._worth_trying(state, rows, known, best)
         if untried is not None:
             return _plan(state, rows, untried, _PROBE_SECONDS)
         again = self._worth_a_look(state, rows, known, best)
         if again is not None:
-            return _plan(state, rows, again, _PROBE_SECONDS)
-        seconds = min(max(_SHORTEST_SEGMENT, _SEGMENT_SHARE * state.clock), _LONGEST_SEGMENT)
-        return _plan(state, rows, best, seconds)
+            look = _plan(state, rows, again, _PROBE_SECONDS)
+            return dataclasses.replace(look, otherwise=usual)
+        return usual
 
     def _worth_trying(self, state: AdaptiveState, rows: int, known: list[int], best: int) -> int | None:
         """An untried length, if what it promises would have paid for its compilation by now.
 
         So no more time is lost by trying than was lost by not trying, and where few rows are decoded for a moment at
-        the end, nothing is compiled for them. What it costs is guessed; in case it was guessed too high, a length that
-        would pay at the least cost that can be hoped for is tried as well, ten times as patiently.
+        the end, nothing is compiled for them. Where decodings are known to come it may be sooner: what they will save
+        counts as well, but for no more than four times what was seen. What it costs is guessed; in case it was guessed
+        too high, a length that would pay at the least cost that can be hoped for is tried as well, ten times as
+        patiently.
         """
         candidates = [k for k in state.lengths if k not in known]
         if len({r * (k + 1) for r, k in state.costs}) == 1:
             candidates = candidates[:1]  # nothing tells yet how a round's cost grows: one step at a time
         costs = COMPILE_GUESS if state.compile_seconds is None else state.compile_seconds
+        costs /= min(max(state.left, 1.0), _FORESIGHT)
         if not candidates or state.spent[rows] < costs:
             return None
         speed = _speed(state, rows, best)
@@ -166,6 +172,9 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
 
     def after_training(self, state: AdaptiveState, expected_acceptance: Sequence[float] | None) -> AdaptiveState:
         return with_lesson(state, expected_acceptance)
+
+    def with_future(self, state: AdaptiveState, left: float) -> AdaptiveState:
+        return dataclasses.replace(state, left=left)
 
     def plain_seconds(self, state: AdaptiveState, rows: int) -> float | None:
         return expected_seconds(state, rows, 0) if state.costs else None

@@ -60,6 +60,7 @@ class AdaptiveState(eqx.Module):
     - `paid`: of these, what was the best choice at some time.
     - `compile_seconds`: what a new kind costs to compile: the most that was seen, or less where kinds that were new
         had been compiled already; `None` before the first segment.
+    - `left`: decodings that are still to come, as a multiple of those that were; 0 where that is not known.
     """
 
     lengths: tuple[int, ...]
@@ -74,6 +75,7 @@ class AdaptiveState(eqx.Module):
     seen: frozenset[tuple[int, int]]
     paid: frozenset[tuple[int, int]]
     compile_seconds: float | None
+    left: float = 0.0
 
 
 def initial_state(lengths: tuple[int, ...]) -> AdaptiveState:

@@ -63,11 +63,14 @@ class SegmentPrograms:
         return self._behind.pop(name, 0.0) + self._compiler.seconds(name)
 
     def ready_plan(self, plan: SegmentPlan, state: DecodeState, store: AbstractPromptStore) -> SegmentPlan:
-        """The plan, or one of the nearest length whose program is there; that of the plan is then being compiled.
+        """The plan, or one of the nearest length whose program is there; that of the plan is then being compiled. Of a
+        plan to measure a length again, the other one where that length's program is not there.
 
         Where none is there, which is so for the first segment of a decoding that is unlike any before, it is the plan
         itself: it is compiled where it is run.
         """
+        if plan.otherwise is not None and not self._compiler.is_there(self._name(state, store, plan.length)):
+            plan = plan.otherwise
         others = [k for k in range(self._most_length + 1) if self._name(state, store, k) in self._run]
         # With nothing to go on with, it would be compiled here and in the thread at once.
         if not others or self._is_ready(state, store, plan.length):
@@ -77,7 +80,9 @@ class SegmentPrograms:
 
     def ran(self, state: DecodeState, store: AbstractPromptStore, length: int) -> None:
         """A segment was run: its program is there from now on."""
-        self._run.add(self._name(state, store, length))
+        name = self._name(state, store, length)
+        self._run.add(name)
+        self._compiler.ran(name)
 
     def shrunk(self, state: DecodeState, store: AbstractPromptStore, length: int) -> None:
         """The batch was shrunk to this state: a segment of this length, that of `shrunk_to`, is there."""

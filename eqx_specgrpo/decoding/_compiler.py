@@ -35,6 +35,15 @@ class AbstractCompiler(ABC):
     def seconds(self, name: Hashable) -> float:
         """How long the programs of this name took to compile, as far as nobody waited for it; told once, then 0."""
 
+    @abstractmethod
+    def ran(self, name: Hashable) -> None:
+        """The programs of this name were run."""
+
+    @abstractmethod
+    def is_there(self, name: Hashable) -> bool:
+        """Whether the programs of this name can be run without waiting; `True` where that is not known. Where they are
+        not there, a length that is only to be measured again is not."""
+
     @property
     @abstractmethod
     def is_busy(self) -> bool:
@@ -55,6 +64,45 @@ class CompileAtOnce(AbstractCompiler):
     def seconds(self, name):
         del name
         return 0.0
+
+    def ran(self, name):
+        del name
+
+    def is_there(self, name):
+        del name
+        return True
+
+    @property
+    def is_busy(self):
+        return False
+
+    def close(self):
+        pass
+
+
+class CompileSparingly(AbstractCompiler):
+    """Everything is compiled where it is first run, and waited for, but nothing only to be measured again.
+
+    It remembers what was run, from one decoding to the next. Prompts of another width and caches of another size need
+    programs of their own, so a length that is known to be slower would else be compiled for each of them.
+    """
+
+    def __init__(self):
+        self._there: set[Hashable] = set()
+
+    def ready(self, name, plan):
+        del name, plan
+        return True
+
+    def seconds(self, name):
+        del name
+        return 0.0
+
+    def ran(self, name):
+        self._there.add(name)
+
+    def is_there(self, name):
+        return name in self._there
 
     @property
     def is_busy(self):
@@ -87,6 +135,13 @@ class CompileBehind(AbstractCompiler):
             return 0.0
         self._untold.remove(name)
         return self._begun[name].result()
+
+    def ran(self, name):
+        del name
+
+    def is_there(self, name):
+        del name
+        return True
 
     @property
     def is_busy(self):

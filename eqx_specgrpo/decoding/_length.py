@@ -37,11 +37,14 @@ class SegmentPlan(eqx.Module):
     - `max_rounds`: the segment ends after so many rounds, or earlier when rows can be shrunk away or refilled. (A
         [`eqx_specgrpo.decoding.FixedRounds`][] loop always runs its own number.)
     - `expected`: the expected speed, or `None`.
+    - `otherwise`: the plan to follow where the program of this one would have to be compiled, if it is known to be
+        missing: this one is only to measure its length again. `None`: it is worth compiling.
     """
 
     length: int
     max_rounds: int
     expected: Expectation | None = None
+    otherwise: "SegmentPlan | None" = None
 
 
 class SegmentObservation(eqx.Module):
@@ -102,6 +105,11 @@ class AbstractLengthController(eqx.Module, Generic[State]):
         """
 
     @abstractmethod
+    def with_future(self, state: State, left: float) -> State:
+        """Returns the state of a controller that knows how much there will be to decode: `left` times what it has seen
+        so far. A length is worth compiling sooner where it will be used for long."""
+
+    @abstractmethod
     def plain_seconds(self, state: State, rows: int) -> float | None:
         """What a round of plain decoding with so many rows takes, as far as the controller knows: from what it has
         seen of such rounds, or of others like them. `None` if it knows of none."""
@@ -141,6 +149,10 @@ class FixedLength(AbstractLengthController[int]):
 
     def after_training(self, state: int, expected_acceptance: Sequence[float] | None) -> int:
         del expected_acceptance
+        return state
+
+    def with_future(self, state: int, left: float) -> int:
+        del left
         return state
 
     def plain_seconds(self, state: int, rows: int) -> float | None:

@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .._types import Prompts, Rollouts, StopReason
+from .._types import Prompts, Rollouts, StopReason, padding_step
 from ..config import RunConfig, check_prompt, pass_ks, rollout_sampling
 from ..decoding import (
     AbstractLengthController,
@@ -31,7 +31,6 @@ from ..tasks import AbstractTask, Example, RewardLog, Rewards, TrainerState, col
 from ._gathered import gather_rewards, gather_rollouts, own_prompts
 from ._metrics import ANSWER_COLUMN, NO_ANSWER, completion_metrics, function_metrics, reward_metrics
 
-_PROMPT_WIDTH = 32  # as a step's prompts are padded
 _RANDOM_NUMBERS = 0x6576616C  # apart from the steps' keys, which are folded in by small numbers
 
 
@@ -114,7 +113,8 @@ def make_evaluation(
     longest = evaluation.max_completion_length or grpo.max_completion_length
     assert task.size is not None
     examples = tuple(task.example(index) for index in range(task.size))
-    prompts = Prompts.from_lists(_encoded(examples, tokenizer, target, longest), multiple_of=_PROMPT_WIDTH)
+    encoded = _encoded(examples, tokenizer, target, longest)
+    prompts = Prompts.from_lists(encoded, multiple_of=padding_step(max(map(len, encoded))))
     at_once = max(1, grpo.prompts_per_step * grpo.num_generations // samples)
     return Evaluation(
         examples=examples,

@@ -29,6 +29,7 @@ def teach_draft(
     done: int,
     guard: DraftGuard,
     saved: float | None,
+    rollout: float,
     progress: RunProgress,
 ) -> tuple[RunState, dict[str, float | int]]:
     """As many lessons as they are worth, and the step's metrics of them. DONATES the draft and its optimizer's state.
@@ -39,6 +40,7 @@ def teach_draft(
     - `done`: steps that came before.
     - `guard`: is told of the draft, whether it learns or not.
     - `saved`: seconds that speculation saved in the step's rollouts, if that is known.
+    - `rollout`: seconds that these took, compiling left out.
     """
     config, step, rollouts = parts.config, done + 1, sample.scored.rollouts
     if not config.draft.enabled:
@@ -50,7 +52,7 @@ def teach_draft(
         for decoded, _ in sample.decoded:
             state = dataclasses.replace(state, draft=remember(state.draft, decoded))
     if config.draft.learns and state.draft.train_length > 0:
-        planned, began = plan.lessons(state.lessons), time.perf_counter()
+        planned, began = plan.lessons(state.lessons, rollout), time.perf_counter()
         compiled = progress.compilations.seconds
         with progress.timed("draft", f"step {step}: draft update"):
             for number in range(planned):

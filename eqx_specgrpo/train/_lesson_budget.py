@@ -5,8 +5,10 @@ from collections.abc import Mapping
 
 import equinox as eqx
 
-FIRST_STEPS = 10  # in which there is one lesson each, whatever it brings: nothing is known of that yet
-_MOST = 2  # lessons of a step
+FIRST_STEPS = 10  # in which there is a lesson each, whatever it brings: nothing is known of that yet
+_FIRST_SHARE = 0.05  # of a rollout's seconds, that lessons may take in the first steps where one takes less
+_MOST_AT_FIRST = 4  # lessons of such a step: with a quarter of the completions each, all of them once
+_MOST = 2  # lessons of a later step
 _MOST_SAVED_UP = 4.0  # lessons: what was earned long ago is not spent on a draft that has learned since
 _MOST_OWED = -4.0
 _NEWEST = 0.3  # part of the newest lesson in the mean of their seconds
@@ -49,8 +51,8 @@ class AbstractLessonPlan(eqx.Module):
     """Says how many lessons there are in each step."""
 
     @abstractmethod
-    def lessons(self, state: LessonState) -> int:
-        """Of the step that comes next."""
+    def lessons(self, state: LessonState, rollout: float) -> int:
+        """Of the step that comes next, whose rollouts took so many seconds, compiling left out."""
 
     @abstractmethod
     def update(
@@ -70,8 +72,8 @@ class AbstractLessonPlan(eqx.Module):
 class OneLesson(AbstractLessonPlan):
     """One in every step: the run does not depend on times, and can be repeated to the bit."""
 
-    def lessons(self, state: LessonState) -> int:
-        del state
+    def lessons(self, state: LessonState, rollout: float) -> int:
+        del state, rollout
         return 1
 
     def update(self, state, lessons, saved, spent, found):
@@ -82,10 +84,12 @@ class OneLesson(AbstractLessonPlan):
 class LessonBudget(AbstractLessonPlan):
     """Lessons take no more than a share of the seconds that speculation saves.
 
-    In the first ten steps there is one lesson each. From then on each step adds its share of what it saved to a
-    balance, and lessons are paid from it. There are two in a step where the policy moves: the last lesson found less
-    accepted than the one before. While nothing is earned there are lessons after 1, 2, 4, 8, ... steps, so that a draft
-    that would pay with a policy that has become easier is found out, at a price that the balance goes on owing.
+    In the first ten steps there is one lesson each, or as many as take a twentieth of the step's rollouts, up to four:
+    with long completions a lesson is next to nothing, and a fresh draft has most to learn. From then on each step adds
+    its share of what it saved to a balance, and lessons are paid from it. There are two in a step where the policy
+    moves: the last lesson found less accepted than the one before. While nothing is earned there are lessons after 1,
+    2, 4, 8, ... steps, so that a draft that would pay with a policy that has become easier is found out, at a price
+    that the balance goes on owing.
 
     Times decide, so two runs with the same seed may differ in their drafts; what is generated has the same distribution
     all the same.
@@ -97,9 +101,11 @@ class LessonBudget(AbstractLessonPlan):
 
     share: float = eqx.field(static=True, default=0.25)
 
-    def lessons(self, state: LessonState) -> int:
-        if state.step < FIRST_STEPS or state.lesson_seconds == 0.0:
+    def lessons(self, state: LessonState, rollout: float) -> int:
+        if state.lesson_seconds == 0.0:
             return 1
+        if state.step < FIRST_STEPS:
+            return min(max(int(_FIRST_SHARE * rollout / state.lesson_seconds), 1), _MOST_AT_FIRST)
         affordable = int(state.balance / state.lesson_seconds)
         if affordable >= 1:
             return min(affordable, _MOST if state.change < -_MOVED else 1)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._types import Rollouts, Support
-from ..config import RunParts
+from ..config import DraftConfig, RunParts
 from ..decoding import DecodeProgress
 from ..distill import draft_gradients
 from ..drafts import AbstractDraft, remember
@@ -58,6 +58,12 @@ class Lesson(eqx.Module):
 def updates_per_lesson(parts: RunParts) -> int:
     """How many updates a batch of rollouts serves."""
     return max(1, round(_PASSES / parts.config.draft.fraction))
+
+
+def updates_per_warm_up_lesson(draft: DraftConfig) -> int:
+    """How many updates a batch of rollouts serves in a run's warm-up: about as many as elsewhere, so that a second one,
+    which can take as long as a step's rollouts, is not made for the last few."""
+    return -(-draft.warmup // max(1, round(draft.warmup * draft.fraction / _PASSES)))
 
 
 def make_lesson(

@@ -64,7 +64,7 @@ from ._finish import finish, sum_up
 from ._header import header
 from ._inputs import check_inputs, run_inputs
 from ._interrupt import StopRequest, stop_requests, stopped_at_once
-from ._lessons import learn_lesson, make_lesson, recall_lesson, updates_per_lesson
+from ._lessons import learn_lesson, make_lesson, recall_lesson, updates_per_warm_up_lesson
 from ._loss_state import current_reference, fixed_reference, with_loss_state, with_update
 from ._out_of_memory import out_of_memory_advice
 from ._planner import UpdatePlanner
@@ -300,7 +300,7 @@ def _warm_up(parts: RunParts, state: RunState, progress: RunProgress) -> RunStat
     config = parts.config
     decoding = dataclasses.replace(parts, length=FixedLength(0)) if config.draft.adaptive else parts
     target = compute_copy(state.policy, config.model.dtype, parts.mesh)
-    lesson, per_lesson = None, updates_per_lesson(parts)
+    lesson, per_lesson = None, updates_per_warm_up_lesson(config.draft)
     for update in range(config.draft.warmup):
         number, within = divmod(update, per_lesson)
         if lesson is None or within == 0:
@@ -342,7 +342,7 @@ def _one_step(
     with progress.timed("rollout", f"step {step}: rollout"):
         target = compute_copy(state.policy, config.model.dtype, parts.mesh)
         copies = parts.mesh.copies((target, compute_copy(state.draft, config.model.dtype, parts.mesh)))
-        segments.after_training(state.draft.max_length, state.draft_acceptance)
+        segments.after_training(state.draft.max_length, state.draft_acceptance, done, config.steps - done)
         guard.begin(state.draft, step)
     decoding = unless_urgent(stop, progress.decoding, parts.processes)
     sample = sample_step(parts, state, *copies, done, progress, segments, lengths, decoding)
@@ -367,7 +367,8 @@ def _one_step(
 
     state = dataclasses.replace(state, position=sample.position, order=sample.order)
     saved = metrics.get("draft/seconds_saved")
-    state, draft_metrics = teach_draft(parts, state, sample, update, done, guard, saved, progress)
+    rollout = sum(value for name, value in metrics.items() if name.startswith("spec/seconds_rows_"))
+    state, draft_metrics = teach_draft(parts, state, sample, update, done, guard, saved, rollout, progress)
     metrics |= draft_metrics
 
     parts.processes.agree(f"step {step}: updated", {"loss": metrics["loss"], "gradient norm": metrics["grad_norm"]})

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..decoding import AbstractCompiler, AbstractLengthController, CompileAtOnce, SegmentObservation, plain_seconds
+from ..decoding import AbstractCompiler, AbstractLengthController, CompileSparingly, SegmentObservation, plain_seconds
 
 
 class SegmentLog:
@@ -29,7 +29,7 @@ class SegmentLog:
 
     def __init__(self, length: AbstractLengthController, compiler: AbstractCompiler | None = None):
         self.length_state = None
-        self.compiler = CompileAtOnce() if compiler is None else compiler
+        self.compiler = CompileSparingly() if compiler is None else compiler
         self._length = length
         self._segments: list[SegmentObservation] = []
         self._plain: dict[int, tuple[int, float]] = {}  # rounds of plain decoding and their seconds, by rows
@@ -49,17 +49,19 @@ class SegmentLog:
         """
         self._decoded.append((lengths, smallest_batch, max_rows))
 
-    def after_training(self, max_length: int, acceptance: Float[Array, " draft"]) -> None:
+    def after_training(self, max_length: int, acceptance: Float[Array, " draft"], done: int = 0, left: int = 0) -> None:
         """Tells the length controller that policy and draft have moved.
 
         **Arguments:**
 
         - `max_length`: the draft's greatest length.
         - `acceptance`: `RunState.draft_acceptance`: zeros before the draft's first update.
+        - `done`, `left`: steps of this start of the run, and steps that are to come.
         """
         state = self._length.init(max_length) if self.length_state is None else self.length_state
         found = np.asarray(acceptance, np.float64)
-        self.length_state = self._length.after_training(state, found.tolist() if found.any() else None)
+        state = self._length.after_training(state, found.tolist() if found.any() else None)
+        self.length_state = self._length.with_future(state, left / max(done, 1))
 
     def metrics(self) -> dict[str, float]:
         """Of the segments since the last call: rounds by draft length, seconds by rows and of compiling, what was

@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from .._types import Prompts, Rollouts, ScoredRollouts
+from .._types import Prompts, Rollouts, ScoredRollouts, padding_step
 from ..config import RunParts, check_prompt
 from ..errors import Stopped, UserError
 from ..grpo import (
@@ -42,8 +42,6 @@ from ._planner import UpdatePlanner
 from ._state import PolicyUpdate
 from ._step_records import check_names
 
-_PROMPT_WIDTH = 32  # prompts are padded to a multiple of this, so that few widths are compiled
-
 
 def next_examples(
     task: AbstractTask,
@@ -66,7 +64,7 @@ def next_examples(
         check_prompt(len(ids), position, target, max_new)
         examples.append(example)
         rows.append(ids)
-    return examples, Prompts.from_lists(rows, multiple_of=_PROMPT_WIDTH)
+    return examples, Prompts.from_lists(rows, multiple_of=padding_step(max(map(len, rows))))
 
 
 def _example(task: AbstractTask, tokenizer: Tokenizer, position: int, index: int | None) -> tuple[Example, list[int]]:
