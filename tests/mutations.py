@@ -524,7 +524,7 @@ MUTATIONS = (
         "drafts/_track_record.py",
         "share = (self.accepted + 1) / (self.offered + 1)",
         "share = jnp.ones_like(self.offered) * ((self.accepted + 1) / (self.offered + 1)).mean(0, keepdims=True)",
-        "test_fallback.py::test_who_drafts_does_not_depend_on_the_batch",
+        "test_fallback.py::test_a_record_of_each_row_and_class_of_match",
     ),
     Mutation(
         "what a draft expects of itself is not asked before a lookup guesses",
