@@ -163,7 +163,8 @@ def _first_beyond(
     """
     positive = weights > 0
     beyond = positive & (ends > threshold[..., None])
-    last_positive = ends.shape[-1] - 1 - jnp.argmax(positive[..., ::-1], axis=-1)
+    # Not by a reversed array, which devices that have a part of the vocabulary each would have to exchange.
+    last_positive = jnp.max(jnp.where(positive, jnp.arange(ends.shape[-1]), 0), axis=-1)
     return jnp.where(beyond.any(-1), jnp.argmax(beyond, axis=-1), last_positive)
 
 

@@ -1,6 +1,7 @@
 """What four devices do, read from the programs that the compiler made: what they send, and what each computes."""
 
 import re
+from collections import Counter
 
 import jax.random as jr
 import numpy as np
@@ -11,7 +12,7 @@ from eqx_specgrpo.decoding import FixedRounds, Rejection, Sampling, UntilRowsFin
 from eqx_specgrpo.decoding._room import Room
 from eqx_specgrpo.decoding._row_programs import admit, keep_rows, prefill
 from eqx_specgrpo.decoding._segment import run_segment
-from eqx_specgrpo.drafts import EagleDraft, MedusaHeads, NGramDraft
+from eqx_specgrpo.drafts import EagleDraft, MedusaHeads, NGramDraft, NoDraft
 from eqx_specgrpo.layout import ROWS, WHOLE, Layout, make_mesh
 
 VOCAB, PROMPTS, SAMPLES, LENGTH = 39, 8, 2, 2
@@ -50,18 +51,18 @@ def compiled(function, *arguments, **options) -> str:
     return function.lower(*arguments, **options).compile().compiled.as_text()
 
 
-def started(draft=HEADS, *, share=True, keep_prompts=False):
+def started(draft=HEADS, *, share=True, keep_prompts=False, target=TARGET, mesh=MESH):
     """The modules and the arguments of the prompts' pass."""
-    target, draft = MESH.lay_out((TARGET, draft), Layout.COPY)
-    modules = (target, draft, *MESH.put((Rejection(), Sampling(), np.asarray([0], np.int32)), WHOLE))
+    target, draft = mesh.lay_out((target, draft), Layout.COPY)
+    modules = (target, draft, *mesh.put((Rejection(), Sampling(), np.asarray([0], np.int32)), WHOLE))
     tokens, lengths = np.ones((PROMPTS, 6), np.int32), np.full(PROMPTS, 6, np.int32)
     rows = np.arange(PROMPTS * SAMPLES, dtype=np.int32)
-    of_rows = (tokens, lengths, np.full(PROMPTS, 30, np.int32), rows, rows // SAMPLES % (PROMPTS // MESH.data))
-    tokens, lengths, limits, ids, prompt_of_row = MESH.put(of_rows, ROWS)
+    of_rows = (tokens, lengths, np.full(PROMPTS, 30, np.int32), rows, rows // SAMPLES % (PROMPTS // mesh.data))
+    tokens, lengths, limits, ids, prompt_of_row = mesh.put(of_rows, ROWS)
     options = dict(
-        room=Room(40, 46), capacity=46, cache_dtype="float32", share=share, keep_prompts=keep_prompts, mesh=MESH
+        room=Room(40, 46), capacity=46, cache_dtype="float32", share=share, keep_prompts=keep_prompts, mesh=mesh
     )
-    return modules, (modules, tokens, lengths, limits, MESH.put(jr.key(0), WHOLE), ids, prompt_of_row), options
+    return modules, (modules, tokens, lengths, limits, mesh.put(jr.key(0), WHOLE), ids, prompt_of_row), options
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +71,11 @@ def shared():
     return (modules, *prefill(*arguments, **options))
 
 
-def segment(modules, store, state, loop) -> str:
+def segment(modules, store, state, loop, length=LENGTH, mesh=MESH) -> str:
     """A segment with two guesses a round."""
-    max_rounds, enough = MESH.put((np.int32(9), np.int32(4)), WHOLE)
-    stop_below = MESH.put(np.full(MESH.data, 2, np.int32), ROWS)
-    return compiled(run_segment, (modules, store, loop), state, max_rounds, stop_below, LENGTH, MESH, enough)
+    max_rounds, enough = mesh.put((np.int32(9), np.int32(4)), WHOLE)
+    stop_below = mesh.put(np.full(mesh.data, 2, np.int32), ROWS)
+    return compiled(run_segment, (modules, store, loop), state, max_rounds, stop_below, length, mesh, enough)
 
 
 def test_nothing_is_sent_where_rows_begin_or_leave(shared):
@@ -125,3 +126,15 @@ def test_other_drafts_send_no_more(draft):
     state, store, _ = prefill(*arguments, **options)
     text = segment(modules, store, state, FixedRounds())
     assert len(collectives(loop_of(text))) == 0
+
+
+def test_a_layer_sums_twice_over_the_devices_that_share_its_weights():
+    """After attention's and the MLP's second product (Shoeybi et al. 2019, section 3); a layer moves nothing else."""
+    sent, mesh = [], make_mesh(2)
+    for num_layers in (1, 2):
+        target = tiny_transformer(vocab_size=512, num_layers=num_layers)
+        modules, arguments, options = started(NoDraft(), target=target, mesh=mesh)
+        state, store, _ = prefill(*arguments, **options)
+        rounds = loop_of(segment(modules, store, state, FixedRounds(), 0, mesh))
+        sent.append(Counter(collectives(rounds)))
+    assert sent[1] - sent[0] == Counter({"all-reduce": 2}) and not sent[0] - sent[1]
