@@ -131,8 +131,9 @@ def test_other_drafts_send_no_more(draft):
 def test_a_layer_sums_twice_over_the_devices_that_share_its_weights():
     """After attention's and the MLP's second product (Shoeybi et al. 2019, section 3); a layer moves nothing else."""
     sent, mesh = [], make_mesh(2)
-    for num_layers in (1, 2):
-        target = tiny_transformer(vocab_size=512, num_layers=num_layers)
+    sizes = dict(vocab_size=512, hidden_size=32, num_heads=8, num_kv_heads=4, intermediate_size=64)
+    for num_layers in (2, 3):
+        target = tiny_transformer(num_layers=num_layers, **sizes)
         modules, arguments, options = started(NoDraft(), target=target, mesh=mesh)
         state, store, _ = prefill(*arguments, **options)
         rounds = loop_of(segment(modules, store, state, FixedRounds(), 0, mesh))
