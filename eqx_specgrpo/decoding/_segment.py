@@ -24,7 +24,8 @@ from ._state import DecodeState
 
 
 class AbstractSegmentLoop(eqx.Module):
-    """How the device repeats rounds. A matter of speed only: finished rows do not change, however often they are run.
+    """The loop that runs decoding rounds on the device. It affects speed only: running further rounds on a finished row
+    leaves the row unchanged.
 
     - `ahead`: how many segments the device has been given before the host looks at an earlier one.
     """
@@ -59,7 +60,8 @@ class AbstractSegmentLoop(eqx.Module):
 
 
 class UntilRowsFinish(AbstractSegmentLoop):
-    """Ends as soon as rows can be taken out or let in. For CPUs, where asking after each round costs nothing."""
+    """Ends a segment as soon as rows can be removed from the batch or added to it. Meant for CPUs, where it costs
+    nothing to check this after each round."""
 
     ahead: int = eqx.field(static=True, default=0)
 
@@ -114,12 +116,12 @@ def _check_ahead(ahead: int) -> None:
 
 
 def default_loop(target: AbstractLanguageModel) -> AbstractSegmentLoop:
-    """The one for the device that the target is on."""
+    """Returns the loop that suits the device that holds the target."""
     return UntilRowsFinish() if platform_of(target) == "cpu" else FixedRounds()
 
 
 class SegmentReport(eqx.Module):
-    """What the host is told of a segment, in arrays of its own: the state is donated to the next segment.
+    """Statistics of a segment for the host, in arrays of its own: the state is donated to the next segment.
 
     **Arguments:**
 
@@ -150,7 +152,7 @@ def run_segment(
     mesh: AbstractDeviceMesh = OneDevice(),
     enough: Int[Array, ""] | int = 1,
 ) -> tuple[DecodeState, SegmentReport]:
-    """Rounds with one draft length. DONATES the state.
+    """Runs rounds with one draft length. DONATES the state.
 
     **Arguments:**
 

@@ -12,7 +12,7 @@ from ..sampling import restricted, temper
 
 
 def next_token_positions(prompt_lengths: Int[Array, " rows"], new: int) -> Int[Array, "rows new"]:
-    """Where the hidden states lie that predict the completion tokens.
+    """Returns the positions of the hidden states that predict the completion tokens.
 
     The hidden state at position `i` predicts the token at `i + 1`. A row's sequence is its prompt followed by its
     completion, without a gap; so completion token `j`, at position `prompt_length + j`, is predicted at
@@ -42,7 +42,7 @@ def chunked_logprobs(
     count: Int[ArrayLike, ""] | None = None,
     support: Support | None = None,
 ) -> tuple[Float[Array, " positions"], Float[Array, " positions"]]:
-    """Log-probability of a token, and the entropy, at each position, `chunk` positions at a time.
+    """Computes the log-probability of a token, and the entropy, at each position, `chunk` positions at a time.
 
     No `[positions, vocab]` array exists in the forward or the backward pass: the backward pass computes each chunk's
     logits again.

@@ -1,4 +1,4 @@
-"""What an update needs of memory, estimated from sizes alone, and what it does where there is little."""
+"""Estimates the memory of an update from sizes alone, and chooses how the update uses the memory that there is."""
 
 import bisect
 from typing import Any, NamedTuple
@@ -24,12 +24,13 @@ _HELD_FOR_WEIGHTS = 2.3
 def update_bytes(
     model: AbstractLanguageModel, positions: int, *, dtype: str | None = None, chunk: int, gradient_checkpointing: bool
 ) -> int | None:
-    """Bytes that `policy_gradients` needs besides weights, gradients, features and the optimizer's state; `None` for a
-    model that is no `Transformer`. (The state is there before a run looks at what memory is free, whatever the
-    optimizer: [`eqx_specgrpo.grpo.optimizer_bytes`][] says how much it is.)
+    """Estimates the bytes that `policy_gradients` needs besides weights, gradients, features and the optimizer's state;
+    `None` for a model that is no `Transformer`. (A run measures free memory after it has made the optimizer's state, so
+    the state is counted there already. [`eqx_specgrpo.grpo.optimizer_bytes`][] returns its size.)
 
-    Linear in the positions. Two moments are the largest: that of the logits of a chunk, when all is kept that the
-    backward will need, and that of the layers' backward. The factors follow the compiler on CPU, within 25% (tested).
+    The estimate is linear in the positions. It is the larger of two peaks: one when the logits of a chunk are computed,
+    while all values for the backward pass are kept, and one in the layers' backward pass. The
+    factors follow the compiler on CPU, within 25% (tested).
 
     **Arguments:**
 
@@ -70,7 +71,7 @@ _SHARE_TO_KEEP = 1 / 8
 
 
 class UpdateBudget(NamedTuple):
-    """How much memory an update may take, besides weights, optimizer and gradients.
+    """The memory that an update may use, besides weights, optimizer and gradients.
 
     **Arguments:**
 
@@ -83,13 +84,13 @@ class UpdateBudget(NamedTuple):
 
     @staticmethod
     def of(memory: Memory, resident: int) -> "UpdateBudget":
-        """What there is, less `resident` bytes that are yet to be taken for other things."""
+        """Returns the budget on a device, of which `resident` bytes will be used for other things."""
         most = max(int(_MARGIN * (memory.available - resident)), 0)
         return UpdateBudget(min(most, int(_SHARE_TO_KEEP * memory.total)) if memory.is_shared else most, most)
 
 
 class UpdateChoice(NamedTuple):
-    """How an update goes about its memory.
+    """How an update uses memory.
 
     **Arguments:**
 
@@ -114,8 +115,8 @@ def choose_update(
     max_tokens: int | None = None,
     usual_tokens: int | None = None,
 ) -> UpdateChoice:
-    """The quickest way that fits: micro-batches as large as they may be, and layers computed again only where the
-    values of even the smallest micro-batch are too much to keep.
+    """Chooses the fastest update that fits: the largest micro-batches, and gradient checkpointing only if even the
+    smallest micro-batch's values are too many to keep.
 
     **Arguments:**
 

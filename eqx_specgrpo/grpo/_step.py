@@ -134,7 +134,7 @@ def _completion_logprobs(
 def policy_logprobs(
     model: AbstractLanguageModel, batch: UpdateBatch, settings: LossSettings, mesh: AbstractDeviceMesh = OneDevice()
 ) -> Float[Array, "rows new"]:
-    """Log-probabilities of the completions, without gradients: for a reference, or for a check.
+    """Computes log-probabilities of the completions without gradients, for a reference or for a check.
 
     Only those of tokens that the mask counts are meant to be used.
 
@@ -147,7 +147,7 @@ def policy_logprobs(
 def policy_entropies(
     model: AbstractLanguageModel, batch: UpdateBatch, settings: LossSettings, mesh: AbstractDeviceMesh = OneDevice()
 ) -> Float[Array, "rows new"]:
-    """Entropies of the sampling distribution at the completions' tokens, nats, without gradients.
+    """Computes entropies (nats) of the sampling distribution at the completions' tokens, without gradients.
 
     Only those of tokens that the mask counts are meant to be used.
 
@@ -178,7 +178,7 @@ def policy_gradients(
     adapters: Adapters | None = None,
     mesh: AbstractDeviceMesh = OneDevice(),
 ) -> tuple[PolicyGradients, Features]:
-    """Loss and gradients of one micro-batch.
+    """Computes loss and gradients of one micro-batch.
 
     The features of the forward come out with them, whether a draft wants them or not: the program that updates the
     policy is the same with a learning draft, a frozen one and none, and so are the bits of its result.
@@ -341,7 +341,7 @@ def apply_gradients(
     state: Any,
     mesh: AbstractDeviceMesh = OneDevice(),
 ) -> tuple[PyTree, Any]:
-    """Moves the parameters. DONATES the parameters and the optimizer's state.
+    """Makes one optimizer step. DONATES the parameters and the optimizer's state.
 
     **Arguments:**
 
@@ -357,9 +357,9 @@ def apply_gradients(
 
 
 def compute_copy(params: Module, dtype: str, mesh: AbstractDeviceMesh = OneDevice()) -> Module:
-    """The policy (or the draft) with its matrices in the dtype to compute in. Taken once a step.
+    """Returns the policy (or the draft) with its matrices in the dtype to compute in. A run calls it once a step.
 
-    Of a policy with adapters these are the merged weights.
+    For a policy with adapters it returns the merged weights.
 
     **Arguments:**
 
@@ -377,7 +377,7 @@ def _cast(params: Module, dtype: str, mesh: AbstractDeviceMesh) -> Module:
 
 
 def trained_part(policy: AbstractLanguageModel) -> PyTree:
-    """What the optimizer moves, and a checkpoint keeps: the adapters if there are any, else the policy itself."""
+    """Returns what the optimizer changes and a checkpoint keeps: the adapters if there are any, else the policy."""
     return policy.adapters if isinstance(policy, AdaptedTransformer) else policy
 
 

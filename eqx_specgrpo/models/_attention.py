@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 def fold_queries(
     queries: Float[Array, "batch seq heads head_dim"], kv_heads: int
 ) -> Float[Array, "batch kv_heads folded head_dim"]:
-    """Scaled queries, those that share a key/value head in one axis with the positions of the block.
+    """Scales queries, and puts those that share a key/value head into one axis with the positions of the block.
 
     Each key/value head is then read once, and both products of attention are plain batched matrix products.
     """
@@ -21,7 +21,7 @@ def fold_queries(
 
 
 def unfold_heads(mixed: Float[Array, "batch kv_heads folded head_dim"], seq: int) -> Float[Array, "batch seq mixed"]:
-    """The inverse of `fold_queries`, with all heads of a position in one vector."""
+    """Inverts `fold_queries`, and joins all heads of a position into one vector."""
     batch, kv_heads, folded, head_dim = mixed.shape
     group = folded // seq
     mixed = mixed.reshape(batch, kv_heads, group, seq, head_dim).transpose(0, 3, 1, 2, 4)
@@ -31,7 +31,7 @@ def unfold_heads(mixed: Float[Array, "batch kv_heads folded head_dim"], seq: int
 def masked_scores(
     scores: Float[Array, "batch kv_heads folded slots"], mask: Bool[Array, "batch_or_1 seq slots"]
 ) -> Float[Array, "batch kv_heads folded slots"]:
-    """Minus infinity where a position does not see a slot."""
+    """Sets scores to minus infinity where a position does not attend to a slot."""
     batch, kv_heads, folded, slots = scores.shape
     seq = mask.shape[1]
     grouped = scores.reshape(batch, kv_heads, folded // seq, seq, slots)

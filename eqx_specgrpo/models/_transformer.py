@@ -26,7 +26,7 @@ Module = TypeVar("Module")
 
 
 class Attention(eqx.Module):
-    """Causal self-attention; queries, keys and values come out of one product, in the order of `fused`."""
+    """Causal self-attention. One product computes queries, keys and values; `fused` gives the order of its outputs."""
 
     qkv: AbstractLinear
     output: AbstractLinear
@@ -78,7 +78,7 @@ class Attention(eqx.Module):
         Float[Array, "batch kv_heads seq head_dim"],
         Float[Array, "batch kv_heads seq head_dim"],
     ]:
-        """Queries, keys and values of a block, the first two turned to their positions."""
+        """Computes queries, keys and values of a block, with rotary embeddings applied to the first two."""
         config = self.config
         batch, seq, _ = x.shape
         group = config.num_heads // config.num_kv_heads
@@ -117,8 +117,8 @@ def _fused_linear(in_size: int, fused: Fused, *, use_bias: bool, key: PRNGKeyArr
 
 
 def with_grouped_outputs(tree: Module) -> Module:
-    """What files written before outputs were grouped hold, as it is now: in those, the layers that one product computes
-    lie one after the other.
+    """Converts weights of files that were written before outputs were grouped. In those files the outputs of the layers
+    that one product computes follow one another.
 
     **Arguments:**
 
@@ -145,7 +145,8 @@ def _times(factor: float, x: Float[Array, "*batch size"]) -> Float[Array, "*batc
 
 
 class MLP(eqx.Module):
-    """SwiGLU or GeGLU (Shazeer 2020); gate and up projections come out of one product, in the order of `fused`."""
+    """SwiGLU or GeGLU (Shazeer 2020). One product computes the gate and up projections; `fused` gives the order of its
+    outputs."""
 
     gate_up: AbstractLinear
     down: AbstractLinear
@@ -229,8 +230,8 @@ class Block(eqx.Module):
 class Transformer(AbstractLanguageModel):
     """Decoder-only transformer.
 
-    Layers are a tuple of modules, one array a layer: stacked weights would be sliced, and so copied, at every decoding
-    step. A freshly constructed model has random weights; `load_model` fills one from a checkpoint.
+    Layers are a tuple of modules, with arrays of their own. Stacked weights would be sliced, and so copied, at every
+    decoding step. A freshly constructed model has random weights; `load_model` fills one from a checkpoint.
 
     **Arguments:**
 
@@ -273,7 +274,7 @@ class Transformer(AbstractLanguageModel):
         return tuple(NoCache() for _ in self.blocks)
 
     def first_layers(self, num_layers: int) -> "Transformer":
-        """The transformer of the first `num_layers` layers, with this one's embedding, final norm and unembedding.
+        """Returns a transformer of the first `num_layers` layers, with the same embedding, final norm and unembedding.
 
         Nothing is copied: the two share their arrays.
         """
@@ -336,7 +337,7 @@ def _apply_block(
 
 
 def cast_weights(model: Module, dtype: DTypeLike) -> Module:
-    """The model (or draft) with its matrices in `dtype`; norms and biases stay float32, where they cost nothing.
+    """Returns the model (or draft) with its matrices in `dtype`. Norms and biases stay float32, which costs nothing.
 
     Take one such copy a step and decode with it: the dtype of a matrix is the dtype of its products.
     """
@@ -350,7 +351,7 @@ def cast_weights(model: Module, dtype: DTypeLike) -> Module:
 def sequence_features(
     model: AbstractLanguageModel, tokens: Int[Array, "batch seq"], *, layers: tuple[int, ...] = ()
 ) -> Features:
-    """Hidden states of whole, right-padded sequences without a cache: what training and scoring use."""
+    """Computes the hidden states of whole, right-padded sequences without a cache, for training and scoring."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=tokens.dtype)[None], tokens.shape)
     features, _ = model.hidden(tokens, positions, model.no_cache(), layers=layers)
     return features

@@ -158,13 +158,14 @@ def _commit(aside: Path, final: Path, step: int, trees: Mapping[str, Any], meta:
 
 
 def latest_checkpoint(run_folder: Path) -> Path | None:
-    """The checkpoint with most steps done, or `None` if there is none. What a kill left half-written never counts."""
+    """Returns the checkpoint with the most steps done, or `None` if there is none. Incomplete ones, which a kill may
+    leave behind, never count."""
     found = _checkpoints(run_folder / "checkpoints")
     return found[max(found)] if found else None
 
 
 def checkpointed_steps(run_folder: Path) -> int:
-    """How many steps are done in the [`latest_checkpoint`][]; 0 without one."""
+    """Returns the number of steps done in the [`latest_checkpoint`][]; 0 if there is none."""
     return max(_checkpoints(run_folder / "checkpoints"), default=0)
 
 

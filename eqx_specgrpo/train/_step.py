@@ -52,7 +52,7 @@ def next_examples(
     max_new: int,
     indices: Sequence[int] | None = None,
 ) -> tuple[list[Example], Prompts]:
-    """Items of the task's stream from a position on, and their prompts as token ids.
+    """Returns items of the task's stream from a position on, and their prompts as token ids.
 
     **Arguments:**
 
@@ -84,7 +84,8 @@ def _example(task: AbstractTask, tokenizer: Tokenizer, position: int, index: int
 def judge(
     parts: RunParts, examples: list[Example], rollouts: Rollouts, done: int, position: int
 ) -> tuple[Float[np.ndarray, "rows functions"], Float[np.ndarray, " rows"], list[str], RewardLog]:
-    """The rewards of each function and their sum, the texts that were judged, and what the reward functions wrote down.
+    """Computes the rewards of each function and their weighted sum. Returns them with the texts that were judged and
+    with what the reward functions logged.
 
     **Arguments:**
 
@@ -110,8 +111,8 @@ def advantages(
     group: Int[np.ndarray, " rows"],
     num_groups: int,
 ) -> Float[np.ndarray, " rows"]:
-    """Made of the summed rewards (`ADVANTAGE_ESTIMATORS`), or of each function's (`normalize_then_sum_advantages`), as
-    the configuration says."""
+    """Computes advantages from the summed rewards (`ADVANTAGE_ESTIMATORS`) or from each function's rewards
+    (`normalize_then_sum_advantages`), as configured."""
     grpo = parts.config.grpo
     if grpo.multi_objective_aggregation == "normalize_then_sum":
         return normalize_then_sum_advantages(per_function, np.asarray(parts.rewards.weights), group, num_groups)
@@ -121,7 +122,7 @@ def advantages(
 def score(
     parts: RunParts, examples: list[Example], rollouts: Rollouts, done: int
 ) -> tuple[ScoredRollouts, list[str], RewardLog]:
-    """[`judge`][] and [`advantages`][] of the rollouts of a step.
+    """Computes rewards ([`judge`][]) and [`advantages`][] of the rollouts of a step.
 
     **Arguments:**
 
@@ -145,8 +146,8 @@ def update_policy(
     weights: AbstractLanguageModel | None = None,
     planner: UpdatePlanner | None = None,
 ) -> PolicyUpdate:
-    """All of a step's optimizer steps on one batch of rollouts. DONATES the policy (of one with adapters, these alone)
-    and its optimizer's state.
+    """Makes all of a step's optimizer steps on one batch of rollouts. DONATES the policy (only the adapters, if it has
+    some) and its optimizer's state.
 
     Nothing here depends on the draft, and the draft's update comes after it: given the same rollouts, the policy's
     trajectory is the same to the bit whether a draft learns, is frozen or is absent.
@@ -248,7 +249,8 @@ def update_policy(
 
 
 def step_key(seed: int, step: int, purpose: int) -> Key[Array, ""]:
-    """Random keys are functions of the seed and the step alone, so that resuming needs no random state.
+    """Returns the random key of a step. It is a function of the seed and the step alone, so that resuming needs no
+    random state.
 
     **Arguments:**
 
