@@ -367,8 +367,7 @@ def _one_step(
 
     state = dataclasses.replace(state, position=sample.position, order=sample.order)
     saved = metrics.get("draft/seconds_saved")
-    rollout = sum(value for name, value in metrics.items() if name.startswith("spec/seconds_rows_"))
-    state, draft_metrics = teach_draft(parts, state, sample, update, done, guard, saved, rollout, progress)
+    state, draft_metrics = teach_draft(parts, state, sample, update, done, guard, saved, segments.seconds, progress)
     metrics |= draft_metrics
 
     parts.processes.agree(f"step {step}: updated", {"loss": metrics["loss"], "gradient norm": metrics["grad_norm"]})

@@ -22,13 +22,15 @@ class SegmentLog:
     **Attributes:**
 
     - `length_state`: the controller's, or `None` before it was told anything.
+    - `seconds`: that the segments of the last `metrics` took, compiling left out.
     """
 
     length_state: Any
     compiler: AbstractCompiler
+    seconds: float
 
     def __init__(self, length: AbstractLengthController, compiler: AbstractCompiler | None = None):
-        self.length_state = None
+        self.length_state, self.seconds = None, 0.0
         self.compiler = CompileSparingly() if compiler is None else compiler
         self._length = length
         self._segments: list[SegmentObservation] = []
@@ -71,6 +73,7 @@ class SegmentLog:
         expected.
         """
         segments, self._segments = self._segments, []
+        self.seconds = sum(segment.elapsed - segment.compile_seconds for segment in segments)
         metrics: dict[str, float] = {}
         for segment in segments:
             for name, value in (
