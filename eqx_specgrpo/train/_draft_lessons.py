@@ -57,7 +57,7 @@ def teach_draft(
         with progress.timed("draft", f"step {step}: draft update"):
             for number in range(planned):
                 key = step_key(config.seed, done, CHOOSE)
-                key = key if number == 0 else jr.fold_in(key, -number)
+                key = key if number == 0 else jr.fold_in(key, -number & 0xFFFFFFFF)
                 rows = draft_rows(key, len(rollouts.group), config.draft.fraction)
                 state, found = update_draft(
                     parts, state, update.weights, update.features, update.batch, rollouts.lengths, rows, step
