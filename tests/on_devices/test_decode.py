@@ -46,6 +46,7 @@ TARGET = tiny_transformer(**SIZES)
 # Three prompts on four shards, or five: some shards then have a filler.
 PROMPTS = [[1, 2, 3, 1, 2], [4], [5, 6, 7, 8, 9], [2, 2], [3, 1, 3, 1, 3]]
 DATA, BOTH = make_mesh(), make_mesh(2)
+TWO = make_mesh(devices=jax.devices()[:2])
 FIXED = FixedRounds(rounds=3)
 
 
@@ -90,7 +91,7 @@ def check_same(found, expected):
 DRAFTS = {
     "none": (NoDraft(), DATA, UntilRowsFinish()),
     "medusa": (randomise(MedusaHeads.fresh(16, 3), 1, 0.1), BOTH, UntilRowsFinish()),
-    "hydra": (randomise(HydraHeads(16, 2, key=jr.key(1)), 1, 0.1), DATA, FIXED),
+    "hydra": (randomise(HydraHeads(16, 2, key=jr.key(1)), 1, 0.1), TWO, FIXED),
     "markov": (randomise(MarkovHeads(16, 2, key=jr.key(1)), 1, 0.1), DATA, UntilRowsFinish()),
     "eagle": (EagleDraft.for_target(TARGET, max_length=2, key=jr.key(1)), BOTH, UntilRowsFinish()),
     "ngram": (NGramDraft(2, min_ngram=1, siblings=3, memory_size=8, memory_length=8), DATA, UntilRowsFinish()),

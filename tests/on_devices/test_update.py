@@ -71,11 +71,11 @@ def close(found, expected, tolerance: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize(
-    "model, loss, checkpointing",
-    [(1, DAPO(), False), (1, BNPO(), True), (2, DAPO(), True), (4, DAPO(), False)],
+    "devices, model, loss, checkpointing",
+    [(4, 1, DAPO(), False), (2, 1, BNPO(), True), (4, 2, DAPO(), True), (4, 4, DAPO(), False)],
 )
-def test_gradients_are_those_of_one_device(model, loss, checkpointing):
-    batch, mesh = batch_of(), make_mesh(model)
+def test_gradients_are_those_of_one_device(devices, model, loss, checkpointing):
+    batch, mesh = batch_of(), make_mesh(model, jax.devices()[:devices])
     normalizer = LossNormalizer.from_mask(batch.completion_mask, NEW)
     settings = LossSettings(loss=loss, chunk=8, layers=(0,), gradient_checkpointing=checkpointing)
     expected, features = policy_gradients(MODEL, batch, normalizer, settings, feature_width=20)
