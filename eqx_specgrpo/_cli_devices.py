@@ -23,12 +23,13 @@ def devices(
     check_jax()
     from rich.console import Console
 
-    from .config import load_config
+    from .config import load_config, model_name
     from .train import device_tables, plan_devices
 
     resolved = load_config(config, set_ or [], {"model.path": model})
     size = None if memory is None else int(memory * 2**30)
     plan = plan_devices(resolved, count=count, memory=size, prompt_length=prompt_length)
+    print(f"A run with {model_name(resolved)}:")
     console = Console(width=None if sys.stdout.isatty() else 120)
     for part in device_tables(plan):
         console.print(part, highlight=False)

@@ -29,7 +29,6 @@ VERIFIED = sorted(
     (kind.verifier for kind in VERIFIER_KINDS.values()), key=lambda rule: not isinstance(rule, AbstractAcceptanceRule)
 )
 CHECKS = [
-    *(f"the law of {type(rule).__name__}" for rule in VERIFIED),
     "drafted tokens",
     "the law of what is decoded",
     "the draft's interface",
@@ -37,6 +36,7 @@ CHECKS = [
     "training",
     "the draft's gradient",
     "saving and loading",
+    *(f"the law of {type(rule).__name__}" for rule in VERIFIED),
     "greedy tokens are plain decoding's",
     "log-probabilities, greedy",
     "coupled tokens are plain decoding's",

@@ -165,10 +165,11 @@ def verify_pair(
                 "prompt included: ask for fewer with --tokens"
             )
         findings = []
+        # The user's own draft first: the laws of our rules, which need no model, take longest.
         for checks, of_output in (
-            (_of_verifiers(), True),
             (_of_output(chosen, target, progress), True),
             (_of_draft(chosen, target, prompts[:_DRIVEN_ROWS], frozen, _own_kind(draft)), False),
+            (_of_verifiers(), True),
         ):
             for name, check in checks:
                 progress.phase(f"checking {name}")

@@ -9,7 +9,8 @@ from ._device_plan import DevicePlan
 
 
 def device_tables(plan: DevicePlan) -> Iterator[Table | str]:
-    """The mesh, each parameter's layout, the bytes of a device, and whether they fit."""
+    """Whether it fits, the mesh, each parameter's layout, and the bytes of a device."""
+    yield _verdict(plan)
     total = plan.data * plan.model
     yield (
         f"{total} device{'s' if total > 1 else ''}: data {plan.data} x model {plan.model}. Rows are divided over "
@@ -30,8 +31,8 @@ def device_tables(plan: DevicePlan) -> Iterator[Table | str]:
     sizes.add_section()
     sizes.add_row("most at a time", _text(plan.peak))
     yield sizes
-    yield f"Update: {plan.choice.reason}."
-    yield _verdict(plan)
+    if plan.choice.gradient_checkpointing:
+        yield f"Update: {plan.choice.reason}."
 
 
 def _verdict(plan: DevicePlan) -> str:
