@@ -28,7 +28,7 @@ from ..models import (
 )
 from ..runtime import Memory, device_memory
 
-_FEATURES = 2 * 4  # float32, as they come and in their order
+_FEATURES = 2 * 4  # float32, of each micro-batch and of all of them
 
 
 class ParameterPlan(NamedTuple):

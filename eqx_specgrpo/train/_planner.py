@@ -63,8 +63,8 @@ class UpdatePlanner:
 
     def _budget(self, policy: AbstractLanguageModel, positions: int, mesh: AbstractDeviceMesh) -> UpdateBudget | None:
         """Of one device. Besides the policy and its optimizer it will have: the copy to compute with, which may be
-        gathered whole, gradients of two micro-batches, and the features of its rows, once as they come and once in
-        their order. As much for every draft, on which the policy's update may not depend."""
+        gathered whole, gradients of two micro-batches, and the features of its rows, once of each micro-batch and once
+        of all of them. As much for every draft, on which the policy's update may not depend."""
         if self._memory is None:
             return None
         memory, devices = self._memory, mesh.data * mesh.model
