@@ -14,6 +14,7 @@ from tiny_run import tiny_config, tiny_folder as tiny_folder, tiny_model, tiny_t
 from eqx_specgrpo.decoding import DecodeProgress
 from eqx_specgrpo.drafts import MedusaHeads
 from eqx_specgrpo.errors import Stopped, UserError
+from eqx_specgrpo.layout import OneProcess
 from eqx_specgrpo.records import RunFolder, RunProgress, _checkpoint, latest_checkpoint
 from eqx_specgrpo.tasks import AbstractTask, Example
 from eqx_specgrpo.train import RunState, next_examples
@@ -41,6 +42,25 @@ def test_the_first_asks_and_the_second_stops(number):
         with stopped_at_once():
             signal.raise_signal(number)
     assert info.value.at_once and info.value.code == 128 + number
+
+
+class Told(OneProcess):
+    """Process 0, to which process 1 has told of its signal already."""
+
+    def told(self, topic):
+        del topic
+        return {1: "SIGTERM"}
+
+
+def test_a_signal_that_comes_to_all_is_no_second_one_where_another_process_was_first():
+    with pytest.raises(Stopped) as info:
+        with stop_requests(lambda stop: None, Told()) as stop:
+            stop.learn()
+            assert stop.asked and not stop.asked_here and stop.number == signal.SIGTERM
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.asked_here
+            signal.raise_signal(signal.SIGTERM)
+    assert info.value.at_once
 
 
 def test_what_nohup_ignores_stays_ignored():

@@ -32,10 +32,17 @@ class StopRequest:
         self.number = None
         self._processes = OneProcess() if processes is None else processes
         self._whose = self._processes.index
+        self._has_come = False
 
     @property
     def asked(self) -> bool:
         return self.number is not None
+
+    @property
+    def asked_here(self) -> bool:
+        """Whether a signal has come to this process itself. One that is sent to all of them comes to each: it may know
+        of another's before its own arrives, and its own is no second one then."""
+        return self._has_come
 
     @property
     def is_urgent(self) -> bool:
@@ -51,8 +58,8 @@ class StopRequest:
         return name if self._processes.count == 1 else f"{name} in process {self._whose}"
 
     def ask(self, number: signal.Signals) -> None:
-        """A signal has come. All processes are told."""
-        self.number = number
+        """A signal has come to this process. All of them are told."""
+        self.number, self._whose, self._has_come = number, self._processes.index, True
         self._processes.tell(_TOPIC, number.name)
 
     def agree(self, phase: str) -> bool:
@@ -84,12 +91,12 @@ def stop_requests(
 
     **Raises:**
 
-    `Stopped` wherever the program is when the second one comes.
+    `Stopped` wherever the program is when the second one comes to this process.
     """
     request = StopRequest(processes)
 
     def ask(number: signal.Signals) -> None:
-        if request.asked:
+        if request.asked_here:
             raise Stopped(number, at_once=True)
         request.ask(number)
         tell(request)
