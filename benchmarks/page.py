@@ -96,7 +96,7 @@ def runs(place: Place) -> dict[str, Any]:
     """Whole runs of the embedded model, with speculation and without, three seeds."""
     preset = Path(default_model_path()).parent / "default.toml"
     command = [sys.executable, str(HERE / "against_trl.py"), str(preset), f"--out={place.out / 'runs'}"]
-    command += [f"--model={default_model_path()}", "--draft=medusa", "--steps=80", "--arms=speculative,plain"]
+    command += [f"--model={default_model_path()}", "--draft=medusa", "--steps=100", "--arms=speculative,plain"]
     command += ["--seeds=0,1,2", "--set=compare=false"]
     return _measured(place, command, place.out / "runs" / "runs.json")
 

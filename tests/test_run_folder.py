@@ -223,6 +223,8 @@ def test_summary_of_an_adaptive_length():
     begin = text.index("Draft length rounds share")
     assert text[begin + 1 : begin + 4] == ["0 (plain decoding) 40 33%", "2 60 50%", "10 20 17%"]
     assert "0 (plain decoding) 30 100%" in rows({0: 30.0}, comparison=even)
+    lengths = [{"spec/rounds_length_0": 9.0, "spec/acceptance_length": 1.0}] * 2
+    assert not any(row.startswith("Acceptance length") for row in rows_of(lengths)), "nothing was drafted"
     assert "Draft length rounds share" not in rows({0: 30.0}), "without a draft it goes without saying"
     assert "Draft length rounds share" not in rows({3: 30.0}, comparison=even), "as does a fixed length"
 

@@ -20,7 +20,7 @@ from ._given import (
     given_and_named as given_and_named,
     resume_command as resume_command,
 )
-from ._given_names import is_given as is_given
+from ._given_names import is_given as is_given, shown_name as shown_name
 from ._load import (
     check_resume as check_resume,
     draft_config as draft_config,

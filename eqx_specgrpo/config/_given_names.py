@@ -17,6 +17,11 @@ def is_given(name: str) -> bool:
     return name.startswith(_PREFIX)
 
 
+def shown_name(name: str) -> str:
+    """A name of a configuration for messages: of an object of a script its class, and where it came from."""
+    return f"{name.rpartition('.')[2]} of the script" if is_given(name) else name
+
+
 def given_name(value: Any) -> str:
     """The qualified name of a function, or of another object's class: `python:package.module.Class`."""
     if isinstance(value, ft.partial):

@@ -45,6 +45,7 @@ from ..tasks import ORDERS, AbstractOrder, AbstractTask, Rewards
 from ._check import check_saved_draft, default_model_path, load_split, load_task_and_rewards
 from ._draft_options import LOOKUP, split_options
 from ._given import NOTHING_GIVEN, Given
+from ._given_names import shown_name
 from ._grpo import GRPOConfig
 from ._load import draft_config
 from ._lora import Load, merged_policy, starting_policy
@@ -126,7 +127,7 @@ def _loader(path: str, revision: str | None, mesh: AbstractDeviceMesh = OneDevic
 
 def model_name(config: RunConfig) -> str:
     """What to call the target in messages and in what is written."""
-    return config.model.path or "the embedded default model"
+    return shown_name(config.model.path) or "the embedded default model"
 
 
 def draft_spec(config: DraftConfig) -> str | None:

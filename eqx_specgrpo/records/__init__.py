@@ -20,6 +20,7 @@ from ._record_lines import read_records as read_records, read_steps as read_step
 from ._report import (
     first_to_last as first_to_last,
     phase_times as phase_times,
+    rounds_by_length as rounds_by_length,
     run_summary as run_summary,
     summary_table as summary_table,
     summary_text as summary_text,

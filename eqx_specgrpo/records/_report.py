@@ -90,9 +90,11 @@ def summary_table(
     table = Table(box=box.SIMPLE_HEAD, title=f"Summary of {len(metrics)} steps", title_justify="left")
     for name in ("", "first", "last", "change"):
         table.add_column(name, justify="left" if not name else "right")
+    rounds = rounds_by_length(metrics)
+    drafted = set(rounds) != {0}
     for key, label in _CURVES:
         ends = first_to_last(metrics, key)
-        if ends is not None:
+        if ends is not None and (drafted or key != "spec/acceptance_length"):
             window = _window(len(_values(metrics, key)))
             label = f"{label} (mean of {window} step{'s' if window > 1 else ''})"
             table.add_row(label, f"{ends[0]:.3f}", f"{ends[1]:.3f}", f"{ends[1] - ends[0]:+.3f}")
@@ -100,8 +102,7 @@ def summary_table(
         _add_times(table, starts)
     else:
         _add_times_of_steps(table, metrics)
-    rounds = rounds_by_length(metrics)
-    if len(rounds) > 1 or (comparison is not None and set(rounds) == {0}):
+    if len(rounds) > 1 or (comparison is not None and not drafted):
         # An adaptive length, even if it never drafted.
         table.add_section()
         table.add_row("Draft length", "rounds", "share", "", style="bold")

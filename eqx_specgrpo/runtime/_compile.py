@@ -11,7 +11,7 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 _STAGES = ("/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration", _COMPILED)
 _LOADED = "/jax/compilation_cache/cache_hits"
 # Shorter ones are the little programs that array indexing and the like make; nobody waits for them.
-_WORTH_TELLING = 0.5
+_WORTH_COUNTING, _WORTH_TELLING = 0.5, 2.0
 # A model of this hidden size or less computes in moments: what another program, or measuring, would save it, compiling
 # takes.
 SMALL_HIDDEN_SIZE = 256
@@ -96,11 +96,10 @@ class CompileCounter:
         if event != _COMPILED:
             return
         self.programs += 1
-        if duration_secs >= _WORTH_TELLING:
-            self.count += 1
-            if self._tell is not None:
-                behind = "" if thread == self._waiting else ", while decoding went on"
-                self._tell(f"compiled {_name(details)} in {duration_secs:.1f} s{behind}")
+        self.count += duration_secs >= _WORTH_COUNTING
+        if duration_secs >= _WORTH_TELLING and self._tell is not None:
+            behind = "" if thread == self._waiting else ", while decoding went on"
+            self._tell(f"compiled {_name(details)} in {duration_secs:.1f} s{behind}")
 
     def _event(self, event: str, **details: Any) -> None:
         del details

@@ -4,7 +4,7 @@ from rich.console import Console
 
 from ..config import DraftConfig, RunConfig, RunParts, draft_spec, model_name
 from ..drafts import save_draft
-from ..records import AbstractRunFolder, Comparison, RunProgress, read_steps, summary_table
+from ..records import AbstractRunFolder, Comparison, RunProgress, read_steps, rounds_by_length, summary_table
 from ._compare import compare_with_plain
 from ._lessons import COMPARE
 from ._policy import save_policy
@@ -65,9 +65,18 @@ def sum_up(config: RunConfig, folder: AbstractRunFolder, comparison: Comparison 
 
     - `comparison`: what was measured against plain decoding.
     """
-    console.print(summary_table(read_steps(folder.metrics_path), folder.times(), comparison))
-    if comparison is not None and comparison.ratio < 1:
+    metrics = read_steps(folder.metrics_path)
+    console.print(summary_table(metrics, folder.times(), comparison))
+    advice = None
+    if config.draft.enabled and set(rounds_by_length(metrics)) == {0}:
+        advice = (
+            "Nothing was drafted: no guess would have paid. The policy's entropy was "
+            f"{metrics[-1]['entropy']:.2f} nats a token at the end; the lower it is, the more guesses are right. "
+            f"{_advice(config.draft)}"
+        )
+    elif comparison is not None and comparison.ratio < 1:
         advice = f"Speculation did not pay here. {_advice(config.draft)}"
+    if advice is not None:
         console.print(advice, soft_wrap=True, markup=False, highlight=False)
     console.print(f"Run folder: {folder.path}", soft_wrap=True, markup=False, highlight=False)
 

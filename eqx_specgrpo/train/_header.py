@@ -3,7 +3,7 @@
 import equinox as eqx
 import jax
 
-from ..config import RunParts, model_name
+from ..config import RunParts, model_name, shown_name
 from ..drafts import AbstractDraft
 from ..models import AbstractLanguageModel, AdaptedTransformer, Adapters
 from ..records import machine
@@ -26,11 +26,11 @@ def header(parts: RunParts, state: RunState, start: int) -> list[str]:
     return [
         f"model     {model_name(config)}: {_policy(state.policy)}, {config.model.dtype} on {about['device']} "
         f"({about['processor']}, {about['cores']} cores)",
-        f"task      {config.task.name}, rewards {weighted}",
+        f"task      {shown_name(config.task.name)}, rewards {weighted}",
         f"rollouts  {steps} of {grpo.prompts_per_step} prompts x {grpo.num_generations} completions, each of up to "
         f"{grpo.max_completion_length} tokens",
         f"draft     {_draft(parts, state.draft)}",
-        f"programs  {_programs()}",
+        f"compiled  {_programs()}",
     ]
 
 
@@ -64,6 +64,6 @@ def _draft(parts: RunParts, draft: AbstractDraft) -> str:
 def _programs() -> str:
     kept = kept_programs()
     if kept is None:
-        return "compiled anew at every start: JAX keeps none (set JAX_COMPILATION_CACHE_DIR to a folder)"
+        return "at every start anew: there is no cache of programs (set JAX_COMPILATION_CACHE_DIR to a folder)"
     folder, count = kept
-    return f"{count} are kept in {folder}; what is missing is compiled in the first steps"
+    return f"{count} programs are in the cache {folder}; those that are missing are compiled in the first steps"

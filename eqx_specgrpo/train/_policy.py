@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..config import RunParts, default_model_path, is_given, model_name
+from ..config import RunParts, default_model_path, is_given
 from ..errors import UserError
 from ..models import AbstractLanguageModel, AdaptedTransformer, Transformer, locate, save_adapter, save_model
 
@@ -29,7 +29,7 @@ def save_policy(parts: RunParts, policy: AbstractLanguageModel, folder: Path) ->
         return
     if config.lora.save_merged:  # Before the adapter: it replaces the folder as a whole.
         _save_whole(parts, policy.merged("float32"), folder, source)
-    name = model_name(config) if config.model.path else str(source)
+    name = config.model.path or str(source)
     save_adapter(policy.adapters, folder / "adapter", policy.base, name)
 
 
