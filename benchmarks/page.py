@@ -155,8 +155,8 @@ def main() -> None:
         parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
     place = Place(arguments.model, arguments.out, arguments.dtype)
     KEPT.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        found = PARTS[name](place)
+    # Written when all is measured: each record names the commit, and whether anything in it was changed.
+    for name, found in [(name, PARTS[name](place)) for name in names]:
         (KEPT / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(f"{KEPT / name}.json", flush=True)
 

@@ -64,7 +64,7 @@ def _runs(found: Record) -> Iterator[str]:
     rows: list[tuple[str, Callable[[Record], float], str]] = [
         ("all steps, s", lambda run: sum(run["time/step"]), ".1f"),
         ("rollouts, s", lambda run: sum(run["time/rollout"]), ".1f"),
-        ("rollouts of steps 41 to 80, s", lambda run: sum(run["time/rollout"][40:]), ".1f"),
+        ("rollouts from step 41 on, s", lambda run: sum(run["time/rollout"][40:]), ".1f"),
         ("the draft's updates, s", lambda run: sum(run.get("time/draft", [0.0])), ".1f"),
         ("acceptance length, last ten steps", lambda run: statistics.mean(run["spec/acceptance_length"][-10:]), ".2f"),
         ("reward, first ten steps", lambda run: statistics.mean(run["reward"][:10]), ".2f"),

@@ -40,28 +40,32 @@ _CLEARLY = 1.03  # a shorter length is preferred, plain decoding above all, unle
 
 
 class AdaptiveLength(AbstractLengthController[AdaptiveState]):
-    """Drafts as many tokens as gives most tokens a second, and none where speculation does not pay.
+    """Chooses the draft length with the highest expected throughput; 0 where speculation does not pay.
 
-    A round with `rows` rows and draft length `k` costs `c(rows, k)` seconds, which is measured, and yields
-    `E(k) = 1 + a_1 + a_1 a_2 + ...` tokens a row, where `a_i` is the running share of drafted tokens accepted at
-    position `i` among those whose predecessors were, with as many rows: those that are left at the end are often the
-    ones that are hard to draft for. Of the lengths whose `E(k) / c(rows, k)` is about the largest the shortest is used;
-    where there is more than one row, drafting has to be ahead by what is lost when rows finish at different times.
-    What was never run is guessed by its positions, `rows * (k + 1)`, along what was measured of others. By that another
-    length is tried once it would have paid for its compilation, and one that cannot pay is never compiled; lengths that
-    were tried are looked at again now and then, the better the more often, so that a draft or a policy that has changed
-    is noticed, but for no more than `exploration` of the time (by an estimate, where plain decoding is best: each look
-    makes its rows finish at different times).
+    **The choice.** A round with `rows` rows and draft length `k` takes `c(rows, k)` seconds. It yields
+    `E(k) = 1 + a_1 + a_1 a_2 + ...` tokens per row, where `a_i` is the acceptance rate at draft position `i`, given
+    that all earlier positions were accepted. Costs and acceptance rates are running means. Both are kept for each
+    number of rows, because the rows that are left at the end are often the hardest to draft for. The controller takes
+    the shortest length whose `E(k) / c(rows, k)` is within a few per cent of the highest. With several rows, drafting
+    must also make up for rows that finish at different times.
 
-    Where a draft learns between two decodings, `after_training` says how much likelier its tokens have become: what was
-    seen is moved by as much, so that a draft that was not worth using is used as soon as it is.
+    **Lengths that were never run.** Their cost is predicted from the number of positions in a pass, `rows * (k + 1)`, by
+    the measured costs of other batches. A length is compiled once the time that it would have saved exceeds the time of
+    a compilation. A length that cannot pay is never compiled.
 
-    The machine may slow down for a while, and every context grows: what all kinds of rounds have in common is followed
-    at once, so that two lengths are compared as if they had been measured at the same time.
+    **Lengths that were run before** are measured again from time to time, the better ones more often, so that changes of
+    the draft or the policy are noticed. This takes at most the share `exploration` of the decoding time. (Where plain
+    decoding is best, that share is an estimate: each measurement makes rows finish at different times.)
 
-    Nothing here looks at a token, so every choice is lossless. With random numbers that depend on the rounds
-    (`Rejection`, `Block`) the choices, and so the clock, decide *which* completions of the same distribution come out;
-    under `Coupled` the completions are the same.
+    **Training between decodings.** `after_training` says how the draft's expected acceptance has changed. The measured
+    rates are corrected by it, so that a draft is used again as soon as it is good enough.
+
+    **Drift.** Rounds of all lengths become slower when the machine is busy or contexts grow. This common factor is
+    tracked separately, so that two lengths measured at different times remain comparable.
+
+    Choices do not depend on tokens, so decoding stays lossless. With `Rejection` and `Block` the random numbers depend
+    on the rounds: the clock then decides *which* completions of the same distribution are drawn. With `Coupled` the
+    completions do not depend on the choices.
 
     **Arguments:**
 
@@ -107,13 +111,12 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
         return usual
 
     def _worth_trying(self, state: AdaptiveState, rows: int, known: list[int], best: int) -> int | None:
-        """An untried length, if what it promises would have paid for its compilation by now.
+        """A length that was never run, if the time it would have saved by now exceeds that of its compilation.
 
-        So no more time is lost by trying than was lost by not trying, and where few rows are decoded for a moment at
-        the end, nothing is compiled for them. Where decodings are known to come it may be sooner: what they will save
-        counts as well, but for no more than four times what was seen. What it costs is guessed; in case it was guessed
-        too high, a length that would pay at the least cost that can be hoped for is tried as well, ten times as
-        patiently.
+        So trying lengths costs at most as much as not trying them did, and nothing is compiled for a few rounds at the
+        end of a batch. If further decodings are known to follow, their savings count too, up to four times what was
+        decoded so far. The predicted cost may be too high: a length that would pay at its lowest plausible cost is tried
+        as well, once it would have saved ten compilations.
         """
         candidates = [k for k in state.lengths if k not in known]
         if len({r * (k + 1) for r, k in state.costs}) == 1:
