@@ -42,20 +42,20 @@ _CLEARLY = 1.03  # a shorter length is preferred, plain decoding above all, unle
 class AdaptiveLength(AbstractLengthController[AdaptiveState]):
     """Chooses the draft length with the highest expected throughput; 0 where speculation does not pay.
 
-    **The choice.** A round with `rows` rows and draft length `k` takes `c(rows, k)` seconds. It yields
-    `E(k) = 1 + a_1 + a_1 a_2 + ...` tokens per row, where `a_i` is the acceptance rate at draft position `i`, given
-    that all earlier positions were accepted. Costs and acceptance rates are running means. Both are kept for each
-    number of rows, because the rows that are left at the end are often the hardest to draft for. The controller takes
-    the shortest length whose `E(k) / c(rows, k)` is within a few per cent of the highest. With several rows, drafting
-    must also make up for rows that finish at different times.
+    **The choice.** A round with `rows` rows and draft length `k` takes `c(rows, k)` seconds. It yields `E(k) = 1 + a_1
+    + a_1 a_2 + ...` tokens per row, where `a_i` is the acceptance rate at draft position `i`, given that all earlier
+    positions were accepted. Costs and acceptance rates are running means. Both are kept for each number of rows,
+    because the rows that are left at the end are often the hardest to draft for. The controller takes the shortest
+    length whose `E(k) / c(rows, k)` is within a few per cent of the highest. With several rows, drafting must also make
+    up for rows that finish at different times.
 
-    **Lengths that were never run.** Their cost is predicted from the number of positions in a pass, `rows * (k + 1)`, by
-    the measured costs of other batches. A length is compiled once the time that it would have saved exceeds the time of
-    a compilation. A length that cannot pay is never compiled.
+    **Lengths that were never run.** Their cost is predicted from the number of positions in a pass, `rows * (k + 1)`,
+    by the measured costs of other batches. A length is compiled once the time that it would have saved exceeds the time
+    of a compilation. A length that cannot pay is never compiled.
 
-    **Lengths that were run before** are measured again from time to time, the better ones more often, so that changes of
-    the draft or the policy are noticed. This takes at most the share `exploration` of the decoding time. (Where plain
-    decoding is best, that share is an estimate: each measurement makes rows finish at different times.)
+    **Lengths that were run before** are measured again from time to time, the better ones more often, so that changes
+    of the draft or the policy are noticed. This takes at most the share `exploration` of the decoding time. (Where
+    plain decoding is best, that share is an estimate: each measurement makes rows finish at different times.)
 
     **Training between decodings.** `after_training` says how the draft's expected acceptance has changed. The measured
     rates are corrected by it, so that a draft is used again as soon as it is good enough.
@@ -115,8 +115,8 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
 
         So trying lengths costs at most as much as not trying them did, and nothing is compiled for a few rounds at the
         end of a batch. If further decodings are known to follow, their savings count too, up to four times what was
-        decoded so far. The predicted cost may be too high: a length that would pay at its lowest plausible cost is tried
-        as well, once it would have saved ten compilations.
+        decoded so far. The predicted cost may be too high: a length that would pay at its lowest plausible cost is
+        tried as well, once it would have saved ten compilations.
         """
         candidates = [k for k in state.lengths if k not in known]
         if len({r * (k + 1) for r, k in state.costs}) == 1:
