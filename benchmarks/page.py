@@ -76,7 +76,7 @@ def rollouts(place: Place) -> dict[str, Any]:
         model, task = place.policy(policy)
         command = [sys.executable, str(HERE / "rollout.py"), f"--out={place.out / 'rollouts' / policy}"]
         command += [f"--model={model}", f"--set=task.name={task}", f"--draft={place.drafts[policy]}"]
-        command += [f"--dtype={place.dtype}", "--rows=16,4,1", "--lengths=1,2", "--rounds=2", "--ignore-eos"]
+        command += [f"--dtype={place.dtype}", "--rows=16,4,1", "--lengths=1,2", "--rounds=6", "--ignore-eos"]
         command += ["--transformers-rows="]
         found[policy] = _measured(place, command, place.out / "rollouts" / policy / "rollout.json")
     return found

@@ -103,7 +103,10 @@ def run(
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration, check what it names, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the resolved configuration, check what it names, and stop. Calls no reward."
+        ),
     ] = False,
     coordinator: Annotated[
         str | None,
