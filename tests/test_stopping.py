@@ -53,14 +53,14 @@ class Told(OneProcess):
 
 
 def test_a_signal_that_comes_to_all_is_no_second_one_where_another_process_was_first():
-    with pytest.raises(Stopped) as info:
-        with stop_requests(lambda stop: None, Told()) as stop:
-            stop.learn()
-            assert stop.asked and not stop.asked_here and stop.number == signal.SIGTERM
+    with stop_requests(lambda stop: None, Told()) as stop:
+        stop.learn()
+        assert stop.asked and not stop.asked_here and stop.number == signal.SIGTERM
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked_here
+        with pytest.raises(Stopped) as info:
             signal.raise_signal(signal.SIGTERM)
-            assert stop.asked_here
-            signal.raise_signal(signal.SIGTERM)
-    assert info.value.at_once
+        assert info.value.at_once
 
 
 def test_what_nohup_ignores_stays_ignored():
