@@ -34,6 +34,7 @@ from eqx_specgrpo.decoding import (
 )
 from eqx_specgrpo.drafts import MedusaHeads, NoDraft, ReducedVocabulary
 from eqx_specgrpo.grpo import compute_copy
+from eqx_specgrpo.layout import OneDevice
 from eqx_specgrpo.models import Transformer, TransformerConfig
 from eqx_specgrpo.sampling import GreedySampling, Sampling
 from eqx_specgrpo.tasks import Arithmetic
@@ -171,7 +172,7 @@ def large(sizes: Sizes, folder: Path, say: Say) -> dict[str, Any]:
     shapes_of_target = _shapes(*sizes.large, "bfloat16")
     rows, new = sizes.update
     asked = argparse.Namespace(rows=rows, new=new, prompt=128, devices=1, lora_rank=16, keep_all=False)
-    program = of_update(shapes_of_target, asked)
+    program = of_update(shapes_of_target, asked, OneDevice())
     before = _peak()
     compiled = program.lower().compile()
     needs: Any = compiled.memory_analysis()

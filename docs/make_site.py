@@ -84,7 +84,9 @@ def _tutorial(path: Path, *, execute: bool, keep: Path | None) -> None:
         shutil.rmtree(workplace, ignore_errors=True)
         workplace.mkdir(parents=True)
         place = {"metadata": {"path": str(workplace)}}
-        NotebookClient(notebook, timeout=SECONDS_PER_NOTEBOOK, resources=place, coalesce_streams=True).execute()
+        NotebookClient(
+            notebook, timeout=SECONDS_PER_NOTEBOOK, resources=place, coalesce_streams=True, record_timing=False
+        ).execute()
         for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
             if output.output_type == "stream":
                 output.text = _without_places(output.text)
