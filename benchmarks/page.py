@@ -125,12 +125,17 @@ def _measured(place: Place, command: list[str], result: Path) -> dict[str, Any]:
     """What a script has written, with the command that made it."""
     if not result.exists():
         _call(command)
-    text = result.read_text(encoding="utf-8")
+    text = _without_places(place, result.read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in text.splitlines()] if result.suffix == ".jsonl" else [json.loads(text)]
-    shown = shlex.join(["python", *command[1:]])
-    for path, name in ((place.model, "path/to/SmolLM2-135M-Instruct"), (place.out, "results/page"), (HERE.parent, "")):
-        shown = shown.replace(f"{path}/" if not name else str(path), name)
+    shown = _without_places(place, shlex.join(["python", *command[1:]]))
     return {"command": shown, "results": [_light(line) for line in lines]}
+
+
+def _without_places(place: Place, text: str) -> str:
+    """With names in place of this machine's folders."""
+    for path, name in ((place.model, "path/to/SmolLM2-135M-Instruct"), (place.out, "results/page"), (HERE.parent, "")):
+        text = text.replace(f"{path}/" if not name else str(path), name)
+    return text
 
 
 def _light(record: dict[str, Any]) -> dict[str, Any]:
