@@ -1,6 +1,7 @@
 """The command line as a user meets it: what `generate` prints, and one sentence with exit code 2 for bad input."""
 
 import errno
+import io
 import json
 import os
 import platform
@@ -11,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from safetensors import SafetensorError
 from tiny_run import (
     CONTEXT,
@@ -28,6 +30,7 @@ from eqx_specgrpo.config import dump_config, load_config
 from eqx_specgrpo.drafts import MedusaHeads, save_draft
 from eqx_specgrpo.models import save_model
 from eqx_specgrpo.records import latest_checkpoint, read_records
+from eqx_specgrpo.train import generate_text
 
 # Plain decoding, one step: few programs to compile, the same for all tests.
 PLAIN = ("steps=1", "draft.mode=off")
@@ -397,6 +400,12 @@ def test_generate(specgrpo, tiny_folder, tiny_draft):
     assert all(completion["prompt_tokens"] == tiny_tokenizer().encode_prompt(messages) for completion in several)
     assert generate(specgrpo, *common, "--num-generations", 3, "--seed", 5, "--draft", tiny_draft, "--chat") == several
     assert generate(specgrpo, *common, "--num-generations", 3, "--seed", 6, "--draft", tiny_draft, "--chat") != several
+
+    file = io.StringIO()
+    prompt, console = "12 + 34=", Console(file=file, width=200)
+    (same,) = generate_text(prompt, model=str(tiny_folder), max_completion_length=16, temperature=0.0, console=console)
+    assert same["tokens"] == plain["tokens"]
+    assert file.getvalue().startswith(f"loading {tiny_folder} ...") and "\ndecoding ..." in file.getvalue()
 
     code, out, err = specgrpo("generate", *common, "--temperature", 0)
     assert code == 0 and out == plain["text"] + "\n"

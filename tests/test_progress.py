@@ -80,6 +80,15 @@ def test_a_log_is_told_once_of_what_takes_long(monkeypatch):
     ]
 
 
+def test_short_compilations_are_counted_and_not_told():
+    told: list[str] = []
+    with count_compilations(told.append) as counter:
+        compiling(0.1, "little")
+        compiling(1.5, "short")
+        compiling(6.0)
+    assert counter.count == 2 and told == ["compiled policy_gradients in 6.0 s"]
+
+
 def test_rates_leave_compiling_out():
     progress, _ = progress_to(terminal=True)
     with progress:

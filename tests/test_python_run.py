@@ -18,7 +18,7 @@ from tiny_run import main_like, tiny_folder as tiny_folder
 import eqx_specgrpo as sg
 from eqx_specgrpo import UserError
 from eqx_specgrpo.config import dump_config, given_and_named, load_config, load_trained_policy, resume_command
-from eqx_specgrpo.config._given_names import given_name, reward_name
+from eqx_specgrpo.config._given_names import given_name, reward_name, shown_name
 from eqx_specgrpo.drafts import MedusaHeads, NoDraft
 from eqx_specgrpo.errors import ConfigError
 from eqx_specgrpo.models import AdaptedTransformer, Transformer, cast_weights
@@ -213,6 +213,7 @@ def test_names_of_functions():
     assert reward_name(lambda **_: []).endswith(".<lambda>") and reward_name(Doubled()).endswith(".Doubled")
     assert reward_name(ft.partial(short)) == f"python:{__name__}.short"
     assert given_name([]) == "python:builtins.list"
+    assert shown_name(given_name([])) == "list of the script" and shown_name("task.jsonl") == "task.jsonl"
 
 
 def test_configurations_of_all_forms(tmp_path):

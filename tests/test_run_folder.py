@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import os
 import subprocess
@@ -8,12 +9,15 @@ import textwrap
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
+from eqx_specgrpo.config import load_config
 from eqx_specgrpo.errors import UserError
 from eqx_specgrpo.records import Comparison, RunFolder, _folder as _run_folder, read_records, read_steps
 from eqx_specgrpo.records._plot import draw_times, new_figure, plot_run
 from eqx_specgrpo.records._report import first_to_last, phase_times, summary_text
 from eqx_specgrpo.records._speculation import speculation_balance
+from eqx_specgrpo.train._finish import sum_up
 
 
 def finished(path, steps=3):
@@ -227,6 +231,22 @@ def test_summary_of_an_adaptive_length():
     assert not any(row.startswith("Acceptance length") for row in rows_of(lengths)), "nothing was drafted"
     assert "Draft length rounds share" not in rows({0: 30.0}), "without a draft it goes without saying"
     assert "Draft length rounds share" not in rows({3: 30.0}, comparison=even), "as does a fixed length"
+
+
+def test_a_run_that_drafted_nothing_says_so(tmp_path):
+    """With a reason; not a run that drafted, nor one without a draft."""
+
+    def said(kind: str, length: int) -> str:
+        record = {"step": 1, f"spec/rounds_length_{length}": 9.0, "entropy": 1.25}
+        file = io.StringIO()
+        with RunFolder(tmp_path / f"{kind}-{length}", False) as folder:
+            folder.metrics_path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+            sum_up(load_config(None, [f"draft.kind={kind}"]), folder, None, Console(file=file, width=200))
+        return file.getvalue()
+
+    text = said("medusa", 0)
+    assert "Nothing was drafted" in text and "1.25 nats" in text
+    assert "Nothing was drafted" not in said("medusa", 2) and "Nothing was drafted" not in said("none", 0)
 
 
 # Two starts of a run: the phases of each add up to its total.

@@ -24,25 +24,22 @@ class StopRequest:
     **Attributes:**
 
     - `number`: of the signal, `None` while there was none.
+    - `asked_here`: whether a signal has come to this process itself. One that is sent to all of them comes to each: it
+        may know of another's before its own arrives, and its own is no second one then.
     """
 
     number: signal.Signals | None
+    asked_here: bool
 
     def __init__(self, processes: AbstractProcesses | None = None):
         self.number = None
         self._processes = OneProcess() if processes is None else processes
         self._whose = self._processes.index
-        self._has_come = False
+        self.asked_here = False
 
     @property
     def asked(self) -> bool:
         return self.number is not None
-
-    @property
-    def asked_here(self) -> bool:
-        """Whether a signal has come to this process itself. One that is sent to all of them comes to each: it may know
-        of another's before its own arrives, and its own is no second one then."""
-        return self._has_come
 
     @property
     def is_urgent(self) -> bool:
@@ -59,7 +56,7 @@ class StopRequest:
 
     def ask(self, number: signal.Signals) -> None:
         """A signal has come to this process. All of them are told."""
-        self.number, self._whose, self._has_come = number, self._processes.index, True
+        self.number, self._whose, self.asked_here = number, self._processes.index, True
         self._processes.tell(_TOPIC, number.name)
 
     def agree(self, phase: str) -> bool:
