@@ -27,7 +27,7 @@ from eqx_specgrpo.drafts import NoDraft, remember
 from eqx_specgrpo.grpo import compute_copy, make_update_batch
 from eqx_specgrpo.records import machine
 from eqx_specgrpo.runtime import count_compilations, keep_freed_memory
-from eqx_specgrpo.train._draft_step import draft_rows, features_of, update_draft
+from eqx_specgrpo.train._draft_step import draft_rows, features_of, found_acceptance, update_draft
 from eqx_specgrpo.train._lesson_budget import lesson_plan
 from eqx_specgrpo.train._lessons import CHOOSE, DECODE, learn_lesson, make_lesson, updates_per_warm_up_lesson
 from eqx_specgrpo.train._roll_out import roll_out
@@ -130,10 +130,12 @@ def main() -> int:
             for number in range(lessons):
                 rows = draft_rows(step_key(config.seed, step, CHOOSE + number), len(rollouts.group), 0.25)
                 assert features is not None
-                state, found = update_draft(parts, state, target, features, batch, rollouts.lengths, rows, step)
+                state, lesson = update_draft(parts, state, target, features, batch, rollouts.lengths, rows, step)
+                found = found or lesson
             jax.block_until_ready(eqx.filter(state.draft, eqx.is_array))
         spent = time.perf_counter() - began - compiled.seconds
         saved = line["speculative"].get("draft/seconds_saved")
+        arms["speculative"][1].learned(found_acceptance(found))
         accepted = found.get("draft/expected_acceptance_pos_0")
         state = dataclasses.replace(state, lessons=plan.update(state.lessons, lessons, saved, spent, accepted))
         line |= {"lessons": lessons, "spent": spent, "found": found}

@@ -156,7 +156,7 @@ def test_nothing_is_compiled_only_to_be_measured_again():
 
     class Looks(AdaptiveLength):
         def choose(self, state, rows):
-            return SegmentPlan(2, 2, otherwise=plain)
+            return SegmentPlan(2, 2, otherwise=SegmentPlan(1, 2, otherwise=plain))
 
     def lengths(compiler, length):
         seen = []

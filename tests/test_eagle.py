@@ -273,7 +273,7 @@ class Alternating(AbstractLengthController[int]):
     def with_future(self, state, left):
         return state
 
-    def plain_seconds(self, state, rows):
+    def round_seconds(self, state, rows, length):
         return None
 
     def metrics(self, state):

@@ -28,6 +28,9 @@ _SHORTEST_SEGMENT, _LONGEST_SEGMENT = 0.5, 1.5  # seconds
 _PROBE_SECONDS = 0.1
 _LEAST_ROUNDS = 2  # no more than have to be: rounds of another length are what makes rows uneven
 _AGAIN_AFTER = 2.0
+# Compilations whose time may pass without a look at plain decoding. Longer contexts, for which its program is not
+# there, make some lengths dearer than others, and nothing else would tell that drafting has stopped to pay.
+_PLAIN_AFTER = 20.0
 _BENEFIT_OF_DOUBT = 8.0  # tokens taken to be accepted at each position of an untried length: few were seen, perhaps
 # Rows that draft get on unevenly, and the last of them are decoded in a small batch; in plain decoding all reach the
 # limit at once. What a round yields in its time does not show that: a round has to be so much faster for the whole to
@@ -57,8 +60,9 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
     of the draft or the policy are noticed. This takes at most the share `exploration` of the decoding time. (Where
     plain decoding is best, that share is an estimate: each measurement makes rows finish at different times.)
 
-    **Training between decodings.** `after_training` says how the draft's expected acceptance has changed. The measured
-    rates are corrected by it, so that a draft is used again as soon as it is good enough.
+    **Training between decodings.** `after_training` says what the draft's lessons found accepted in the completions
+    that were just decoded. The measured rates are corrected by how that changes from one time to the next, so that a
+    draft is used again as soon as it is good enough.
 
     **Drift.** Rounds of all lengths become slower when the machine is busy or contexts grow. This common factor is
     tracked separately, so that two lengths measured at different times remain comparable.
@@ -96,17 +100,22 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
         compiled = [k for k in state.lengths if (rows, k) in state.seen and k not in known]
         if not known:
             return SegmentPlan(compiled[0] if compiled else _as_with_most_alike(state, rows), max_rounds=8)
+        plan = self._choose_by_costs(state, rows, known)
+        return SegmentPlan(compiled[0], max_rounds=8, otherwise=plan) if compiled else plan
+
+    def _choose_by_costs(self, state: AdaptiveState, rows: int, known: list[int]) -> SegmentPlan:
         best = _best(state, rows, known)
         seconds = min(max(_SHORTEST_SEGMENT, _SEGMENT_SHARE * state.clock), _LONGEST_SEGMENT)
         usual = _plan(state, rows, best, seconds)
-        if compiled:
-            return SegmentPlan(compiled[0], max_rounds=8, otherwise=usual)
         untried = self._worth_trying(state, rows, known, best)
         if untried is not None:
             return _plan(state, rows, untried, _PROBE_SECONDS)
         again = self._worth_a_look(state, rows, known, best)
         if again is not None:
             look = _plan(state, rows, again, _PROBE_SECONDS)
+            age = state.clock - state.costs[rows, again].looked_at
+            if again == 0 and age > _PLAIN_AFTER * (state.compile_seconds or COMPILE_GUESS):
+                return look
             return dataclasses.replace(look, otherwise=usual)
         return usual
 
@@ -179,8 +188,8 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
     def with_future(self, state: AdaptiveState, left: float) -> AdaptiveState:
         return dataclasses.replace(state, left=left)
 
-    def plain_seconds(self, state: AdaptiveState, rows: int) -> float | None:
-        return expected_seconds(state, rows, 0) if state.costs else None
+    def round_seconds(self, state: AdaptiveState, rows: int, length: int) -> float | None:
+        return expected_seconds(state, rows, length) if state.costs else None
 
     def metrics(self, state: AdaptiveState) -> dict[str, float]:
         """`spec/lengths_tried`: lengths above 0 that were run, each number of rows for itself; `spec/lengths_unpaid`:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import operator
 import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import equinox as eqx
 
@@ -41,6 +43,42 @@ class RoundCost(eqx.Module):
     first_looks: tuple[float, ...]
 
 
+class Counts(NamedTuple):
+    """Drafted tokens by draft position: how many were accepted, of how many that followed accepted ones only."""
+
+    passed: tuple[float, ...]
+    reached: tuple[float, ...]
+
+    @staticmethod
+    def none(longest: int) -> "Counts":
+        return Counts((0.0,) * longest, (0.0,) * longest)
+
+    def plus(self, other: "Counts") -> "Counts":
+        return Counts(
+            tuple(map(operator.add, self.passed, other.passed)), tuple(map(operator.add, self.reached, other.reached))
+        )
+
+    def scaled(self, factor: float) -> "Counts":
+        return Counts(tuple(factor * x for x in self.passed), tuple(factor * x for x in self.reached))
+
+    def forgotten(self, observation: SegmentObservation) -> "Counts":
+        """As they count beside a newer segment: at each position by how many tokens it had there."""
+        passed, reached, could = list(self.passed), list(self.reached), float(observation.active_rounds)
+        for position, accepted in enumerate(observation.accepted):
+            keep = math.exp(-could / _FORGET_AFTER)
+            passed[position], reached[position] = keep * passed[position], keep * reached[position]
+            could = float(accepted)
+        return Counts(tuple(passed), tuple(reached))
+
+    def moved(self, before: Sequence[float] | None, after: Sequence[float] | None) -> "Counts":
+        """With the odds of being accepted moved as from one acceptance by position to another; `None`: not moved."""
+        if before is None or after is None:
+            return self
+        shifts = [_log_odds(b) - _log_odds(a) for a, b in zip(before, after, strict=True)]
+        shifts += [0.0] * (len(self.passed) - len(shifts))
+        return Counts(tuple(map(_moved, self.passed, self.reached, shifts)), self.reached)
+
+
 class AdaptiveState(eqx.Module):
     """What an `AdaptiveLength` has learned.
 
@@ -50,8 +88,10 @@ class AdaptiveState(eqx.Module):
     - `costs`: of a round, by (rows, length).
     - `slowness`: the logarithm of how much slower the machine is now than it was at first: other work, or a context
         that has grown.
-    - `passed`, `reached`: by number of rows, for each draft position, how many tokens were accepted there and how many
-        could have been, both with old rounds forgotten. Under 0, with any number of rows.
+    - `accepted`: by number of rows, how many tokens were accepted at each draft position and how many could have been,
+        with old rounds forgotten. Under 0, with any number of rows. What was seen before the last lesson is moved to
+        the `expected` acceptance.
+    - `since`: the same, of the rounds since the last lesson, as they were seen.
     - `expected`: acceptance by position as the draft's lessons find it, a running mean; `None` before the first.
     - `clock`: seconds of decoding seen so far.
     - `spent`: of these, by number of rows.
@@ -66,8 +106,8 @@ class AdaptiveState(eqx.Module):
     lengths: tuple[int, ...]
     costs: dict[tuple[int, int], RoundCost]
     slowness: float
-    passed: dict[int, tuple[float, ...]]
-    reached: dict[int, tuple[float, ...]]
+    accepted: dict[int, Counts]
+    since: dict[int, Counts]
     expected: tuple[float, ...] | None
     clock: float
     spent: dict[int, float]
@@ -79,13 +119,12 @@ class AdaptiveState(eqx.Module):
 
 
 def initial_state(lengths: tuple[int, ...]) -> AdaptiveState:
-    nothing = (0.0,) * lengths[-1]
     return AdaptiveState(
         lengths=lengths,
         costs={},
         slowness=0.0,
-        passed={0: nothing},
-        reached={0: nothing},
+        accepted={0: Counts.none(lengths[-1])},
+        since={},
         expected=None,
         clock=0.0,
         spent={},
@@ -99,17 +138,12 @@ def initial_state(lengths: tuple[int, ...]) -> AdaptiveState:
 def with_observation(state: AdaptiveState, observation: SegmentObservation) -> AdaptiveState:
     """With a segment's acceptance and time taken in."""
     rows, seconds = observation.rows, observation.seconds
-    nothing = (0.0,) * state.lengths[-1]
-    counts = {
-        which: _counted(state.passed.get(which, nothing), state.reached.get(which, nothing), observation)
-        for which in (0, rows)
-    }
-    state = dataclasses.replace(
-        state,
-        passed=state.passed | {which: passed for which, (passed, _) in counts.items()},
-        reached=state.reached | {which: reached for which, (_, reached) in counts.items()},
-        spent={rows: 0.0} | state.spent,
-    )
+    new, accepted, since = _counts(observation, state.lengths[-1]), dict(state.accepted), dict(state.since)
+    for which in (0, rows):
+        if which in accepted:
+            accepted[which] = accepted[which].forgotten(observation)
+        since[which] = since[which].forgotten(observation).plus(new) if which in since else new
+    state = dataclasses.replace(state, accepted=accepted, since=since, spent={rows: 0.0} | state.spent)
     kind = (rows, observation.plan.length)
     compile_seconds, compiling = state.compile_seconds, observation.compile_seconds + observation.behind_seconds
     if compiling > 0 or seconds is None:
@@ -140,44 +174,38 @@ def _timed(state: AdaptiveState, rows: int, length: int, log_seconds: float) -> 
     return dataclasses.replace(state, costs=state.costs | {(rows, length): cost}, slowness=slowness)
 
 
-def _counted(
-    passed: tuple[float, ...], reached: tuple[float, ...], observation: SegmentObservation
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Acceptance with a segment's counted in."""
-    new_passed, new_reached = list(passed), list(reached)
-    could = float(observation.active_rounds)
-    for position, accepted in enumerate(observation.accepted):
-        keep = math.exp(-could / _FORGET_AFTER)
-        new_passed[position] = keep * passed[position] + accepted
-        new_reached[position] = keep * reached[position] + could
-        could = float(accepted)
-    return tuple(new_passed), tuple(new_reached)
+def _counts(observation: SegmentObservation, longest: int) -> Counts:
+    """A segment's."""
+    passed = tuple(map(float, observation.accepted))
+    reached = (float(observation.active_rounds), *passed)[: len(passed)]
+    rest = (0.0,) * (longest - len(passed))
+    return Counts(passed + rest, reached + rest)
 
 
 def with_lesson(state: AdaptiveState, acceptance: Sequence[float] | None) -> AdaptiveState:
     """After an update of the target or the draft: what was seen before counts for less, and is moved by as much as the
     acceptance that the draft's lessons find has moved.
 
-    The odds of being accepted are moved in proportion: where the lessons are always off by about as much (a verifier
-    that keeps less than `sum(min(p, q))`, rows that are harder to draft for), what was seen stays right. Without
-    lessons, a draft that was hardly used while it learned would be judged by what it was.
+    A lesson is on completions that were decoded since the last one, and finds what the draft is worth that drafted for
+    them. So what was seen since then belongs to what this lesson found, and what was seen earlier to the mean of
+    earlier lessons; both are moved to the mean with this one. The odds of being accepted are moved in proportion: where
+    lessons are always off by about as much (a verifier that keeps less than `sum(min(p, q))`, rows that are harder to
+    draft for), what was seen stays right. Without lessons, a draft that was hardly used while it learned would be
+    judged by what it was.
     """
-    old = state.expected
-    new = old if acceptance is None else tuple(min(max(float(a), 1 - _LIKELIEST), _LIKELIEST) for a in acceptance)
-    if old is not None and new is not None:
-        new = tuple(a + _NEWEST_LESSON * (b - a) for a, b in zip(old, new, strict=True))
-    else:
-        old = new  # nothing to compare with: what was seen stays as it is
-    shifts = [_log_odds(b) - _log_odds(a) for a, b in zip(old or (), new or (), strict=True)]
-    passed, reached = {}, {}
-    for which, counts in state.reached.items():
-        kept = _OTHER_WEIGHTS / max((_OTHER_WEIGHTS, *counts))
-        reached[which] = tuple(kept * count for count in counts)
-        passed[which] = tuple(
-            _moved(kept * accepted, could, shifts[position] if position < len(shifts) else 0.0)
-            for position, (accepted, could) in enumerate(zip(state.passed[which], reached[which], strict=True))
-        )
-    return dataclasses.replace(state, passed=passed, reached=reached, expected=new)
+    old, found = state.expected, None
+    if acceptance is not None:
+        found = tuple(min(max(float(a), 1 - _LIKELIEST), _LIKELIEST) for a in acceptance)
+    new = found if old is None else old
+    if old is not None and found is not None:
+        new = tuple(a + _NEWEST_LESSON * (b - a) for a, b in zip(old, found, strict=True))
+    accepted = {}
+    for which in state.accepted.keys() | state.since.keys():
+        nothing = Counts.none(state.lengths[-1])
+        earlier, since = state.accepted.get(which, nothing), state.since.get(which, nothing)
+        counts = earlier.moved(old, new).plus(since.moved(found, new))
+        accepted[which] = counts.scaled(_OTHER_WEIGHTS / max((_OTHER_WEIGHTS, *counts.reached)))
+    return dataclasses.replace(state, accepted=accepted, since={}, expected=new)
 
 
 def _log_odds(probability: float) -> float:
@@ -196,18 +224,21 @@ def expected_tokens(state: AdaptiveState, rows: int, length: int, benefit: float
     """Tokens a round of a row with this draft length, from acceptance so far; at positions never drafted, as the last
     lessons found it, or else as at the one before. So many further tokens are taken to have been accepted at each
     position."""
-    nothing = (0.0,) * state.lengths[-1]
+    everywhere, here = _seen(state, 0), _seen(state, rows)
     total, survival, rate = 1.0, 1.0, _UNSEEN_ACCEPTANCE
     for position in range(length):
-        if state.reached[0][position] > 0:
-            rate = (state.passed[0][position] + benefit) / (state.reached[0][position] + benefit)
+        if everywhere.reached[position] > 0:
+            rate = (everywhere.passed[position] + benefit) / (everywhere.reached[position] + benefit)
         elif state.expected is not None and position < len(state.expected):
             rate = state.expected[position]
-        passed = state.passed.get(rows, nothing)[position]
-        reached = state.reached.get(rows, nothing)[position]
-        survival *= (passed + _OTHER_ROWS * rate) / (reached + _OTHER_ROWS)
+        survival *= (here.passed[position] + _OTHER_ROWS * rate) / (here.reached[position] + _OTHER_ROWS)
         total += survival
     return total
+
+
+def _seen(state: AdaptiveState, rows: int) -> Counts:
+    nothing = Counts.none(state.lengths[-1])
+    return state.accepted.get(rows, nothing).plus(state.since.get(rows, nothing))
 
 
 def expected_seconds(state: AdaptiveState, rows: int, length: int) -> float:

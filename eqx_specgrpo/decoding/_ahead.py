@@ -69,7 +69,7 @@ class SegmentPrograms:
         Where none is there, which is so for the first segment of a decoding that is unlike any before, it is the plan
         itself: it is compiled where it is run.
         """
-        if plan.otherwise is not None and not self._compiler.is_there(self._name(state, store, plan.length)):
+        while plan.otherwise is not None and not self._compiler.is_there(self._name(state, store, plan.length)):
             plan = plan.otherwise
         others = [k for k in range(self._most_length + 1) if self._name(state, store, k) in self._run]
         # With nothing to go on with, it would be compiled here and in the thread at once.

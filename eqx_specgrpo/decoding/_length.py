@@ -100,8 +100,9 @@ class AbstractLengthController(eqx.Module, Generic[State]):
 
         **Arguments:**
 
-        - `expected_acceptance`: of each draft position, as the draft's last lesson found it on finished completions of
-            the target's own (`sum(min(target, draft))` over the vocabulary, on average); `None` if there was none.
+        - `expected_acceptance`: of each draft position, as the draft's first lesson since the last update found it on
+            completions that were decoded since then, by the weights that decoded them (`sum(min(target, draft))` over
+            the vocabulary, on average); `None` if there was none.
         """
 
     @abstractmethod
@@ -110,8 +111,8 @@ class AbstractLengthController(eqx.Module, Generic[State]):
         so far. A length is worth compiling sooner where it will be used for long."""
 
     @abstractmethod
-    def plain_seconds(self, state: State, rows: int) -> float | None:
-        """What a round of plain decoding with so many rows takes, as far as the controller knows: from what it has
+    def round_seconds(self, state: State, rows: int, length: int) -> float | None:
+        """What a round of so many rows and this draft length takes, as far as the controller knows: from what it has
         seen of such rounds, or of others like them. `None` if it knows of none."""
 
     @abstractmethod
@@ -155,8 +156,8 @@ class FixedLength(AbstractLengthController[int]):
         del left
         return state
 
-    def plain_seconds(self, state: int, rows: int) -> float | None:
-        del state, rows
+    def round_seconds(self, state: int, rows: int, length: int) -> float | None:
+        del state, rows, length
         return None
 
     def metrics(self, state: int) -> dict[str, float]:

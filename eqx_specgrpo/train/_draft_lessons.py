@@ -11,14 +11,12 @@ from ..config import RunParts
 from ..drafts import remember
 from ..records import RunProgress
 from ._draft_guard import DraftGuard
-from ._draft_step import draft_rows, update_draft
+from ._draft_step import draft_rows, found_acceptance, update_draft
 from ._lesson_budget import lesson_plan
 from ._lessons import CHOOSE
 from ._sample import StepSample, learn_left_out
 from ._state import PolicyUpdate, RunState
 from ._step import step_key
-
-_FOUND = f"draft/expected_acceptance_pos_{0}"  # as `update_draft` names it
 
 
 def teach_draft(
@@ -69,9 +67,8 @@ def teach_draft(
                 lessons += left_out
             jax.block_until_ready(eqx.filter(state.draft, eqx.is_array))
         spent = max(0.0, time.perf_counter() - began - (progress.compilations.seconds - compiled))
-        state = dataclasses.replace(
-            state, lessons=plan.update(state.lessons, lessons, saved, spent, metrics.get(_FOUND))
-        )
+        found_first = next(iter(found_acceptance(metrics)), None)
+        state = dataclasses.replace(state, lessons=plan.update(state.lessons, lessons, saved, spent, found_first))
         metrics |= {"draft/lessons": lessons, "draft/seconds_spent": spent}
     can_change = config.draft.learning_rate > 0 and metrics.get("draft/grad_norm", 0.0) > 0
     remembers = lessons == 0 and state.draft is not before

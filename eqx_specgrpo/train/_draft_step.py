@@ -1,6 +1,8 @@
 """The update of the draft: the rows that it learns from, and one optimizer step on them."""
 
 import dataclasses
+import itertools
+from collections.abc import Mapping
 
 import equinox as eqx
 import jax
@@ -27,6 +29,7 @@ from ..layout import ROWS, AbstractDeviceMesh, Layout, OneDevice, at_use
 from ..models import AbstractLanguageModel, Features
 from ._state import RunState
 
+_FOUND = "draft/expected_acceptance_pos_{}"
 POSITION_DECAY = 0.8  # weight of a draft position relative to the one before it (Cai et al. 2024, section 2.2.1)
 
 
@@ -74,7 +77,7 @@ def update_draft(
     state = dataclasses.replace(state, draft=draft, draft_optimizer=optimizer_state, draft_acceptance=result.acceptance)
     metrics = {"draft/loss": float(result.loss), "draft/grad_norm": float(norm)}
     for position, acceptance in enumerate(np.asarray(result.acceptance).tolist()):
-        metrics[f"draft/expected_acceptance_pos_{position}"] = acceptance
+        metrics[_FOUND.format(position)] = acceptance
     if config.fit_temperature:
         fitted, fit_metrics = _fit_temperature(
             parts, state.draft, target, chosen, batch.completion_tokens.shape[1], mesh
@@ -82,6 +85,12 @@ def update_draft(
         state = dataclasses.replace(state, draft=fitted)
         metrics |= fit_metrics
     return state, metrics
+
+
+def found_acceptance(metrics: Mapping[str, float | int]) -> list[float]:
+    """What a lesson has found accepted at each draft position, out of its metrics; empty if there was none."""
+    names = itertools.takewhile(metrics.__contains__, map(_FOUND.format, itertools.count()))
+    return [float(metrics[name]) for name in names]
 
 
 def _fit_temperature(

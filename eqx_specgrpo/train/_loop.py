@@ -58,6 +58,7 @@ from ..runtime import Memory, device_memory, progress_console
 from ._callbacks import AbstractCallback, RunView, as_callback
 from ._draft_guard import DraftGuard
 from ._draft_lessons import teach_draft
+from ._draft_step import found_acceptance
 from ._ending import Keeper, on_stop, unless_urgent
 from ._evaluation import make_evaluator
 from ._finish import finish, sum_up
@@ -369,6 +370,7 @@ def _one_step(
     saved = metrics.get("draft/seconds_saved")
     state, draft_metrics = teach_draft(parts, state, sample, update, done, guard, saved, segments.seconds, progress)
     metrics |= draft_metrics
+    segments.learned(found_acceptance(draft_metrics))
 
     parts.processes.agree(f"step {step}: updated", {"loss": metrics["loss"], "gradient norm": metrics["grad_norm"]})
     metrics |= step_times(progress.times.laps())

@@ -1,6 +1,7 @@
 """What a run knows of its decoding segments: the length controller's memory, and the figures of a step."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ class SegmentLog:
         self.compiler = CompileSparingly() if compiler is None else compiler
         self._length = length
         self._segments: list[SegmentObservation] = []
-        self._plain: dict[int, tuple[int, float]] = {}  # rounds of plain decoding and their seconds, by rows
+        self._measured: dict[tuple[int, int], tuple[int, float]] = {}  # rounds and seconds, by rows and draft length
+        self._found: list[float] | None = None  # by the last step's first lesson
         self._decoded: list[tuple[Int[np.ndarray, " rows"], int, int | None]] = []
 
     def __call__(self, observation: SegmentObservation, length_state: Any) -> None:
@@ -51,18 +53,28 @@ class SegmentLog:
         """
         self._decoded.append((lengths, smallest_batch, max_rows))
 
+    def learned(self, acceptance: Sequence[float]) -> None:
+        """A step's first lesson has found so much accepted at each draft position. `after_training` tells it on; a step
+        without lessons has nothing to tell."""
+        self._found = list(acceptance) or None
+
     def after_training(self, max_length: int, acceptance: Float[Array, " draft"], done: int = 0, left: int = 0) -> None:
         """Tells the length controller that policy and draft have moved.
 
         **Arguments:**
 
         - `max_length`: the draft's greatest length.
-        - `acceptance`: `RunState.draft_acceptance`: zeros before the draft's first update.
+        - `acceptance`: `RunState.draft_acceptance`: zeros before the draft's first update. It counts at a run's start,
+            when no lesson was told.
         - `done`, `left`: steps of this start of the run, and steps that are to come.
         """
-        state = self._length.init(max_length) if self.length_state is None else self.length_state
-        found = np.asarray(acceptance, np.float64)
-        state = self._length.after_training(state, found.tolist() if found.any() else None)
+        state, found = self.length_state, self._found
+        if state is None:
+            at_start = np.asarray(acceptance, np.float64)
+            state = self._length.init(max_length)
+            found = at_start.tolist() if at_start.any() else None
+        self._found = None
+        state = self._length.after_training(state, found)
         self.length_state = self._length.with_future(state, left / max(done, 1))
 
     def metrics(self) -> dict[str, float]:
@@ -100,39 +112,47 @@ class SegmentLog:
 
     def _saved(self, segments: list[SegmentObservation]) -> dict[str, float]:
         """Seconds by which the decodings were shorter than plain ones of the same completions would have been, by the
-        run's own costs of plain rounds; nothing where these are not known, as with a fixed length.
+        run's own costs of rounds; nothing where these are not known, as with a fixed length.
 
-        What was waited for compilers is left out.
+        Both are sums of rounds times what such a round costs, at the pace that the machine had in these segments: so
+        what is common to all rounds, a busy machine or long contexts, is in both. What was waited for compilers is left
+        out.
         """
         decoded, self._decoded = self._decoded, []
-        for segment in segments:
-            if segment.plan.length == 0 and segment.seconds is not None:
-                rounds, seconds = self._plain.get(segment.rows, (0, 0.0))
-                self._plain[segment.rows] = rounds + segment.rounds, seconds + segment.seconds
-        drafted = any(segment.plan.length > 0 for segment in segments)
-        if not decoded or self._plain_round(1) is None:
+        timed = [segment for segment in segments if segment.seconds is not None and segment.rounds > 0]
+        for segment in timed:
+            kind = segment.rows, segment.plan.length
+            rounds, seconds = self._measured.get(kind, (0, 0.0))
+            self._measured[kind] = rounds + segment.rounds, seconds + segment.elapsed
+        used = {segment.plan.length for segment in segments}
+        if not decoded or any(self._round_seconds(1, length) is None for length in {0} | used):
             return {}
-        if not drafted:
+        if not timed or used == {0}:
             return {"draft/seconds_saved": 0.0}
-        plain = sum(plain_seconds(lengths, smallest, self._known, most) for lengths, smallest, most in decoded)
-        return {"draft/seconds_saved": plain - sum(s.elapsed - s.compile_seconds for s in segments)}
 
-    def _known(self, rows: int) -> float:
-        seconds = self._plain_round(rows)
-        assert seconds is not None
-        return seconds
+        def known(rows: int, length: int = 0) -> float:
+            seconds = self._round_seconds(rows, length)
+            assert seconds is not None
+            return seconds
 
-    def _plain_round(self, rows: int) -> float | None:
-        """What a plain round takes: by the controller, or on average so far, with the number of rows most alike."""
+        def all_of(some: list[SegmentObservation]) -> float:
+            return sum(segment.rounds * known(segment.rows, segment.plan.length) for segment in some)
+
+        pace = sum(segment.elapsed for segment in timed) / all_of(timed)
+        plain = sum(plain_seconds(lengths, smallest, known, most) for lengths, smallest, most in decoded)
+        return {"draft/seconds_saved": pace * (plain - all_of(segments))}
+
+    def _round_seconds(self, rows: int, length: int) -> float | None:
+        """What a round takes: by the controller, or on average so far, with the number of rows most alike."""
         if self.length_state is not None:
-            seconds = self._length.plain_seconds(self.length_state, rows)
+            seconds = self._length.round_seconds(self.length_state, rows, length)
             if seconds is not None:
                 return seconds
-        if not self._plain:
+        like = [kind for kind in self._measured if kind[1] == length]
+        if not like:
             return None
-        nearest = min(self._plain, key=lambda r: abs(math.log(r / rows)))
-        rounds, total = self._plain[nearest]
-        return total / max(rounds, 1)
+        rounds, total = self._measured[min(like, key=lambda kind: abs(math.log(kind[0] / rows)))]
+        return total / rounds
 
 
 def _expected(segment: SegmentObservation):
