@@ -22,7 +22,7 @@ import numpy as np
 from many_sums import write_task
 
 from eqx_specgrpo.config import RunParts, load_config, load_trained_policy, make_draft, make_parts
-from eqx_specgrpo.decoding import CompileBehind, FixedLength
+from eqx_specgrpo.decoding import CompileBehind, CompileSparingly, FixedLength
 from eqx_specgrpo.drafts import NoDraft, remember
 from eqx_specgrpo.grpo import compute_copy, make_update_batch
 from eqx_specgrpo.records import machine
@@ -93,7 +93,10 @@ def main() -> int:
     plan = lesson_plan(config.draft.lesson_share, adaptive=config.draft.adaptive)
     arms = {
         "plain": (dataclasses.replace(parts, length=FixedLength(0)), SegmentLog(FixedLength(0))),
-        "speculative": (parts, SegmentLog(parts.length, CompileBehind() if arguments.compile_behind else None)),
+        "speculative": (
+            parts,
+            SegmentLog(parts.length, CompileBehind() if arguments.compile_behind else CompileSparingly()),
+        ),
     }
     name = f"{arguments.name}-{arguments.prompts}x8-{arguments.seed}"
     record: dict[str, Any] = {"about": machine(), "asked": {k: str(v) for k, v in vars(arguments).items()}}

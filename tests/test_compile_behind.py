@@ -179,3 +179,46 @@ def test_nothing_is_compiled_only_to_be_measured_again():
     assert lengths(sparing, FixedLength(2)) == {2}
     assert lengths(sparing, Looks(2)) == {2}, "it is there now, from another decoding"
     assert lengths(CompileAtOnce(), Looks(2)) == {2}
+
+
+def test_a_smaller_batch_is_compiled_once_it_was_waited_for():
+    """In all decodings together, each batch for itself."""
+    compiler = CompileSparingly(patience=2.0)
+
+    def asked(name, waited):
+        return compiler.may_shrink(name, lambda: pytest.fail("nothing is compiled ahead"), waited)
+
+    assert not asked("four", 0.0) and not asked("four", 1.5) and not asked("two", 0.0)
+    assert asked("four", 0.6) and not asked("two", 1.9) and asked("two", 0.2)
+    compiler.ran("one")
+    assert asked("one", 0.0)
+    assert CompileAtOnce().may_shrink("four", lambda: pytest.fail("nothing is compiled ahead"), 0.0)
+    with pytest.raises(ValueError, match="patience is -1"):
+        CompileSparingly(patience=-1.0)
+
+
+def test_rows_that_have_ended_stay_until_a_smaller_batch_is_worth_compiling():
+    target = tiny_transformer(seed=3)
+    prompts = [[1 + i, 2, 3] for i in range(8)]
+
+    def decoded(compiler):
+        seen = []
+        with quick_compilation():
+            rollouts = decode(
+                target,
+                prompts,
+                length=FixedLength(0),
+                key=jr.key(1),
+                max_new_tokens=60,
+                smallest_bucket=1,
+                eos_ids=[3, 5, 7, 11],
+                compiler=compiler,
+                on_segment=lambda observation, _: seen.append(observation.rows),
+            )
+        return rollouts.tokens, set(seen)
+
+    at_once, rows_at_once = decoded(CompileAtOnce())
+    never, rows_never = decoded(CompileSparingly(patience=1e9))
+    _, rows_soon = decoded(CompileSparingly(patience=0.0))
+    np.testing.assert_array_equal(never, at_once)
+    assert rows_never == {8} and rows_soon == rows_at_once and len(rows_soon) > 2

@@ -39,7 +39,14 @@ from eqx_specgrpo import train
 from eqx_specgrpo._types import ScoredRollouts
 from eqx_specgrpo.config import RunConfig, load_config
 from eqx_specgrpo.config._parts import make_draft, make_parts
-from eqx_specgrpo.decoding import AdaptiveLength, FixedLength, SegmentObservation, decode
+from eqx_specgrpo.decoding import (
+    AdaptiveLength,
+    CompileAtOnce,
+    CompileSparingly,
+    FixedLength,
+    SegmentObservation,
+    decode,
+)
 from eqx_specgrpo.drafts import MedusaHeads, NoDraft, load_draft
 from eqx_specgrpo.errors import UserError
 from eqx_specgrpo.grpo import LossSettings, NonFiniteError, compute_copy, make_policy_loss, make_update_batch
@@ -345,15 +352,22 @@ def test_a_run_whose_length_adapts(tiny_folder, tmp_path, monkeypatch):
     of that, and under `Coupled` its completions are those of plain decoding."""
     make_rounds_long(monkeypatch)
     clocks, after_training, choose = [], AdaptiveLength.after_training, AdaptiveLength.choose
+    compilers = []
 
     def logged(name, call):
         return lambda self, state, given: clocks.append((name, state.clock)) or call(self, state, given)
 
+    def log(length, compiler):
+        compilers.append(compiler)
+        return SegmentLog(length, compiler)
+
+    monkeypatch.setattr("eqx_specgrpo.train._loop.SegmentLog", log)
     monkeypatch.setattr(AdaptiveLength, "choose", logged("choose", choose))
     monkeypatch.setattr(AdaptiveLength, "after_training", logged("learned", after_training))
     settings = ["steps=3", "draft.verifier=coupled", "draft.max_length=1", "draft.length=1"]
     text = run(tiny_config(tiny_folder, tmp_path / "adaptive", *settings, "draft.adaptive=true"))
-    run(tiny_config(tiny_folder, tmp_path / "plain", *settings, "draft.mode=off"))
+    run(tiny_config(tiny_folder, tmp_path / "plain", *settings, "draft.mode=off", "draft.adaptive=true"))
+    assert list(map(type, compilers)) == [CompileSparingly, CompileAtOnce], "nothing else may depend on times"
     records = read_records(tmp_path / "adaptive" / "metrics.jsonl")
     rounds = [sum(record.get(f"spec/rounds_length_{length}", 0) for record in records) for length in (0, 1)]
     assert min(rounds) > 0, rounds

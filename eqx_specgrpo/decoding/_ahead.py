@@ -1,5 +1,6 @@
 """Which segments can be run at once, and what is to be compiled for those that can't."""
 
+import time
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ class SegmentPrograms:
         self._run: set[Hashable] = set()
         self._behind: dict[Hashable, float] = {}
         self._step: Hashable = None  # to a smaller batch, the last that was asked for
+        self._asked_at: float | None = None  # in vain
 
     @property
     def is_busy(self) -> bool:
@@ -87,6 +89,7 @@ class SegmentPrograms:
     def shrunk(self, state: DecodeState, store: AbstractPromptStore, length: int) -> None:
         """The batch was shrunk to this state: a segment of this length, that of `shrunk_to`, is there."""
         self.ran(state, store, length)
+        self._compiler.ran(self._step)
         self._behind[self._name(state, store, length)] = self._compiler.seconds(self._step)
 
     def shrunk_to(
@@ -100,7 +103,7 @@ class SegmentPrograms:
         length: int,
     ) -> int:
         """The batch to go on with: the smallest whose step and first segment are ready, of those that hold all active
-        rows. What is asked for in vain is then being compiled, and half of the rows as soon as one has finished.
+        rows. What is asked for in vain is then being compiled, or later; half of the rows as soon as one has finished.
 
         **Arguments:**
 
@@ -112,13 +115,20 @@ class SegmentPrograms:
         """
         if half == 0:
             return rows
+        now = time.perf_counter()
+        waited, self._asked_at = 0.0 if self._asked_at is None else now - self._asked_at, None
         wanted = min(bucket, half)
-        is_ready = self._can_shrink(state, store, wanted, slots, length)
+        is_ready = self._can_shrink(state, store, wanted, slots, length, waited)
         if bucket == rows or is_ready:
             return rows if bucket == rows else bucket
-        return half if half > bucket and self._can_shrink(state, store, half, slots, length) else rows
+        if half > bucket and self._can_shrink(state, store, half, slots, length, 0.0):
+            return half
+        self._asked_at = now
+        return rows
 
-    def _can_shrink(self, state: DecodeState, store: AbstractPromptStore, bucket: int, slots: int, length: int) -> bool:
+    def _can_shrink(
+        self, state: DecodeState, store: AbstractPromptStore, bucket: int, slots: int, length: int, waited: float
+    ) -> bool:
         def plan() -> Lower:
             state_shapes, store_shapes = _shapes(state), _shapes(store)
             rows = jax.ShapeDtypeStruct((bucket,), jnp.int32)
@@ -131,7 +141,7 @@ class SegmentPrograms:
             return make
 
         self._step = ("shrink", self._name(state, store, length), bucket, slots)
-        return self._compiler.ready(self._step, plan)
+        return self._compiler.may_shrink(self._step, plan, waited)
 
     def _is_ready(self, state: DecodeState, store: AbstractPromptStore, length: int) -> bool:
         name = self._name(state, store, length)

@@ -32,6 +32,17 @@ class AbstractCompiler(ABC):
         """
 
     @abstractmethod
+    def may_shrink(self, name: Hashable, plan: Callable[[], Lower], waited: float) -> bool:
+        """Whether the step to a smaller batch, and its first segment, may be run. If not, rounds go on with rows that
+        have ended.
+
+        **Arguments:**
+
+        - `name`, `plan`: as for `ready`.
+        - `waited`: seconds that rounds went on so since this was last asked in vain.
+        """
+
+    @abstractmethod
     def seconds(self, name: Hashable) -> float:
         """How long the programs of this name took to compile, as far as nobody waited for it; told once, then 0."""
 
@@ -61,6 +72,10 @@ class CompileAtOnce(AbstractCompiler):
         del name, plan
         return True
 
+    def may_shrink(self, name, plan, waited):
+        del name, plan, waited
+        return True
+
     def seconds(self, name):
         del name
         return 0.0
@@ -81,18 +96,35 @@ class CompileAtOnce(AbstractCompiler):
 
 
 class CompileSparingly(AbstractCompiler):
-    """Everything is compiled where it is first run, and waited for, but nothing only to be measured again.
+    """Everything is compiled where it is first run, and waited for, but nothing only to be measured again, and no
+    smaller batch for a few rounds.
 
     It remembers what was run, from one decoding to the next. Prompts of another width and caches of another size need
-    programs of their own, so a length that is known to be slower would else be compiled for each of them.
+    programs of their own, so a length that is known to be slower would else be compiled for each of them. And rows that
+    draft end at different times, so each of these would have its smaller batches. Such a batch is compiled once rounds
+    have gone on for `patience` seconds with one that is too large. Times decide on that, so what is computed in which
+    batch differs from run to run, and rounds otherwise.
+
+    **Arguments:**
+
+    - `patience`: seconds, in all decodings together; for each batch.
     """
 
-    def __init__(self):
+    def __init__(self, patience: float = 2.0):
+        if patience < 0:
+            raise ValueError(f"patience is {patience}, but it is a number of seconds, from 0")
+        self._patience = patience
         self._there: set[Hashable] = set()
+        self._waited: dict[Hashable, float] = {}
 
     def ready(self, name, plan):
         del name, plan
         return True
+
+    def may_shrink(self, name, plan, waited):
+        del plan
+        self._waited[name] = self._waited.get(name, 0.0) + waited
+        return name in self._there or self._waited[name] >= self._patience
 
     def seconds(self, name):
         del name
@@ -129,6 +161,10 @@ class CompileBehind(AbstractCompiler):
             self._begun[name] = self._pool.submit(_compile, plan())
             self._untold.add(name)
         return self._begun[name].done()
+
+    def may_shrink(self, name, plan, waited):
+        del waited
+        return self.ready(name, plan)
 
     def seconds(self, name):
         if name not in self._untold or not self._begun[name].done() or self._begun[name].exception() is not None:

@@ -115,7 +115,7 @@ def decode(
         that other processes have.
     - `compiler`: what compiles programs of smaller batches and of other draft lengths; by default
         [`eqx_specgrpo.decoding.CompileAtOnce`][]. Under [`eqx_specgrpo.decoding.CompileBehind`][] decoding goes on
-        without them until they are there.
+        without them until they are there, and [`eqx_specgrpo.decoding.CompileSparingly`][] compiles less.
     - `on_progress`: called between segments.
     - `on_segment`: called after each segment with its counts and times and the controller's new state.
 

@@ -36,7 +36,7 @@ from ..config import (
     with_absolute_paths,
     with_steps_of_epochs,
 )
-from ..decoding import FixedLength
+from ..decoding import CompileAtOnce, CompileSparingly, FixedLength
 from ..drafts import AbstractDraft
 from ..errors import UserError
 from ..grpo import compute_copy
@@ -178,7 +178,10 @@ def run(
             if is_new and config.draft.warms_up and state.draft.train_length > 0:
                 with progress.timed("warm-up", "warming up the draft"):
                     state, saved = _warm_up(parts, state, progress), None
-            segments, lengths = SegmentLog(parts.length), PromptLengths.of_run(folder.completions_path)
+            # With a length of its own choice what is computed in which batch depends on times anyway.
+            adapts = config.draft.enabled and config.draft.adaptive
+            segments = SegmentLog(parts.length, CompileSparingly() if adapts else CompileAtOnce())
+            lengths = PromptLengths.of_run(folder.completions_path)
             guard = DraftGuard(read_steps(folder.metrics_path) if start > 0 else ())
             with stop_requests(on_stop(progress), processes) as stop:
                 keeper = Keeper(folder, config, saved, progress, console, stop, processes)

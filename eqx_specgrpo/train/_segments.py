@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..decoding import AbstractCompiler, AbstractLengthController, CompileSparingly, SegmentObservation, plain_seconds
+from ..decoding import AbstractCompiler, AbstractLengthController, CompileAtOnce, SegmentObservation, plain_seconds
 
 
 class SegmentLog:
@@ -18,7 +18,7 @@ class SegmentLog:
     **Arguments:**
 
     - `length`: the controller of the run.
-    - `compiler`: of the programs of the run's rollouts.
+    - `compiler`: of the programs of the run's rollouts; by default `CompileAtOnce`.
 
     **Attributes:**
 
@@ -32,7 +32,7 @@ class SegmentLog:
 
     def __init__(self, length: AbstractLengthController, compiler: AbstractCompiler | None = None):
         self.length_state, self.seconds = None, 0.0
-        self.compiler = CompileSparingly() if compiler is None else compiler
+        self.compiler = CompileAtOnce() if compiler is None else compiler
         self._length = length
         self._segments: list[SegmentObservation] = []
         self._measured: dict[tuple[int, int], tuple[int, float]] = {}  # rounds and seconds, by rows and draft length
