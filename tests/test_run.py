@@ -347,6 +347,14 @@ def test_a_draft_that_does_not_learn(mode, straight, tiny_folder, tmp_path, told
         assert record["spec/acceptance_length"] == 1 and record["spec/acceptance_rate"] == 0
 
 
+def test_the_length_controller_is_told_what_each_step_found(tiny_folder, tmp_path, told):
+    """On the completions that were just decoded, by the first lesson on them."""
+    run(tiny_config(tiny_folder, tmp_path / "run", "steps=3", "compare=false", "draft.warmup=0"))
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    found = [[record[f"draft/expected_acceptance_pos_{position}"] for position in range(3)] for record in records]
+    assert told[0] is None and [one[:3] for one in told[1:3]] == found[:2]
+
+
 def test_a_run_whose_length_adapts(tiny_folder, tmp_path, monkeypatch):
     """As runs are by default. It drafts, says what it expected
     of that, and under `Coupled` its completions are those of plain decoding."""

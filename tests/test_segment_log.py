@@ -63,7 +63,7 @@ def test_it_is_what_plain_rounds_would_have_taken_longer(pace):
     assert log.metrics()["draft/seconds_saved"] == pytest.approx(saved, rel=0.15)
 
 
-@pytest.mark.parametrize("pace", [0.85, 1.2])
+@pytest.mark.parametrize("pace", [0.7, 1.5])
 def test_a_few_guesses_among_plain_rounds_save_little(pace):
     """On a machine that is faster now than when its costs were measured nothing seems to be saved, and nothing lost."""
     log = learned()
@@ -76,7 +76,7 @@ def test_a_few_guesses_among_plain_rounds_save_little(pace):
 def test_plain_decoding_saves_nothing_whatever_its_pace():
     log = learned()
     log.decoded(np.array([101] * 8), 1, None)
-    log.see(segment(8, 0, 100, 1.5))
+    log.see(segment(8, 0, 103, 1.5))
     assert log.metrics()["draft/seconds_saved"] == 0.0
 
 

@@ -89,7 +89,6 @@ class SegmentPrograms:
     def shrunk(self, state: DecodeState, store: AbstractPromptStore, length: int) -> None:
         """The batch was shrunk to this state: a segment of this length, that of `shrunk_to`, is there."""
         self.ran(state, store, length)
-        self._compiler.ran(self._step)
         self._behind[self._name(state, store, length)] = self._compiler.seconds(self._step)
 
     def shrunk_to(

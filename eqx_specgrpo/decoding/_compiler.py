@@ -124,7 +124,7 @@ class CompileSparingly(AbstractCompiler):
     def may_shrink(self, name, plan, waited):
         del plan
         self._waited[name] = self._waited.get(name, 0.0) + waited
-        return name in self._there or self._waited[name] >= self._patience
+        return self._waited[name] >= self._patience
 
     def seconds(self, name):
         del name
