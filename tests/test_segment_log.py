@@ -63,14 +63,14 @@ def test_it_is_what_plain_rounds_would_have_taken_longer(pace):
     assert log.metrics()["draft/seconds_saved"] == pytest.approx(saved, rel=0.15)
 
 
-@pytest.mark.parametrize("pace", [0.7, 1.5])
+@pytest.mark.parametrize("pace", [0.5, 2.0])
 def test_a_few_guesses_among_plain_rounds_save_little(pace):
-    """On a machine that is faster now than when its costs were measured nothing seems to be saved, and nothing lost."""
+    """On a machine that is half or twice as fast as when its costs were measured no more seems to be saved, or lost."""
     log = learned()
     log.decoded(np.array([101] * 8), 1, None)
     log.see(segment(8, 0, 90, pace), segment(8, 1, 5, pace))
     saved = pace * (10 * cost(8, 0) - 5 * cost(8, 1))
-    assert log.metrics()["draft/seconds_saved"] == pytest.approx(saved, rel=0.15)
+    assert log.metrics()["draft/seconds_saved"] == pytest.approx(saved, rel=0.1)
 
 
 def test_plain_decoding_saves_nothing_whatever_its_pace():
