@@ -175,6 +175,52 @@ def test_one_that_is_stuck_is_ended_with_a_sentence(monkeypatch):
     assert sentence.startswith("process 0 (") and sentence.endswith("has failed: its device was lost")
 
 
+def test_one_that_works_alone_is_not_ended_before_it_is_done(monkeypatch):
+    monkeypatch.setattr("eqx_specgrpo.layout._coordinated._GRACE", 0.5)
+    ended: list[str] = []
+
+    def compiles(processes):
+        with processes.alone():
+            until = time.monotonic() + 10
+            while not processes.told("failed") and time.monotonic() < until:
+                time.sleep(0.02)
+            time.sleep(2.5)
+        return processes.exchange("rewards", b"")
+
+    _, error = together(lambda processes: processes.fail("out of order"), compiles, ended=ended)
+    assert not ended and isinstance(error, OtherProcessError) and "out of order" in str(error)
+
+
+def test_what_can_be_kept_is_found_where_several_have_failed():
+    """Each by itself, as by the same fault in a reward: that others have failed is nothing new to them."""
+
+    def fails(seconds):
+        def part(processes):
+            time.sleep(seconds)
+            processes.fail(f"out of order after {seconds} s")
+            time.sleep(1.2)  # the others' watches see that
+            return processes.gather("what can be kept", True)
+
+        return part
+
+    assert together(fails(0), fails(1.5), fails(0.5)) == [[True] * 3] * 3
+
+
+def test_one_that_has_failed_elsewhere_is_not_waited_for_long(monkeypatch):
+    monkeypatch.setattr("eqx_specgrpo.layout._coordinated._GRACE", 1.0)
+
+    def first(processes):
+        processes.fail("its reward was out of order")
+        return processes.gather("what can be kept", True)
+
+    def second(processes):
+        processes.fail("its disk was full")
+        time.sleep(5)  # gives signs of life, and comes to no phase
+
+    error, _ = together(first, second)
+    assert isinstance(error, OtherProcessError) and "disk" in str(error)
+
+
 def test_an_error_of_a_collective_is_blamed_on_who_is_gone():
     def survivor(processes):
         processes.blame(RuntimeError("Gloo all-reduce failed: Connection closed by peer"))

@@ -37,6 +37,9 @@ SETTINGS = (
     "eval.every=3",
 )
 WITHIN = 30.0  # seconds in which every process has to end once one of them has
+MAIN = "from eqx_specgrpo.cli import main; main()"
+# Ends this process soon where it waits for one that has failed.
+HASTY = "from eqx_specgrpo.layout import _coordinated as watch; watch._GRACE = 2; " + MAIN
 
 
 class Pair:
@@ -60,7 +63,7 @@ class Pair:
                             *own.get("under", []),
                             sys.executable,
                             "-c",
-                            "from eqx_specgrpo.cli import main; main()",
+                            own.get("code", MAIN),
                             "run",
                             *arguments,
                         ],
@@ -128,16 +131,18 @@ def assert_same(straight: Path, out: Path) -> None:
 
 
 def test_two_processes_are_one_and_a_failed_reward_loses_nothing(straight, tiny_folder, tmp_path):
-    """Two devices each. The second one's reward raises after two steps, of which none was to be saved yet: both end,
-    and the run goes on with the same numbers, by both of them or by one device alone. Then both are told to end."""
+    """Two devices each. The second one's reward raises after two steps, of which none was to be saved yet, while the
+    first one's takes its time: both end, and the run goes on with the same numbers, by both of them or by one device
+    alone. Then both are told to end."""
     lengths = {record["length"] for record in read_records(straight / "completions.jsonl")}
     assert len(lengths) > 2
     of_second = {"env": {"TINY_RUN_RAISE_AT": "2"}}
-    pair = Pair(tiny_folder, tmp_path / "run", "save_steps=100", devices=2, of_second=of_second)
+    of_first = {"env": {"TINY_RUN_SLEEP_AT": "2"}, "code": HASTY}
+    pair = Pair(tiny_folder, tmp_path / "run", "save_steps=100", devices=2, of_first=of_first, of_second=of_second)
     assert pair.wait() == [3, 2], pair.said(0) + pair.said(1)
     assert "out of order" in pair.said(1)
     assert "process 1 (" in pair.said(0) and "out of order" in pair.said(0)
-    assert latest_checkpoint(pair.out) == pair.out / "checkpoints" / "step-000002"
+    assert latest_checkpoint(pair.out) == pair.out / "checkpoints" / "step-000002", pair.said(0) + pair.said(1)
     copy = Path(shutil.copytree(pair.out, tmp_path / "alone"))
     assert_same(straight, alone(tiny_folder, copy, resume=True))
     pair = Pair(tiny_folder, pair.out, devices=2, resume=True)

@@ -29,6 +29,7 @@ CHAT_TEMPLATE = (
 REWARD = '''
 import os
 import signal
+import time
 
 
 def even(completion_ids, trainer_state, log_extra, log_metric, **kwargs):
@@ -42,6 +43,8 @@ def even(completion_ids, trainer_state, log_extra, log_metric, **kwargs):
     if now("TINY_RUN_INTERRUPT_AT"):
         for _ in range(int(os.environ.get("TINY_RUN_INTERRUPTS", "1"))):
             signal.raise_signal(signal.SIGINT)
+    if now("TINY_RUN_SLEEP_AT"):
+        time.sleep(4)
     if now("TINY_RUN_RAISE_AT"):
         raise ValueError("out of order")
     counts = [sum(token % 2 == 0 for token in ids) for ids in completion_ids]

@@ -183,9 +183,10 @@ def evaluate(
         batch_key = jr.fold_in(key, number)
         own = own_prompts(processes, prompts)
         first_row = evaluation.samples * processes.share(len(prompts.lengths)).start
-        rollouts, length_state = _roll_out(
-            evaluation, target, draft, own, batch_key, on_progress, length_state, first_row
-        )
+        with processes.alone():
+            rollouts, length_state = _roll_out(
+                evaluation, target, draft, own, batch_key, on_progress, length_state, first_row
+            )
         done = DecodeProgress(0, len(rollouts.group), int(rollouts.lengths.sum()))
         waiting = ft.partial(on_progress, done)
         batches.append(gather_rollouts(processes, f"{phase}, batch {number + 1}", rollouts, prompts, waiting))
@@ -252,7 +253,8 @@ def _judged(
     own = slice(items.start * samples, items.stop * samples)
     prompts, columns = collate([example for example in evaluation.examples[items] for _ in range(samples)])
     log = RewardLog(len(ids[own]))
-    per_function, total = evaluation.rewards(prompts, texts[own], ids[own], columns, where.global_step, where, log)
+    with processes.alone():
+        per_function, total = evaluation.rewards(prompts, texts[own], ids[own], columns, where.global_step, where, log)
     phase = f"step {where.global_step}: rewards of the evaluation"
     per_function, total, extra, _ = gather_rewards(processes, phase, per_function, total, log, nothing)
     rewards = total.reshape(count, samples)

@@ -2,7 +2,8 @@
 
 Each process has a thread that says every half second that it is alive, and in which phase it waits, and that reads the
 same of the others. A process that is silent for too long is gone. Where another has failed and this process does not
-come out of what it does, as in a collective of devices that waits for ever, the thread ends it with a sentence.
+come out of what it does, as in a collective of devices that waits for ever, the thread ends it with a sentence. It does
+not while the process works by itself, however long that takes: the steps before could not be saved otherwise.
 """
 
 import contextlib
@@ -73,8 +74,10 @@ class ManyProcesses(AbstractProcesses):
         self._to_tell: list[tuple[str, str]] = []
         self._told: dict[tuple[str, int], str] = {}
         self._waits_in: dict[int, str] = {}
+        self._heard: dict[int, float] = {}  # of whose failure the watch has heard, and when
         self._gone: dict[int, str] = {}
         self._known: set[int] = set()  # whose failure the main thread knows of: it is on its way out
+        self._is_alone = False
         self._over, self._beating = threading.Event(), threading.Lock()
         self._say_who_this_is()
         self._watch = threading.Thread(target=self._keep_watch, name="specgrpo processes", daemon=True)
@@ -94,14 +97,14 @@ class ManyProcesses(AbstractProcesses):
             self._known.add(self._index)
             self._store.set(f"{key}{self._index}", _WRONG + error.encode())
             return []
-        self.check()
+        self._check_waiting()
         self._store.set(f"{key}{self._index}", _GIVEN + payload)
         self._phase, since, words = phase, time.monotonic(), []
         try:
             for index in range(self._count):
                 # What is there counts before anything else does: so all processes find a phase complete, or none.
                 while (word := self._word(f"{key}{index}")) is None:
-                    self.check()
+                    self._check_waiting()
                     while_waiting()
                     self._check_astray(index, phase, time.monotonic() - since)
                 words.append(word)
@@ -124,11 +127,30 @@ class ManyProcesses(AbstractProcesses):
         return {index: text for (about, index), text in dict(self._told).items() if about == topic}
 
     def check(self):
-        failed = {index: why for index, why in self.told(_FAILED).items() if index not in self._known}
+        self._check_failed(0.0)
+
+    def _check_waiting(self) -> None:
+        """As `check`, for a phase that is waited for. A process that knows of a failure, be it its own, waits to save
+        what can be saved: another that fails too comes to the same phase, if it can."""
+        self._check_failed(_GRACE if self._known else 0.0)
+
+    def _check_failed(self, seconds: float) -> None:
+        """Raises for a process that has failed so many seconds ago or more, or is gone."""
+        now, told = time.monotonic(), self.told(_FAILED)
+        excused = {index for index in told if index in self._known or now - self._heard.get(index, now) < seconds}
+        failed = {index: why for index, why in told.items() if index not in excused}
         for index, why in {**failed, **self._gone}.items():
             if index != self._index:
                 self._known.add(index)
                 raise self._other(index, why)
+
+    @contextlib.contextmanager
+    def alone(self):
+        self._is_alone = True
+        try:
+            yield
+        finally:
+            self._is_alone = False
 
     def blame(self, error):
         if isinstance(error, OtherProcessError | NotInStepError):
@@ -210,6 +232,8 @@ class ManyProcesses(AbstractProcesses):
                 topic, _, index = name.rpartition("/")
                 self._told[topic, int(index)] = text.decode()
             now = time.monotonic()
+            for index in self.told(_FAILED):
+                self._heard.setdefault(index, now)
             for index, (before, since) in seen.items():
                 sign = alive.get(str(index), before)
                 seen[index] = (sign, now) if sign != before else (before, since)
@@ -223,7 +247,9 @@ class ManyProcesses(AbstractProcesses):
                     )
             failed = {**self.told(_FAILED), **self._gone}
             others = [index for index in failed if index != self._index]
-            if others and not self._known:
+            if self._is_alone:
+                noticed = None
+            elif others and not self._known:
                 noticed = noticed or now
                 if now - noticed > _GRACE:
                     self._end(str(self._other(others[0], failed[others[0]])))

@@ -120,6 +120,7 @@ class DeviceMesh(AbstractDeviceMesh):
         own, whole = self.for_rollouts(), self.lay_out(tree, Layout.COPY)
         if own is self:
             return whole
+        jax.block_until_ready(whole)  # what comes next is this process's own work, in which it can wait for no other
         shardings = own.specs(whole, Layout.COPY)
 
         def one(x: jax.Array, spec: PartitionSpec | None) -> Any:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from ..errors import UserError
@@ -124,6 +125,11 @@ class AbstractProcesses(ABC):
         """
 
     @abstractmethod
+    def alone(self) -> AbstractContextManager[None]:
+        """Around long work that waits for no other process, such as decoding, with its compilations, and rewards. Where
+        another fails meanwhile, this process is not ended before its work is done or calls `check`. Not nested."""
+
+    @abstractmethod
     def blame(self, error: BaseException) -> None:
         """After an error in what all do together: is it another process that has gone? Waits until that is known.
 
@@ -134,7 +140,8 @@ class AbstractProcesses(ABC):
 
     @abstractmethod
     def fail(self, sentence: str) -> None:
-        """Lets the others know that this process cannot go on, and why. They end within seconds."""
+        """Lets the others know that this process cannot go on, and why. They end within seconds, or when they are done
+        with what they do [`alone`][eqx_specgrpo.layout.AbstractProcesses.alone]."""
 
     @abstractmethod
     def close(self) -> None:
@@ -172,6 +179,9 @@ class OneProcess(AbstractProcesses):
 
     def check(self):
         pass
+
+    def alone(self):
+        return nullcontext()
 
     def blame(self, error):
         del error

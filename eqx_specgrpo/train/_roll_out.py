@@ -94,7 +94,8 @@ def roll_out_together(
     """
     processes = parts.processes
     first_row = parts.config.grpo.num_generations * processes.share(len(prompts.lengths)).start
-    own = roll_out(parts, target, draft, own_prompts(processes, prompts), key, on_progress, first_row=first_row)
+    with processes.alone():
+        own = roll_out(parts, target, draft, own_prompts(processes, prompts), key, on_progress, first_row=first_row)
     return gather_rollouts(processes, phase, own, prompts, waiting(on_progress, own))
 
 

@@ -132,10 +132,11 @@ def sample_step(
             batch_key, expected = jr.fold_in(key, number) if number else key, lengths.expected(examples)
             share, mine = processes.share(count), own_prompts(processes, prompts)
             first_row = grpo.num_generations * share.start
-            with naming_the_step(step):
+            with naming_the_step(step), processes.alone():
                 own = roll_out(parts, target, draft, mine, batch_key, decoding, segments, expected[share], first_row)
         with progress.timed("reward", f"step {step}: rewards{which}"):
-            per_function, total, texts, log = judge(parts, examples[share], own, done, start)
+            with processes.alone():
+                per_function, total, texts, log = judge(parts, examples[share], own, done, start)
             phase, wait = f"step {step}{which}", waiting(decoding, own)
             rewards = gather_rewards(processes, f"{phase}: rewards", per_function, total, log, wait)
             rollouts = gather_rollouts(processes, f"{phase}: rollouts", own, prompts, wait)
