@@ -12,7 +12,7 @@ import pytest
 from helpers import OracleDraft, anything, compiled_programs, quick_compilation, randomise, tiny_transformer
 from jax import lax
 
-from eqx_specgrpo._types import Rollouts
+from eqx_specgrpo._types import Prompts, Rollouts
 from eqx_specgrpo.decoding import (
     Coupled,
     FixedLength,
@@ -28,7 +28,7 @@ from eqx_specgrpo.decoding import (
     _row_programs as row_programs,
     decode,
 )
-from eqx_specgrpo.decoding._room import Room, RoomKeeper, room_ladder
+from eqx_specgrpo.decoding._room import Room, RoomKeeper, prompt_slots, room_ladder, rooms_for
 from eqx_specgrpo.decoding._segment import run_segment
 from eqx_specgrpo.drafts import (
     EagleDraft,
@@ -81,6 +81,7 @@ def rooms_seen(monkeypatch: pytest.MonkeyPatch) -> list[Room]:
 
 def generate(target, monkeypatch, smallest: int, **options: Any) -> Rollouts:
     monkeypatch.setattr(room_module, "_SMALLEST", smallest)
+    monkeypatch.setattr(room_module, "_CHEAP", 0)
     defaults = dict(key=jr.key(5), max_new_tokens=NEW, eos_ids=[0], samples=2, smallest_bucket=2)
     return decode(target, PROMPTS, **(defaults | options))
 
@@ -199,7 +200,48 @@ def test_what_cannot_grow_has_all_its_room_at_once(target, monkeypatch):
     assert (drafted.statistics.accepted[:, 2] >= drafted.statistics.target_forwards - 1).all()
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_on_a_cpu_prompts_have_few_sizes_and_small_caches_one(platform, monkeypatch):
+    target = tiny_transformer(max_position_embeddings=9000)
+    monkeypatch.setattr(room_module, "platform_of", lambda tree: platform)
+    widths = [32, 64, 96, 128, 192, 512, 768, 3072]
+    slots = [prompt_slots(target, width) for width in widths]
+    assert slots == ([32, 64, 128, 128, 512, 512, 2048, 8192] if platform == "cpu" else widths)
+    rows, most, width = 4, 2000, 128
+    of_row = 2 * target.config.num_layers * target.config.num_kv_heads * target.config.head_dim * 4 * (width + most)
+    sizes = dict(rows=rows, width=width, most=most, cache_dtype="float32")
+    monkeypatch.setattr(room_module, "_CHEAP", rows * of_row)
+    assert rooms_for(target, **sizes) == room_ladder(width, most, can_grow=platform == "gpu")
+    monkeypatch.setattr(room_module, "_CHEAP", rows * of_row - 1)
+    assert rooms_for(target, **sizes) == room_ladder(width, most) and len(room_ladder(width, most)) > 2
+
+
+def test_prompts_of_another_width_run_the_same_segments():
+    """On a CPU; and they emit what they emit in as many slots as they need."""
+    target = tiny_transformer(max_position_embeddings=900, num_layers=1, sliding_window=70)
+
+    def generated(width: int, own_slots: bool) -> Rollouts:
+        tokens = np.random.default_rng(width).integers(0, 13, (2, width)).astype(np.int32)
+        prompts = Prompts(tokens, np.array([width - 5, width // 2], np.int32))
+        with pytest.MonkeyPatch.context() as patch:
+            if own_slots:
+                patch.setattr(decode_module, "prompt_slots", lambda target, width: width)
+            heads = randomise(MedusaHeads.fresh(16, 2), 1, 0.1)
+            return decode(
+                target, prompts, draft=heads, length=FixedLength(2), verifier=Coupled(), key=jr.key(1),
+                max_new_tokens=660, eos_ids=[0], samples=3, smallest_bucket=2,
+            )  # fmt: skip
+
+    first = generated(192, False)
+    with compiled_programs() as found:
+        again = generated(320, False)
+    assert found["jit(prefill)"] == 1 and found["jit(run_segment)"] == 0, found
+    for width, rollouts in ((192, first), (320, again)):
+        assert_same(generated(width, True), rollouts)
+
+
 def test_a_run_of_4096_tokens_compiles_a_program_a_rung(monkeypatch):
+    monkeypatch.setattr(room_module, "_CHEAP", 0)
     target = tiny_transformer(max_position_embeddings=4200, num_layers=1)
     # Every token is the same, and so is what the heads say: four tokens a round.
     target = eqx.tree_at(lambda m: m.unembedding, target, jnp.zeros((13, 16)), is_leaf=lambda x: x is None)

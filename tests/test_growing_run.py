@@ -14,6 +14,7 @@ def test_a_run_that_grows_is_resumed_to_the_bit(tiny_folder, tmp_path, monkeypat
     """As if killed between a step's records and its checkpoint: with n-gram memories, and an order of rows that depends
     on what the run remembers of its prompts."""
     monkeypatch.setattr(room_module, "_SMALLEST", 24)
+    monkeypatch.setattr(room_module, "_CHEAP", 0)
     growths, grow = [], decode_module.grown
 
     def grown(draft, state, room, *others):

@@ -39,7 +39,7 @@ from eqx_specgrpo.grpo import (
 from eqx_specgrpo.models import _sequence_attention, sequence_features
 from eqx_specgrpo.sampling import Sampling
 
-VOCAB, NEW, WIDE = 67, 20, 40
+VOCAB, NEW = 67, 20
 LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
 ADVANTAGES = np.array([1.5, -0.5, -1.0, 0.5, -1.25, 0.0, 0.75, 1.0], np.float32)
 
@@ -219,13 +219,11 @@ def test_checkpointed_gradients_are_the_same(layers, model, batch):
     plain = settings_of(layers=layers)
     kept, kept_features = policy_gradients(model, batch, normalizer_of(batch), plain)
     settings = settings_of(layers=layers, gradient_checkpointing=True)
-    again, features = policy_gradients(model, batch, normalizer_of(batch), settings, feature_width=WIDE)
+    again, features = policy_gradients(model, batch, normalizer_of(batch), settings)
     np.testing.assert_allclose(again.loss, kept.loss, rtol=1e-5)
     assert_close(again.gradients, kept.gradients)
-    seq = batch.tokens.shape[1]
     for value, wanted in zip(jax.tree.leaves(features), jax.tree.leaves(kept_features), strict=True):
-        np.testing.assert_allclose(value[:, :seq], wanted, atol=1e-5)
-        assert value.shape[1] == WIDE and not value[:, seq:].any()
+        np.testing.assert_allclose(value, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -308,6 +306,19 @@ def test_widths_are_few_and_cover():
     widths = np.array([padded_width(int(length)) for length in lengths])
     assert (widths >= lengths).all() and len(set(widths)) == 18
     assert (widths - lengths < np.maximum(64, lengths / 4)).all()
+
+
+@pytest.mark.parametrize("longest, limit, width", [(3, 1000, 64), (250, 1000, 256), (530, 1000, 640), (530, 600, 600)])
+def test_a_batch_has_a_width_of_the_ladder_or_the_limit(longest, limit, width, rollouts):
+    def widened(x):
+        return np.pad(np.asarray(x), ((0, 0), (0, limit - x.shape[1])))
+
+    lengths = np.minimum(rollouts.lengths, longest)
+    lengths[-1] = longest
+    arrays = widened(rollouts.tokens), widened(rollouts.logprobs), lengths
+    batch = make_update_batch(eqx.tree_at(lambda r: (r.tokens, r.logprobs, r.lengths), rollouts, arrays), ADVANTAGES)
+    assert batch.completion_tokens.shape[1] == batch.completion_mask.shape[1] == width
+    assert batch.completion_mask.sum(axis=1).tolist() == lengths.tolist()
 
 
 def test_plan_saves_padding_and_keeps_to_its_budget():

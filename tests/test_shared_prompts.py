@@ -90,11 +90,11 @@ def test_on_an_accelerator_prompts_are_shared_where_copies_are_large(monkeypatch
 
 
 @pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("piece", [3, 64])
-def test_the_cache_alone(window, piece, monkeypatch):
+@pytest.mark.parametrize("piece, spare", [(3, 0), (3, 5), (64, 0), (64, 5)])
+def test_the_cache_alone(window, piece, spare, monkeypatch):
     """Blocks behind prompts of unequal length, with a rewind, against whole sequences; then with prompts unshared.
 
-    The rows' own slots are read in pieces, and at once.
+    Slots are read in pieces, and at once; there are more for prompts than these are padded to.
     """
     monkeypatch.setattr(_partial_attention, "_piece_length", lambda seq, slots: piece)
     target = tiny_transformer(sliding_window=window, qk_norm=True)
@@ -103,7 +103,7 @@ def test_the_cache_alone(window, piece, monkeypatch):
     prompts = jnp.asarray(rng.integers(0, 13, (2, width)), jnp.int32)
     own = jnp.asarray(rng.integers(0, 13, (6, 5)), jnp.int32)
     place = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (2, width))
-    _, cache = target.hidden(prompts, place, target.init_cache(2, width, jnp.float32))
+    _, cache = target.hidden(prompts, place, target.init_cache(2, width + spare, jnp.float32))
     rows = target.init_cache(6, capacity, jnp.float32)
     layers = tuple(SharedPromptCache(p, lengths, r) for p, r in zip(cache, rows, strict=True))
     starts = jnp.repeat(lengths, samples)[:, None]
@@ -127,7 +127,9 @@ def test_the_cache_alone(window, piece, monkeypatch):
     np.testing.assert_allclose(second, expected(own)[:, 1:4], atol=1e-5)
     chosen = jnp.array([5, 0, 3])
     alone = tuple(layer.unshared(chosen) for layer in layers)
-    assert all(isinstance(layer, KVCache) and layer.values.shape == (3, 2, width + capacity, 4) for layer in alone)
+    assert all(
+        isinstance(layer, KVCache) and layer.values.shape == (3, 2, width + spare + capacity, 4) for layer in alone
+    )
     positions = (starts + 4)[chosen]
     last, _ = target.hidden(own[chosen, 4:], positions, alone)
     np.testing.assert_allclose(last.last, expected(own)[chosen, 4:], atol=1e-5)

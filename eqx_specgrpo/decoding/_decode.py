@@ -14,7 +14,7 @@ from .._types import Prompts, Rollouts
 from ..drafts import AbstractDraft, NoDraft
 from ..errors import UserError
 from ..layout import ROWS, WHOLE, AbstractDeviceMesh, Layout, OneDevice
-from ..models import AbstractLanguageModel, caches_can_grow, default_cache_dtype
+from ..models import AbstractLanguageModel, default_cache_dtype
 from ..runtime import check_jax, count_compilations
 from ..sampling import AbstractSampling, GreedySampling, Sampling
 from ._ahead import WHILE_WAITING, SegmentPrograms
@@ -26,7 +26,7 @@ from ._greedy_match import GreedyMatch
 from ._length import AbstractLengthController, FixedLength, SegmentObservation
 from ._output import Output
 from ._prompts import PromptsInRows, share_prompts
-from ._room import RoomKeeper, grown, room_ladder
+from ._room import RoomKeeper, grown, prompt_slots, rooms_for
 from ._row_programs import admit, keep_rows, prefill
 from ._segment import AbstractSegmentLoop, SegmentQueue, default_loop
 from ._shards import Admission, Division, ShardQueues
@@ -171,16 +171,19 @@ def decode(
         cache_dtype = default_cache_dtype(target)
     loop = default_loop(target) if loop is None else loop
     programs = SegmentPrograms(CompileAtOnce() if compiler is None else compiler, modules, loop, mesh, draft.max_length)
-    rooms = room_ladder(prompts.tokens.shape[1], max_new_tokens + block, can_grow=caches_can_grow(target))
-    keeper = RoomKeeper(rooms, block, loop)
     division = Division(mesh.data, len(prompts.lengths), samples)
     waiting = ShardQueues(division, expected_lengths, len(prompts.lengths), samples)
     output = Output(division.with_fillers, max_new_tokens, draft.max_length, mesh)
     row_ids = waiting.first(max_rows, output.lengths, output.ended).reshape(-1)
+    width = prompt_slots(target, prompts.tokens.shape[1])
+    rooms = rooms_for(
+        target, rows=len(row_ids) // mesh.data, width=width, most=max_new_tokens + block, cache_dtype=cache_dtype
+    )
+    keeper = RoomKeeper(rooms, block, loop)
     share = share_prompts(
         target,
         prompts=division.prompts_a_shard,
-        width=prompts.tokens.shape[1],
+        width=width,
         samples=samples,
         waiting=int(waiting.waiting.sum()),
         cache_dtype=cache_dtype,
@@ -199,7 +202,8 @@ def decode(
         keyed,
         prompt_of_row,
         room=keeper.room,
-        capacity=prompts.tokens.shape[1] + rooms[-1].new,
+        prompt_slots=width,
+        capacity=width + rooms[-1].new,
         cache_dtype=jnp.dtype(cache_dtype).name,
         share=share,
         keep_prompts=bool(waiting.waiting.any()),

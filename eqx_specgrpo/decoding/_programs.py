@@ -12,10 +12,10 @@ from jaxtyping import DTypeLike, PyTree
 
 from ..drafts import AbstractDraft
 from ..layout import ROWS, WHOLE, AbstractDeviceMesh, Layout, OneDevice
-from ..models import AbstractLanguageModel, Program, caches_can_grow, default_cache_dtype
+from ..models import AbstractLanguageModel, Program, default_cache_dtype
 from ..sampling import AbstractSampling
 from ._prompts import share_prompts
-from ._room import room_ladder
+from ._room import prompt_slots, rooms_for
 from ._row_programs import keep_rows, prefill
 from ._segment import AbstractSegmentLoop, default_loop, run_segment
 from ._verify import AbstractVerifier
@@ -71,11 +71,12 @@ def decode_programs(
     target, draft = eqx.filter_eval_shape(lambda: (target, draft))
     copies = [lying(one, mesh.specs(one, Layout.COPY)) for one in (target, draft)]
     modules = (*copies, lying(verifier, WHOLE), lying(sampling, WHOLE), ints(WHOLE, 1))
-    ladder = room_ladder(prompt_length, target.max_length, can_grow=caches_can_grow(target))
+    slots = prompt_slots(target, prompt_length)
+    ladder = rooms_for(target, rows=rows // mesh.data, width=slots, most=target.max_length, cache_dtype=cache_dtype)
     room = next((room for room in ladder if room.new >= new_tokens + draft.max_length + 1), ladder[-1])
     key = lying(eqx.filter_eval_shape(jr.key, 0), WHOLE)
     share = share_prompts(
-        target, prompts=prompts // mesh.data, width=prompt_length, samples=samples, waiting=0, cache_dtype=cache_dtype
+        target, prompts=prompts // mesh.data, width=slots, samples=samples, waiting=0, cache_dtype=cache_dtype
     )
     begin = Program(
         "prefill",
@@ -83,7 +84,8 @@ def decode_programs(
         (modules, ints(ROWS, prompts, prompt_length), *[ints(ROWS, prompts)] * 2, key, *[ints(ROWS, rows)] * 2),
         dict(
             room=room,
-            capacity=ladder[-1].whole,
+            prompt_slots=slots,
+            capacity=slots + ladder[-1].new,
             cache_dtype=jnp.dtype(cache_dtype).name,
             share=share,
             keep_prompts=False,

@@ -1,4 +1,5 @@
-"""How much room rows have: what they have come to asks for, in steps of a ladder, and not what they may become."""
+"""How much room rows and their prompts have: few sizes, since each is a set of programs, and where room is dear what
+rows have come to asks for, and not what they may become."""
 
 import dataclasses
 from typing import NamedTuple, cast
@@ -6,11 +7,11 @@ from typing import NamedTuple, cast
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, DTypeLike
 
 from ..drafts import AbstractDraft
 from ..layout import ROWS, WHOLE, AbstractDeviceMesh, OneDevice
-from ..models import KVCache
+from ..models import AbstractLanguageModel, KVCache, caches_can_grow, platform_of
 from ._length import SegmentPlan
 from ._segment import AbstractSegmentLoop
 from ._state import DecodeState
@@ -20,6 +21,8 @@ _SMALLEST = 512
 # Slots of a cache that is not the longest come in so many: it is then read in the same pieces as the longest one, and
 # sums are rounded alike.
 _SLOTS = 128
+# On a CPU, where a round reads only what is filled, rows whose caches take no more bytes have all their room at once.
+_CHEAP = 1 << 30
 # A segment of fewer rounds is not worth a look of the host: rather grow.
 _FEWEST_ROUNDS = 8
 
@@ -57,6 +60,36 @@ def room_ladder(width: int, most: int, *, can_grow: bool = True, smallest: int |
         new = 2 * (new - smallest // 4)
     # Not fewer slots than those before, which were rounded up.
     return (*rooms, Room(most, max(width + most, rooms[-1].whole if rooms else 0)))
+
+
+def rooms_for(
+    target: AbstractLanguageModel, *, rows: int, width: int, most: int, cache_dtype: DTypeLike
+) -> tuple[Room, ...]:
+    """The rooms of `room_ladder` for a target: one where the target's caches can't grow, or need not.
+
+    **Arguments:**
+
+    - `rows`: of a shard.
+    - `width`: slots of a prompt, see `prompt_slots`.
+    - `most`: new tokens of the longest row, and a block.
+    """
+    if not caches_can_grow(target):
+        return room_ladder(width, most, can_grow=False)
+    caches = eqx.filter_eval_shape(target.init_cache, rows, width + most, cache_dtype)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
+    return room_ladder(width, most, can_grow=platform_of(target) != "cpu" or size > _CHEAP)
+
+
+def prompt_slots(target: AbstractLanguageModel, width: int) -> int:
+    """How many slots of a cache padded prompts have. On a CPU these are 128, 512, 2,048 and so on, or as many as needed
+    up to 64: slots that are not filled cost nothing, and each number of slots is a set of programs. Elsewhere all slots
+    are read."""
+    if width <= 64 or platform_of(target) != "cpu":
+        return width
+    slots = _SLOTS
+    while slots < width:
+        slots *= 4
+    return slots
 
 
 class RoomKeeper:

@@ -31,6 +31,7 @@ def prefill(
     cache_dtype: str,
     share: bool,
     keep_prompts: bool,
+    prompt_slots: int | None = None,
     mesh: AbstractDeviceMesh = OneDevice(),
 ) -> tuple[DecodeState, AbstractPromptStore, PromptState | None]:
     """The prompts' pass and the first rows; for rows that have to wait, the prompts are kept.
@@ -39,12 +40,14 @@ def prefill(
 
     - `row_ids`: that random numbers derive from.
     - `prompt_of_row`: counted from the first prompt of the row's shard.
+    - `prompt_slots`: of a cache that holds prompts alone; by default as many as they are padded to.
     """
     dtype = jnp.dtype(cache_dtype)
 
     def of_shard(modules, key, tokens, lengths, limits, row_ids, prompt_of_row):
+        slots = (prompt_slots or tokens.shape[1]) if share else room.whole
         prompt_state = prompt_pass(
-            modules[0], modules[1], tokens, lengths, limits, room.new, room.whole, capacity, dtype, share=share
+            modules[0], modules[1], tokens, lengths, limits, room.new, room.whole, slots, capacity, dtype
         )
         if share:
             store = PromptsOnce(cast(tuple[KVCache, ...], prompt_state.cache), lengths)

@@ -46,26 +46,25 @@ def prompt_pass(
     lengths: Int[Array, " prompts"],
     limits: Int[Array, " prompts"],
     new: int,
+    whole: int,
     slots: int,
     capacity: int,
     cache_dtype: DTypeLike,
-    *,
-    share: bool,
 ) -> PromptState:
     """The target's pass over the right-padded prompts, long ones a piece at a time.
 
     **Arguments:**
 
     - `new`: positions of a row behind its prompt that there is room for at first.
-    - `slots`: positions in all that there is room for at first.
+    - `whole`: positions in all that there is room for at first.
+    - `slots`: of the target's caches: as many, or fewer where rows share what is in them.
     - `capacity`: positions that a row may come to.
-    - `share`: whether prompts stay where they are, or are copied into every row.
     """
-    num_prompts, width = tokens.shape
-    cache = target.init_cache(num_prompts, width if share else slots, cache_dtype)
+    num_prompts, _ = tokens.shape
+    cache = target.init_cache(num_prompts, slots, cache_dtype)
     features, cache = fill_cache(target, tokens, cache, layers=draft.layers)
     last = jnp.take_along_axis(features.last, (lengths - 1)[:, None, None], axis=1)
-    draft_state = draft.begin(target, features, tokens, lengths, capacity, slots)
+    draft_state = draft.begin(target, features, tokens, lengths, capacity, whole)
     return PromptState(
         lengths, limits, target.unembed(last)[:, 0], cache, draft_state, jnp.zeros((num_prompts, new), jnp.int32)
     )

@@ -119,10 +119,11 @@ def make_update_batch(
     - `advantages`: one per row.
     - `mask_truncated_completions`: leave completions that were cut off at the length limit out of the loss (DAPO's
         overlong filtering).
-    - `multiple_of`: the width of completions is rounded up to a multiple of this, so that few shapes are compiled.
+    - `multiple_of`: the width of completions is rounded up to a multiple of this, and to a width of `padded_width`, so
+        that few shapes are compiled.
     """
     rows, limit = rollouts.tokens.shape
-    new = min(-(-int(rollouts.lengths.max()) // multiple_of) * multiple_of, limit)
+    new = min(padded_width(-(-int(rollouts.lengths.max()) // multiple_of) * multiple_of), limit)
     prompts = rollouts.prompts
     width = prompts.tokens.shape[1]
     tokens = np.zeros((rows, width + new), np.int32)

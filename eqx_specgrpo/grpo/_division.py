@@ -4,8 +4,9 @@ import dataclasses
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from ..layout import ROWS, AbstractDeviceMesh
 from ..models import Features
@@ -85,13 +86,14 @@ class RowFeatures(eqx.Module):
 
     @staticmethod
     def of_parts(
-        parts: list[Features], divided: list[Int[np.ndarray, "shards part"]], mesh: AbstractDeviceMesh
+        parts: list[Features], divided: list[Int[np.ndarray, "shards part"]], width: int, mesh: AbstractDeviceMesh
     ) -> "RowFeatures":
-        """Of micro-batches, and how the rows of each were divided."""
+        """Of micro-batches, and how the rows of each were divided. All are padded to a width, that of the whole batch's
+        sequences: here, since a program that computes them would have to be compiled for each such width."""
         rows = np.concatenate(divided, axis=1).reshape(-1)
         slots = np.zeros(int((rows >= 0).sum()), np.int32)
         slots[rows[rows >= 0]] = np.nonzero(rows >= 0)[0]
-        return RowFeatures(_joined(parts, mesh), slots, mesh)
+        return RowFeatures(_joined(parts, width, mesh), slots, mesh)
 
     @property
     def num_slots(self) -> int:
@@ -107,8 +109,11 @@ class RowFeatures(eqx.Module):
 
 
 @eqx.filter_jit
-def _joined(parts: list[Features], mesh: AbstractDeviceMesh) -> Features:
+def _joined(parts: list[Features], width: int, mesh: AbstractDeviceMesh) -> Features:
+    def padded(x: Float[Array, "rows seq hidden"]) -> Float[Array, "rows width hidden"]:
+        return jnp.pad(x, ((0, 0), (0, width - x.shape[1]), (0, 0)))
+
     def of_shard(*parts: Features) -> Features:
-        return jax.tree.map(lambda *xs: jax.numpy.concatenate(xs), *parts)
+        return jax.tree.map(lambda *xs: jnp.concatenate([padded(x) for x in xs]), *parts)
 
     return mesh.by_shard(of_shard, (ROWS,) * len(parts), ROWS)(*parts)

@@ -174,7 +174,6 @@ def policy_gradients(
     normalizer: LossNormalizer,
     settings: LossSettings,
     *,
-    feature_width: int | None = None,
     adapters: Adapters | None = None,
     mesh: AbstractDeviceMesh = OneDevice(),
 ) -> tuple[PolicyGradients, Features]:
@@ -192,8 +191,6 @@ def policy_gradients(
     - `batch`: the micro-batch; on a mesh from [`eqx_specgrpo.grpo.batch_of_shards`][].
     - `normalizer`: counts of the whole step.
     - `settings`: of the loss.
-    - `feature_width`: the features are padded to as many positions, so that those of micro-batches of unequal width can
-        be put together.
     - `adapters`: those that were merged into `model`. Then the gradients are by them, and by nothing else.
     - `mesh`: that the model is laid out on.
 
@@ -219,7 +216,7 @@ def policy_gradients(
             mesh, lambda model: _loss(model, batch, normalizer, settings), policy, specs, is_trained
         )
         sums = mesh.total(loss), _total(metrics, mesh), mesh.total(entropy_sum)
-        return gradients, sums, _padded(features, feature_width)
+        return gradients, sums, features
 
     gradients, sums, features = mesh.by_shard(of_shard, (specs, ROWS, WHOLE, WHOLE), (of_trained, WHOLE, ROWS))(
         policy, batch, normalizer, settings
@@ -237,7 +234,6 @@ def policy_forward(
     normalizer: LossNormalizer,
     settings: LossSettings,
     *,
-    feature_width: int | None = None,
     mesh: AbstractDeviceMesh = OneDevice(),
 ) -> tuple[PolicyGradients, Features]:
     """As `policy_gradients`, for a micro-batch whose gradients are known to be 0
@@ -249,7 +245,7 @@ def policy_forward(
         normalizer = _of_own_tokens(normalizer, batch, mesh)
         loss, (metrics, entropy_sum, features) = _loss(at_use(mesh, model, specs), batch, normalizer, settings)
         sums = mesh.total(loss), _total(metrics, mesh), mesh.total(entropy_sum)
-        return sums, _padded(features, feature_width)
+        return sums, features
 
     sums, features = mesh.by_shard(of_shard, (specs, ROWS, WHOLE, WHOLE), (WHOLE, ROWS))(
         model, batch, normalizer, settings
@@ -303,12 +299,6 @@ def _loss(
     )
     entropy_sum = lax.stop_gradient(jnp.sum(jnp.where(batch.completion_mask, entropies, 0.0)))
     return loss, (metrics, entropy_sum, lax.stop_gradient(features))
-
-
-def _padded(features: Features, width: int | None) -> Features:
-    if width is None:
-        return features
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, width - x.shape[1]), (0, 0))), features)
 
 
 @eqx.filter_jit

@@ -5,6 +5,7 @@ A cache is made for the longest that a row may become, and most of the time it h
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -103,19 +104,51 @@ def attend_to_filled(
     - `sliding_window`: how many positions a query sees, its own included; `None` for all.
     - `softcap`: what scores are capped at, smoothly; `None` for no cap.
     """
-    attend = partial(_attend_in_pieces, sliding_window=sliding_window, softcap=softcap)
+
+    def add(start, keys, part, is_new, sums):
+        place = (start + jnp.arange(part.shape[2], dtype=positions.dtype))[None]
+        mask = causal_mask(positions, place, sliding_window) & is_new(place)[:, None]
+
+        def mix(weights):
+            return jnp.einsum("bkqs,bksd->bkqd", weights.astype(part.dtype), part, preferred_element_type=jnp.float32)
+
+        scores = jnp.einsum("bkqd,bkds->bkqs", folded_queries, keys, preferred_element_type=jnp.float32)
+        return sums.add(soft_capped(scores, softcap), mask, mix)
+
+    first = 0 if sliding_window is None else jnp.maximum(jnp.min(positions) - sliding_window + 1, 0)
+    filled = first, jnp.max(positions) + 1
+    return over_filled(add, before, transposed_keys, values, filled, positions.shape[1])
+
+
+def over_filled(
+    add: Callable[[Any, Array, Array, Callable[[Array], Array], PartialAttention], PartialAttention],
+    before: PartialAttention,
+    transposed_keys: Float[Array, "stored kv_heads head_dim slots"],
+    values: Float[Array, "stored kv_heads slots head_dim"],
+    filled: tuple[Any, Int[Array, ""]],
+    seq: int,
+) -> PartialAttention:
+    """Adds a cache piece by piece: on CPU those that are filled, elsewhere all slots at once; see `attend_to_filled`.
+
+    **Arguments:**
+
+    - `add`: adds a piece to the sums. Its arguments are the first slot of the piece, its keys and its values, which
+        slots were not in an earlier piece, and the sums.
+    - `filled`: the first slot that is asked for, and the one after the last.
+    - `seq`: positions of the block of queries.
+    """
+    in_pieces = partial(_over_pieces, add)
     slots = values.shape[2]
-    piece = _piece_length(positions.shape[1], slots)
+    piece = _piece_length(seq, slots)
     if piece >= slots:
-        return attend(before, folded_queries, transposed_keys, values, positions, piece=slots)
+        return in_pieces(before, transposed_keys, values, *filled, piece=slots)
     return lax.platform_dependent(
         before,
-        folded_queries,
         transposed_keys,
         values,
-        positions,
-        cpu=partial(attend, piece=piece),
-        default=partial(attend, piece=slots),
+        *filled,
+        cpu=partial(in_pieces, piece=piece),
+        default=partial(in_pieces, piece=slots),
     )
 
 
@@ -129,24 +162,16 @@ def _piece_length(seq: int, slots: int) -> int:
     return slots if slots <= _SHORT_CACHE else max(128, min(seq, 512))
 
 
-def _attend_in_pieces(before, folded_queries, transposed_keys, values, positions, *, sliding_window, softcap, piece):
+def _over_pieces(add, before, transposed_keys, values, first, end, *, piece):
     slots = values.shape[2]
 
-    def add(index, sums):
+    def one(index, sums):
         # The last piece begins earlier where it would not fit, and what was counted already is masked.
         start = jnp.minimum(index * piece, slots - piece)
         keys = lax.dynamic_slice_in_dim(transposed_keys, start, piece, axis=3)
         part = lax.dynamic_slice_in_dim(values, start, piece, axis=2)
-        place = (start + jnp.arange(piece, dtype=positions.dtype))[None]
-        mask = causal_mask(positions, place, sliding_window) & (place >= index * piece)[:, None]
-
-        def mix(weights):
-            return jnp.einsum("bkqs,bksd->bkqd", weights.astype(part.dtype), part, preferred_element_type=jnp.float32)
-
-        scores = jnp.einsum("bkqd,bkds->bkqs", folded_queries, keys, preferred_element_type=jnp.float32)
-        return sums.add(soft_capped(scores, softcap), mask, mix)
+        return add(start, keys, part, lambda place: place >= index * piece, sums)
 
     if piece == slots:
-        return add(0, before)
-    first = 0 if sliding_window is None else jnp.maximum(jnp.min(positions) - sliding_window + 1, 0) // piece
-    return lax.fori_loop(first, jnp.max(positions) // piece + 1, add, before)
+        return add(0, transposed_keys, values, lambda place: place >= 0, before)
+    return lax.fori_loop(first // piece, (end - 1) // piece + 1, one, before)

@@ -5,7 +5,7 @@ from jaxtyping import Array, Int
 
 from ._attention import causal_mask, fold_queries, soft_capped, unfold_heads
 from ._cache import AbstractLayerCache, KVCache, write_rows
-from ._partial_attention import PartialAttention
+from ._partial_attention import PartialAttention, over_filled
 
 
 class SharedPromptCache(AbstractLayerCache):
@@ -31,7 +31,7 @@ class SharedPromptCache(AbstractLayerCache):
 
     def attend(self, queries, keys, values, positions, sliding_window, softcap=None):
         batch, kv_heads, seq, _ = keys.shape
-        num_prompts, _, width, _ = self.prompts.values.shape
+        num_prompts = self.prompts.values.shape[0]
         samples = batch // num_prompts
         starts = jnp.repeat(self.lengths, samples, total_repeat_length=batch)[:, None]
         folded = fold_queries(queries, kv_heads).astype(self.prompts.values.dtype)
@@ -46,15 +46,22 @@ class SharedPromptCache(AbstractLayerCache):
             x = x.reshape(num_prompts, kv_heads, samples, queries_of, -1).transpose(0, 2, 1, 3, 4)
             return x.reshape(batch, kv_heads, queries_of, -1)
 
-        def mix(weights):
-            weights = by_prompt(weights.astype(self.prompts.values.dtype))
-            return by_row(_product("pkqs,pksd->pkqd", weights, self.prompts.values))
+        queries_by_prompt = by_prompt(folded)
 
-        place = jnp.arange(width, dtype=positions.dtype)[None]
-        in_prompt = jnp.where(place < starts, place, jnp.iinfo(positions.dtype).max)
-        scores = by_row(_product("pkqd,pkds->pkqs", by_prompt(folded), self.prompts.transposed_keys))
-        scores = soft_capped(scores, softcap)
-        sums = PartialAttention.of_nothing(folded).add(scores, causal_mask(positions, in_prompt, sliding_window), mix)
+        def add(start, keys, part, is_new, sums):
+            place = (start + jnp.arange(part.shape[2], dtype=positions.dtype))[None]
+            in_prompt = jnp.where((place < starts) & is_new(place), place, jnp.iinfo(positions.dtype).max)
+
+            def mix(weights):
+                return by_row(_product("pkqs,pksd->pkqd", by_prompt(weights.astype(part.dtype)), part))
+
+            scores = soft_capped(by_row(_product("pkqd,pkds->pkqs", queries_by_prompt, keys)), softcap)
+            return sums.add(scores, causal_mask(positions, in_prompt, sliding_window), mix)
+
+        first = 0 if sliding_window is None else jnp.maximum(jnp.min(positions) - sliding_window + 1, 0)
+        filled = first, jnp.max(self.lengths)
+        before = PartialAttention.of_nothing(folded)
+        sums = over_filled(add, before, self.prompts.transposed_keys, self.prompts.values, filled, seq)
         # A row's own slots are counted from its prompt's end.
         rows = self.rows.write(keys, values, positions - starts)
         sums = rows.attend_on(sums, folded, positions - starts, sliding_window, softcap)

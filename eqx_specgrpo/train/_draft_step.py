@@ -168,7 +168,7 @@ def features_of(
     """
     divided = divide_rows(np.arange(len(batch.tokens)), mesh.data)
     own = mesh.put(batch if mesh.data == 1 else batch_of_shards(batch, divided), ROWS)
-    return RowFeatures.of_parts([_features(target, own, layers, mesh)], [divided], mesh)
+    return RowFeatures.of_parts([_features(target, own, layers, mesh)], [divided], batch.tokens.shape[1], mesh)
 
 
 @eqx.filter_jit

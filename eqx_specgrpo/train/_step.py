@@ -210,12 +210,10 @@ def update_policy(
             rows = mesh.put(batch_of_shards(batch, of_shards, micro.width), ROWS)
             if micro.has_gradient:
                 part, part_features = policy_gradients(
-                    weights, rows, normalizer, settings, feature_width=width, adapters=adapters, mesh=mesh
+                    weights, rows, normalizer, settings, adapters=adapters, mesh=mesh
                 )
             else:
-                part, part_features = policy_forward(
-                    weights, rows, normalizer, settings, feature_width=width, mesh=mesh
-                )
+                part, part_features = policy_forward(weights, rows, normalizer, settings, mesh=mesh)
             total = part if total is None else total + part
             features.append(part_features)
         assert total is not None
@@ -244,7 +242,7 @@ def update_policy(
     metrics |= given
     metrics["learning_rate"] = learning_rate
     assert weights is not None
-    features = RowFeatures.of_parts(features, divided, mesh)
+    features = RowFeatures.of_parts(features, divided, width, mesh)
     return PolicyUpdate(policy, optimizer_state, weights, features, batch, metrics, entropy)
 
 

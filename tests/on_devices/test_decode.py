@@ -146,6 +146,7 @@ def test_rows_are_left_out_and_let_in_where_they_are(plain):
 
 def test_caches_grow_by_shard(monkeypatch):
     monkeypatch.setattr(room_module, "_SMALLEST", 48)
+    monkeypatch.setattr(room_module, "_CHEAP", 0)
     heads, options = DRAFTS["medusa"][0], dict(max_new_tokens=110, eos_ids=(), samples=2)
     grown = sampled(DATA, heads, **options)
     monkeypatch.setattr(room_module, "_SMALLEST", 512)

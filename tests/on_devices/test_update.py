@@ -78,18 +78,21 @@ def test_gradients_are_those_of_one_device(devices, model, loss, checkpointing):
     batch, mesh = batch_of(), make_mesh(model, jax.devices()[:devices])
     normalizer = LossNormalizer.from_mask(batch.completion_mask, NEW)
     settings = LossSettings(loss=loss, chunk=8, layers=(0,), gradient_checkpointing=checkpointing)
-    expected, features = policy_gradients(MODEL, batch, normalizer, settings, feature_width=20)
+    expected, features = policy_gradients(MODEL, batch, normalizer, settings)
 
     weights = compute_copy(mesh.lay_out(MODEL, Layout.MASTER), "float32", mesh)
     divided = divide_rows(np.arange(ROWS), mesh.data)
     own = batch_of_shards(batch, divided)
-    found, of_shards = policy_gradients(weights, own, normalizer, settings, feature_width=20, mesh=mesh)
+    found, of_shards = policy_gradients(weights, own, normalizer, settings, mesh=mesh)
     close(found, expected)
     placed = mesh.lay_out(expected.gradients, Layout.MASTER)
     assert jax.tree.map(lambda x: x.sharding.spec, found.gradients) == jax.tree.map(lambda x: x.sharding.spec, placed)
 
-    rows = RowFeatures.of_parts([of_shards], [divided], mesh)
-    close(jax.tree.map(lambda x: np.asarray(x)[rows.slots], rows.features), features)
+    seq = batch.tokens.shape[1]
+    rows = RowFeatures.of_parts([of_shards], [divided], seq + 3, mesh)
+    in_order = jax.tree.map(lambda x: np.asarray(x)[rows.slots], rows.features)
+    close(jax.tree.map(lambda x: x[:, :seq], in_order), features)
+    assert not any(x[:, seq:].any() or x.shape[1] != seq + 3 for x in jax.tree.leaves(in_order))
 
 
 def collectives(text: str) -> list[tuple[str, tuple[int, ...]]]:
