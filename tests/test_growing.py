@@ -28,7 +28,7 @@ from eqx_specgrpo.decoding import (
     _row_programs as row_programs,
     decode,
 )
-from eqx_specgrpo.decoding._room import Room, RoomKeeper, prompt_slots, room_ladder, rooms_for
+from eqx_specgrpo.decoding._room import Room, RoomKeeper, room_ladder, rooms_for
 from eqx_specgrpo.decoding._segment import run_segment
 from eqx_specgrpo.drafts import (
     EagleDraft,
@@ -205,15 +205,17 @@ def test_on_a_cpu_prompts_have_few_sizes_and_small_caches_one(platform, monkeypa
     target = tiny_transformer(max_position_embeddings=9000)
     monkeypatch.setattr(room_module, "platform_of", lambda tree: platform)
     widths = [32, 64, 96, 128, 192, 512, 768, 3072]
-    slots = [prompt_slots(target, width) for width in widths]
+    rows, most, width = 4, 2000, 192
+    sizes = dict(rows=rows, most=most, cache_dtype="float32")
+    slots = [rooms_for(target, width=width, **sizes)[0] for width in widths]
     assert slots == ([32, 64, 128, 128, 512, 512, 2048, 8192] if platform == "cpu" else widths)
-    rows, most, width = 4, 2000, 128
-    of_row = 2 * target.config.num_layers * target.config.num_kv_heads * target.config.head_dim * 4 * (width + most)
-    sizes = dict(rows=rows, width=width, most=most, cache_dtype="float32")
-    monkeypatch.setattr(room_module, "_CHEAP", rows * of_row)
-    assert rooms_for(target, **sizes) == room_ladder(width, most, can_grow=platform == "gpu")
-    monkeypatch.setattr(room_module, "_CHEAP", rows * of_row - 1)
-    assert rooms_for(target, **sizes) == room_ladder(width, most) and len(room_ladder(width, most)) > 2
+    config = target.config
+    size = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4 * rows * (512 + most)
+    monkeypatch.setattr(room_module, "_CHEAP", size)
+    few, grows = (512, room_ladder(512, most, can_grow=False)), (width, room_ladder(width, most))
+    assert rooms_for(target, width=width, **sizes) == (few if platform == "cpu" else grows)
+    monkeypatch.setattr(room_module, "_CHEAP", size - 1)
+    assert rooms_for(target, width=width, **sizes) == grows and len(grows[1]) > 2
 
 
 def test_prompts_of_another_width_run_the_same_segments():
@@ -225,7 +227,7 @@ def test_prompts_of_another_width_run_the_same_segments():
         prompts = Prompts(tokens, np.array([width - 5, width // 2], np.int32))
         with pytest.MonkeyPatch.context() as patch:
             if own_slots:
-                patch.setattr(decode_module, "prompt_slots", lambda target, width: width)
+                patch.setattr(room_module, "_CHEAP", 0)
             heads = randomise(MedusaHeads.fresh(16, 2), 1, 0.1)
             return decode(
                 target, prompts, draft=heads, length=FixedLength(2), verifier=Coupled(), key=jr.key(1),

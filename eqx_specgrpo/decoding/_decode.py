@@ -26,7 +26,7 @@ from ._greedy_match import GreedyMatch
 from ._length import AbstractLengthController, FixedLength, SegmentObservation
 from ._output import Output
 from ._prompts import PromptsInRows, share_prompts
-from ._room import RoomKeeper, grown, prompt_slots, rooms_for
+from ._room import RoomKeeper, grown, rooms_for
 from ._row_programs import admit, keep_rows, prefill
 from ._segment import AbstractSegmentLoop, SegmentQueue, default_loop
 from ._shards import Admission, Division, ShardQueues
@@ -175,9 +175,12 @@ def decode(
     waiting = ShardQueues(division, expected_lengths, len(prompts.lengths), samples)
     output = Output(division.with_fillers, max_new_tokens, draft.max_length, mesh)
     row_ids = waiting.first(max_rows, output.lengths, output.ended).reshape(-1)
-    width = prompt_slots(target, prompts.tokens.shape[1])
-    rooms = rooms_for(
-        target, rows=len(row_ids) // mesh.data, width=width, most=max_new_tokens + block, cache_dtype=cache_dtype
+    width, rooms = rooms_for(
+        target,
+        rows=len(row_ids) // mesh.data,
+        width=prompts.tokens.shape[1],
+        most=max_new_tokens + block,
+        cache_dtype=cache_dtype,
     )
     keeper = RoomKeeper(rooms, block, loop)
     share = share_prompts(

@@ -15,7 +15,7 @@ from ..layout import ROWS, WHOLE, AbstractDeviceMesh, Layout, OneDevice
 from ..models import AbstractLanguageModel, Program, default_cache_dtype
 from ..sampling import AbstractSampling
 from ._prompts import share_prompts
-from ._room import prompt_slots, rooms_for
+from ._room import rooms_for
 from ._row_programs import keep_rows, prefill
 from ._segment import AbstractSegmentLoop, default_loop, run_segment
 from ._verify import AbstractVerifier
@@ -71,8 +71,9 @@ def decode_programs(
     target, draft = eqx.filter_eval_shape(lambda: (target, draft))
     copies = [lying(one, mesh.specs(one, Layout.COPY)) for one in (target, draft)]
     modules = (*copies, lying(verifier, WHOLE), lying(sampling, WHOLE), ints(WHOLE, 1))
-    slots = prompt_slots(target, prompt_length)
-    ladder = rooms_for(target, rows=rows // mesh.data, width=slots, most=target.max_length, cache_dtype=cache_dtype)
+    slots, ladder = rooms_for(
+        target, rows=rows // mesh.data, width=prompt_length, most=target.max_length, cache_dtype=cache_dtype
+    )
     room = next((room for room in ladder if room.new >= new_tokens + draft.max_length + 1), ladder[-1])
     key = lying(eqx.filter_eval_shape(jr.key, 0), WHOLE)
     share = share_prompts(

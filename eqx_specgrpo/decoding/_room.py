@@ -21,8 +21,8 @@ _SMALLEST = 512
 # Slots of a cache that is not the longest come in so many: it is then read in the same pieces as the longest one, and
 # sums are rounded alike.
 _SLOTS = 128
-# On a CPU, where a round reads only what is filled, rows whose caches take no more bytes have all their room at once.
-_CHEAP = 1 << 30
+# Caches of a shard that take no more bytes are small.
+_CHEAP = 2 << 30
 # A segment of fewer rounds is not worth a look of the host: rather grow.
 _FEWEST_ROUNDS = 8
 
@@ -64,32 +64,30 @@ def room_ladder(width: int, most: int, *, can_grow: bool = True, smallest: int |
 
 def rooms_for(
     target: AbstractLanguageModel, *, rows: int, width: int, most: int, cache_dtype: DTypeLike
-) -> tuple[Room, ...]:
-    """The rooms of `room_ladder` for a target: one where the target's caches can't grow, or need not.
+) -> tuple[int, tuple[Room, ...]]:
+    """How many slots of a cache padded prompts have, and the rooms of `room_ladder` behind them.
+
+    Each is a set of programs. So on a CPU, where slots that are not filled cost nothing but memory, small caches have
+    128, 512, 2,048 and so on slots for prompts, or as many as needed up to 64, and one room.
 
     **Arguments:**
 
     - `rows`: of a shard.
-    - `width`: slots of a prompt, see `prompt_slots`.
+    - `width`: of the padded prompts.
     - `most`: new tokens of the longest row, and a block.
     """
     if not caches_can_grow(target):
-        return room_ladder(width, most, can_grow=False)
-    caches = eqx.filter_eval_shape(target.init_cache, rows, width + most, cache_dtype)
+        return width, room_ladder(width, most, can_grow=False)
+    slots = width
+    if width > 64:
+        slots = _SLOTS
+        while slots < width:
+            slots *= 4
+    caches = eqx.filter_eval_shape(target.init_cache, rows, slots + most, cache_dtype)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
-    return room_ladder(width, most, can_grow=platform_of(target) != "cpu" or size > _CHEAP)
-
-
-def prompt_slots(target: AbstractLanguageModel, width: int) -> int:
-    """How many slots of a cache padded prompts have. On a CPU these are 128, 512, 2,048 and so on, or as many as needed
-    up to 64: slots that are not filled cost nothing, and each number of slots is a set of programs. Elsewhere all slots
-    are read."""
-    if width <= 64 or platform_of(target) != "cpu":
-        return width
-    slots = _SLOTS
-    while slots < width:
-        slots *= 4
-    return slots
+    if platform_of(target) == "cpu" and size <= _CHEAP:
+        return slots, room_ladder(slots, most, can_grow=False)
+    return width, room_ladder(width, most)
 
 
 class RoomKeeper:
