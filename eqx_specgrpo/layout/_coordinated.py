@@ -137,8 +137,11 @@ class ManyProcesses(AbstractProcesses):
     def _check_failed(self, seconds: float) -> None:
         """Raises for a process that has failed so many seconds ago or more, or is gone."""
         now, told = time.monotonic(), self.told(_FAILED)
-        excused = {index for index in told if index in self._known or now - self._heard.get(index, now) < seconds}
-        failed = {index: why for index, why in told.items() if index not in excused}
+        failed = {
+            index: why
+            for index, why in told.items()
+            if index not in self._known and now - self._heard.get(index, now) >= seconds
+        }
         for index, why in {**failed, **self._gone}.items():
             if index != self._index:
                 self._known.add(index)
@@ -182,7 +185,7 @@ class ManyProcesses(AbstractProcesses):
         try:
             return self._store.get(key, _WAIT)
         except Exception:
-            self.check()
+            self._check_waiting()
             time.sleep(_WAIT)  # the watch finds out whether the service can be reached
             return None
 
