@@ -15,21 +15,24 @@ its end is not made again. `long_runs.json` and `long_runs.md` are written after
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.random as jr
+import numpy as np
 from many_sums import write_task
 from rich.console import Console
+from scipy.optimize import nnls
 
 from eqx_specgrpo.bench import whole_numbers
 from eqx_specgrpo.config import load_config
-from eqx_specgrpo.decoding import FixedLength, SegmentObservation, decode
+from eqx_specgrpo.decoding import FixedLength, SegmentObservation, decode, plain_seconds
 from eqx_specgrpo.grpo import compute_copy
 from eqx_specgrpo.records import machine, read_records
 from eqx_specgrpo.runtime import keep_freed_memory
@@ -240,7 +243,48 @@ def account(folder: Path) -> dict[str, Any]:
     families = ("spec/seconds", "draft/seconds", "draft/lessons", "spec/acceptance_length", "completions/max_length")
     families += ("spec/rounds", "spec/kinds")
     lines = [{k: v for k, v in step.items() if k in kept or k.startswith(families)} for step in steps]
+    for line in lines:
+        line["lengths"] = []
+    places = {step["step"]: place for place, step in enumerate(steps)}
+    for completion in read_records(folder / "completions.jsonl"):
+        lines[places[completion["step"]]]["lengths"].append(completion["length"])
     return {"seconds": seconds, "compiling": compiling, "steps": lines}
+
+
+def seconds_of_rounds(step: Mapping[str, Any], rows: int) -> float:
+    return step.get(f"spec/seconds_rows_{rows}", 0.0)
+
+
+def plain_rounds(arm: Mapping[str, Any]) -> Callable[[int, float], float]:
+    """What a round of plain decoding takes in this arm, by rows and context: a constant and a slope for each size of
+    the batch, by least squares over its steps. How many rounds of which size a step had follows from its lengths."""
+
+    def rounds_with(lengths: Sequence[int], size: int) -> tuple[float, float]:
+        array = np.asarray(lengths)
+        rounds = plain_seconds(array, 1, lambda rows, _: float(rows == size))
+        return rounds, plain_seconds(array, 1, lambda rows, context: context * (rows == size))
+
+    fits = {}
+    for size in (2**power for power in range(10)):
+        seen = [(*rounds_with(step["lengths"], size), seconds_of_rounds(step, size)) for step in arm["steps"]]
+        rounds = np.array([one for one in seen if one[0] > 0 and one[2] > 0]).reshape(-1, 3)
+        if len(rounds) > 0:
+            weights = 1 / np.sqrt(rounds[:, :1])
+            fits[size] = nnls(rounds[:, :2] * weights, rounds[:, 2] * weights[:, 0])[0]
+
+    def cost(rows: int, context: float) -> float:
+        constant, slope = fits[min(fits, key=lambda size: abs(math.log(size / rows)))]
+        return float(constant + slope * context)
+
+    return cost
+
+
+def same_completions(plain: Mapping[str, Any], speculative: Mapping[str, Any]) -> tuple[float, float]:
+    """Seconds of rounds for the completions of the speculative arm: plain ones at the plain arm's costs, and its own,
+    compiling left out. The arms learn from other samples and become other policies: this compares nothing else."""
+    cost, steps = plain_rounds(plain), speculative["steps"]
+    own = sum(seconds_of_rounds(step, 2**power) for step in steps for power in range(10))
+    return sum(plain_seconds(np.asarray(step["lengths"]), 1, cost) for step in steps), own
 
 
 def tokens(arm: Mapping[str, Any], prompts: int) -> float:
@@ -250,9 +294,10 @@ def tokens(arm: Mapping[str, Any], prompts: int) -> float:
 def table(pairs: Sequence[Mapping[str, Any]]) -> str:
     """Seconds in sum, and how many times as fast as plain the speculative arm was."""
     columns = (
-        "policy", "rows", "seed", "rollouts: plain, s", "speculative, s", "ratio", "ratio a token", "lessons, s",
+        "policy", "rows", "seed", "rollouts: plain, s", "speculative, s", "ratio", "ratio a token",
+        "rounds of the same completions", "lessons, s",
         "warm-up, s", "steps: plain, s", "speculative, s", "ratio", "compiling: plain, s", "speculative, s",
-        "saved by its own account, s",
+        "saved by its own account, s", "by the plain arm's rounds, s",
     )  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
     for one in pairs:
@@ -261,13 +306,16 @@ def table(pairs: Sequence[Mapping[str, Any]]) -> str:
         steps = [sum(arm["seconds"][p] for p in ("rollout", "reward", "update", "draft")) for arm in (plain, spec)]
         each = [seconds / tokens(arm, one["prompts"]) for seconds, arm in zip(rollouts, (plain, spec), strict=True)]
         compiling = [sum(arm["compiling"].values()) for arm in (plain, spec)]
+        same = same_completions(plain, spec)
         saved = sum(step.get("draft/seconds_saved", step.get("spec/seconds_saved", 0.0)) for step in spec["steps"])
         cells = (
             f"{one['learned']} steps", f"{one['prompts']} x 8", f"{one['seed']}",
             f"{rollouts[0]:.0f}", f"{rollouts[1]:.0f}", f"{rollouts[0] / rollouts[1]:.2f}",
-            f"{each[0] / each[1]:.2f}", f"{spec['seconds']['draft']:.0f}", f"{spec['seconds']['warm-up']:.0f}",
+            f"{each[0] / each[1]:.2f}", f"{same[0] / same[1]:.2f}",
+            f"{spec['seconds']['draft']:.0f}", f"{spec['seconds']['warm-up']:.0f}",
             f"{steps[0]:.0f}", f"{steps[1]:.0f}", f"{steps[0] / steps[1]:.2f}",
             f"{compiling[0]:.0f}", f"{compiling[1]:.0f}", f"{saved:.0f}",
+            f"{same[0] - same[1]:.0f}",
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *rows_table(pairs), "", *position_table(pairs)]) + "\n"

@@ -25,7 +25,7 @@ class LengthsInTurn(AbstractLengthController[int]):
     def init(self, max_length):
         return 0
 
-    def choose(self, state, rows):
+    def choose(self, state, rows, context):
         return SegmentPlan(self.lengths[state % len(self.lengths)], self.max_rounds)
 
     def update(self, state, observation):
@@ -37,7 +37,7 @@ class LengthsInTurn(AbstractLengthController[int]):
     def with_future(self, state, left):
         return state
 
-    def round_seconds(self, state, rows, length):
+    def round_seconds(self, state, rows, length, context):
         return None
 
     def metrics(self, state):

@@ -252,7 +252,7 @@ class CyclingLength(AbstractLengthController[tuple[int, ...]]):
     def init(self, max_length):
         return (0,)
 
-    def choose(self, state, rows):
+    def choose(self, state, rows, context):
         return SegmentPlan([0, 1, 2, 4][len(self.observations) % 4], max_rounds=1)
 
     def update(self, state, observation):
@@ -265,7 +265,7 @@ class CyclingLength(AbstractLengthController[tuple[int, ...]]):
     def with_future(self, state, left):
         return state
 
-    def round_seconds(self, state, rows, length):
+    def round_seconds(self, state, rows, length, context):
         return None
 
     def metrics(self, state):
@@ -286,6 +286,8 @@ def test_the_draft_length_may_change_from_segment_to_segment(target, heads, plai
         # A segment that compiled a program has no time.
         assert seen.seconds is None or seen.seconds > 0
     assert all(seen.seconds is not None for seen in observations[4:])
+    contexts = [seen.context for seen in observations]
+    assert contexts == sorted(contexts) and 1 <= contexts[0] <= 1.5 and rollouts.lengths.max() >= contexts[-1] > 4
     assert sum(seen.tokens for seen in observations) + 6 == rollouts.lengths.sum()
 
 

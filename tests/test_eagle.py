@@ -261,7 +261,7 @@ class Alternating(AbstractLengthController[int]):
     def init(self, max_length):
         return 0
 
-    def choose(self, state, rows):
+    def choose(self, state, rows, context):
         return SegmentPlan((0, 2, 3)[state % 3], 3)
 
     def update(self, state, observation):
@@ -273,7 +273,7 @@ class Alternating(AbstractLengthController[int]):
     def with_future(self, state, left):
         return state
 
-    def round_seconds(self, state, rows, length):
+    def round_seconds(self, state, rows, length, context):
         return None
 
     def metrics(self, state):

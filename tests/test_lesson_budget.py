@@ -86,7 +86,7 @@ def test_a_warm_up_makes_no_rollouts_for_a_few_updates(warmup, fraction, updates
     assert updates_per_warm_up_lesson(config.draft) == updates
 
 
-def seconds(rows):
+def seconds(rows, context=0.0):
     return {1: 1.0, 2: 1.5, 4: 2.0, 8: 3.0, 16: 5.0}[rows]
 
 
@@ -103,3 +103,18 @@ def test_plain_rounds_where_rows_wait():
     """Two at a time: 5 and 3, then 9 from round 2 on, then 5 from round 4 on, which end in round 10 and 8."""
     assert plain_seconds(np.array([5, 3, 9, 5]), 1, seconds, max_rows=2) == 8 * 1.5 + 2 * 1.0
     assert plain_seconds(np.array([5, 3, 9, 5]), 1, seconds, max_rows=9) == 12.0
+
+
+def test_plain_rounds_are_asked_for_with_the_context_of_the_longest_row():
+    """In the middle of each stretch; a row that waited begins anew."""
+    asked = []
+
+    def seen(rows, context):
+        asked.append((rows, context))
+        return 1.0
+
+    plain_seconds(np.array([5, 3, 9]), 1, seen)
+    assert asked == [(3, 2.0), (2, 4.0), (1, 7.0)]
+    asked.clear()
+    plain_seconds(np.array([5, 3, 9]), 1, seen, max_rows=2)
+    assert asked == [(2, 2.0), (2, 4.0), (1, 6.0)]

@@ -12,8 +12,9 @@ def cost(rows, length):
     return 0.02 + 0.0008 * rows * (1 + length)
 
 
-def segment(rows, length, rounds, pace=1.0, compiling=0.0):
-    seconds = rounds * cost(rows, length) * pace
+def segment(rows, length, rounds, pace=1.0, compiling=0.0, context=0.0, more=0.0):
+    """`more`: seconds of a round that a token of context takes."""
+    seconds = rounds * (cost(rows, length) + more * context) * pace
     accepted = (round(0.8 * rows * rounds), round(0.64 * rows * rounds))[:length]
     return SegmentObservation(
         rows=rows,
@@ -25,6 +26,7 @@ def segment(rows, length, rounds, pace=1.0, compiling=0.0):
         tokens=rows * rounds + sum(accepted),
         compile_seconds=compiling,
         elapsed=seconds + compiling,
+        context=context,
     )
 
 
@@ -61,6 +63,21 @@ def test_it_is_what_plain_rounds_would_have_taken_longer(pace):
     plain = 60 * cost(8, 0) + 60 * cost(4, 0)
     saved = pace * (plain - 24 * cost(8, 2) - 24 * cost(4, 2))
     assert log.metrics()["draft/seconds_saved"] == pytest.approx(saved, rel=0.15)
+
+
+def test_it_counts_what_contexts_take_in_plain_rounds_too():
+    """Eight rows of 1,001 tokens, in segments of 20 rounds of two guesses, 2.5 tokens each. A plain round at the end
+    takes four times as long as one at the beginning, a round with two guesses twice as long."""
+    log, more = learned(), 8e-5
+    for number in range(3):
+        segments = [segment(8, 2, 20, context=50.0 * i + 25, more=more) for i in range(20)]
+        if number < 2:  # and, as a run does, some plain rounds
+            segments[6] = segment(8, 0, 50, context=325.0, more=more)
+        log.decoded(np.array([1001] * 8), 1, None)
+        log.see(*segments)
+        said = log.metrics()["draft/seconds_saved"]
+    plain = 1000 * (cost(8, 0) + more * 501)
+    assert said == pytest.approx(plain - 400 * (cost(8, 2) + more * 500), rel=0.05)
 
 
 @pytest.mark.parametrize("pace", [0.5, 2.0])

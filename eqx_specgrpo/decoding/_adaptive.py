@@ -64,8 +64,12 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
     that were just decoded. The measured rates are corrected by how that changes from one time to the next, so that a
     draft is used again as soon as it is good enough.
 
-    **Drift.** Rounds of all lengths become slower when the machine is busy or contexts grow. This common factor is
-    tracked separately, so that two lengths measured at different times remain comparable.
+    **Contexts.** A round becomes longer by the same time for each token of context, whatever is drafted: all positions
+    of a row read the same keys and values. So guesses that do not pay at the beginning of a completion may pay later.
+    The time a token is found by regression over the segments seen.
+
+    **Drift.** Rounds of all lengths become slower when the machine is busy. This common factor is tracked separately,
+    so that two lengths measured at different times remain comparable.
 
     Choices do not depend on tokens, so decoding stays lossless. With `Rejection` and `Block` the random numbers depend
     on the rounds: the clock then decides *which* completions of the same distribution are drawn. With `Coupled` the
@@ -90,12 +94,13 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
         longest = min(self.longest, max_length)
         return initial_state((*(k for k in (0, 1, 2, 3, 4, 6, 8) if k < longest), longest))
 
-    def choose(self, state: AdaptiveState, rows: int) -> SegmentPlan:
+    def choose(self, state: AdaptiveState, rows: int, context: int) -> SegmentPlan:
         if not isinstance(state, AdaptiveState) or state.lengths[-1] > self.longest:
             raise ValueError(
                 f"the length_state is not one of AdaptiveLength({self.longest}): leave it out, or give what on_segment "
                 "was given for this draft and this controller"
             )
+        state = dataclasses.replace(state, context=float(context))
         known = known_lengths(state, rows)
         compiled = [k for k in state.lengths if (rows, k) in state.seen and k not in known]
         if not known:
@@ -188,7 +193,8 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
     def with_future(self, state: AdaptiveState, left: float) -> AdaptiveState:
         return dataclasses.replace(state, left=left)
 
-    def round_seconds(self, state: AdaptiveState, rows: int, length: int) -> float | None:
+    def round_seconds(self, state: AdaptiveState, rows: int, length: int, context: float) -> float | None:
+        state = dataclasses.replace(state, context=context)
         return expected_seconds(state, rows, length) if state.costs else None
 
     def metrics(self, state: AdaptiveState) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import equinox as eqx
 
+from ._context_costs import Moments, slope_of
 from ._length import SegmentObservation
 from ._round_costs import guessed_log_seconds
 
@@ -22,6 +23,7 @@ _OTHER_ROWS = 20.0  # rounds of a row that acceptance with any number of rows co
 _FOLLOW = 0.3  # how much of a surprise is put down to the machine, whatever it runs,
 _LEARN = 0.1  # and how much, at least, to the kind of round
 _LARGEST_SURPRISE = 0.5  # as a logarithm: a pause of the machine is not followed further
+_LEAST_SHARE = 0.2  # of a round's time, that it takes with no context, whatever the slope says
 ENOUGH_LOOKS = 3  # before a cost is relied on: any one may have met a pause of the machine, so their median counts
 COMPILE_GUESS = 2.0  # seconds, while no compilation was seen
 
@@ -32,15 +34,20 @@ class RoundCost(eqx.Module):
     **Arguments:**
 
     - `log_seconds`: on a machine that is as fast as it was when the first round was seen.
+    - `context`: at which it takes so long.
     - `looks`: how often it was measured.
     - `looked_at`: when last, by the state's clock.
-    - `first_looks`: what the first of them saw, whose median `log_seconds` begins with.
+    - `first_looks`, `first_contexts`: what the first of them saw, whose medians `log_seconds` and `context` begin with.
+    - `moments`: of contexts and seconds as they were measured.
     """
 
     log_seconds: float
+    context: float
     looks: int
     looked_at: float
     first_looks: tuple[float, ...]
+    first_contexts: tuple[float, ...]
+    moments: Moments
 
 
 class Counts(NamedTuple):
@@ -86,8 +93,8 @@ class AdaptiveState(eqx.Module):
 
     - `lengths`: those to choose from, ascending; the first is 0.
     - `costs`: of a round, by (rows, length).
-    - `slowness`: the logarithm of how much slower the machine is now than it was at first: other work, or a context
-        that has grown.
+    - `slowness`: the logarithm of how much slower the machine is now than it was at first.
+    - `context`: tokens that the longest row has emitted.
     - `accepted`: by number of rows, how many tokens were accepted at each draft position and how many could have been,
         with old rounds forgotten. Under 0, with any number of rows. What was seen before the last lesson is moved to
         the `expected` acceptance.
@@ -106,6 +113,7 @@ class AdaptiveState(eqx.Module):
     lengths: tuple[int, ...]
     costs: dict[tuple[int, int], RoundCost]
     slowness: float
+    context: float
     accepted: dict[int, Counts]
     since: dict[int, Counts]
     expected: tuple[float, ...] | None
@@ -123,6 +131,7 @@ def initial_state(lengths: tuple[int, ...]) -> AdaptiveState:
         lengths=lengths,
         costs={},
         slowness=0.0,
+        context=0.0,
         accepted={0: Counts.none(lengths[-1])},
         since={},
         expected=None,
@@ -143,7 +152,13 @@ def with_observation(state: AdaptiveState, observation: SegmentObservation) -> A
         if which in accepted:
             accepted[which] = accepted[which].forgotten(observation)
         since[which] = since[which].forgotten(observation).plus(new) if which in since else new
-    state = dataclasses.replace(state, accepted=accepted, since=since, spent={rows: 0.0} | state.spent)
+    state = dataclasses.replace(
+        state,
+        context=observation.context,
+        accepted=accepted,
+        since=since,
+        spent={rows: 0.0} | state.spent,
+    )
     kind = (rows, observation.plan.length)
     compile_seconds, compiling = state.compile_seconds, observation.compile_seconds + observation.behind_seconds
     if compiling > 0 or seconds is None:
@@ -161,16 +176,30 @@ def with_observation(state: AdaptiveState, observation: SegmentObservation) -> A
 
 def _timed(state: AdaptiveState, rows: int, length: int, log_seconds: float) -> AdaptiveState:
     """With the time of a round taken in: partly as the machine's pace, partly as what such rounds cost."""
-    old = state.costs.get((rows, length))
+    old, slowness = state.costs.get((rows, length)), state.slowness
     if old is None or old.looks < ENOUGH_LOOKS:
-        first = (*(() if old is None else old.first_looks), log_seconds - state.slowness)
-        cost, slowness = RoundCost(statistics.median(first), len(first), state.clock, first), state.slowness
+        looks = (*(() if old is None else old.first_looks), log_seconds - slowness)
+        contexts = (*(() if old is None else old.first_contexts), state.context)
+        moments = (Moments() if old is None else old.moments).plus(state.context, math.exp(log_seconds))
+        cost = RoundCost(
+            statistics.median(looks), statistics.median(contexts), len(looks), state.clock, looks, contexts, moments
+        )
     else:
-        surprise = log_seconds - old.log_seconds - state.slowness
-        surprise = max(-_LARGEST_SURPRISE, min(_LARGEST_SURPRISE, surprise))
-        learned = max(_LEARN, 1 / (old.looks + 1)) * surprise
-        cost = RoundCost(old.log_seconds + learned, old.looks + 1, state.clock, old.first_looks)
-        slowness = state.slowness + _FOLLOW * surprise
+        expected = _log_cost(state, rows, length) + slowness
+        surprise = max(-_LARGEST_SURPRISE, min(_LARGEST_SURPRISE, log_seconds - expected))
+        share = max(_LEARN, 1 / (old.looks + 1))
+        # Value and place move by the same share, along the slope: a mean of the seconds, at the mean of the contexts.
+        context = old.context + share * (state.context - old.context)
+        moved = _log_cost(dataclasses.replace(state, context=context), rows, length)
+        cost = dataclasses.replace(
+            old,
+            log_seconds=moved + share * surprise,
+            context=context,
+            looks=old.looks + 1,
+            looked_at=state.clock,
+            moments=old.moments.plus(state.context, math.exp(expected + surprise)),
+        )
+        slowness += _FOLLOW * surprise
     return dataclasses.replace(state, costs=state.costs | {(rows, length): cost}, slowness=slowness)
 
 
@@ -242,7 +271,7 @@ def _seen(state: AdaptiveState, rows: int) -> Counts:
 
 
 def expected_seconds(state: AdaptiveState, rows: int, length: int) -> float:
-    """Seconds of a round: measured, or guessed from what was."""
+    """Seconds of a round at the present context: measured, or guessed from what was."""
     return math.exp(_log_cost(state, rows, length) + state.slowness)
 
 
@@ -254,21 +283,63 @@ def guessed_seconds(state: AdaptiveState, rows: int, lengths: Sequence[int]) -> 
     """
     known = known_lengths(state, rows)
     found = {}
-    for length, guess in guessed_log_seconds(_log_costs(state), rows, lengths).items():
+    for length, guess in _guessed(state, rows, lengths).items():
         shorter = [k for k in known if k < length]
-        hope = (guess + min(guess, state.costs[rows, shorter[-1]].log_seconds)) / 2 if shorter else guess
+        hope = (guess + min(guess, _log_cost(state, rows, shorter[-1]))) / 2 if shorter else guess
         found[length] = math.exp(guess + state.slowness), math.exp(hope + state.slowness)
     return found
 
 
 def _log_cost(state: AdaptiveState, rows: int, length: int) -> float:
-    if (rows, length) in state.costs:
-        return state.costs[rows, length].log_seconds
-    return guessed_log_seconds(_log_costs(state), rows, [length])[length]
+    """Of a round at the present context, at the pace of the beginning."""
+    if (rows, length) not in state.costs:
+        return _guessed(state, rows, [length])[length]
+    cost = state.costs[rows, length]
+    return _with_context(cost.log_seconds, _context_seconds(state, rows), state.context - cost.context)
 
 
-def _log_costs(state: AdaptiveState) -> dict[tuple[int, int], float]:
-    return {kind: cost.log_seconds for kind, cost in state.costs.items()}
+def _guessed(state: AdaptiveState, rows: int, lengths: Sequence[int]) -> dict[int, float]:
+    """The same, from the costs of others. Positions of a pass are compared where there is no context."""
+    without = {
+        kind: _with_context(cost.log_seconds, _context_seconds(state, kind[0]), -cost.context)
+        for kind, cost in state.costs.items()
+    }
+    more = _context_seconds(state, rows)
+    guesses = guessed_log_seconds(without, rows, lengths)
+    return {length: _with_context(guess, more, state.context) for length, guess in guesses.items()}
+
+
+def _with_context(log_seconds: float, more: float, change: float) -> float:
+    """With so much more context, each unit of which takes `more` seconds."""
+    seconds = math.exp(log_seconds)
+    return math.log(max(seconds + more * change, _LEAST_SHARE * seconds))
+
+
+def _context_seconds(state: AdaptiveState, rows: int) -> float:
+    """What each token of context adds to a round with so many rows, whatever is drafted: all positions of a row read
+    the same keys and values, once. Where these rows have not shown it, in proportion to what others have.
+
+    Slopes are found in seconds as measured. The costs are at another pace, so that the slope is compared with them.
+    """
+    every_row = slope_of(_per_row(cost.moments, r) for (r, _), cost in state.costs.items())
+    slope = slope_of((cost.moments for (r, _), cost in state.costs.items() if r == rows), prior=rows * every_row)
+    if slope == 0.0:
+        return 0.0
+    at_first = measured = 0.0
+    for (r, _), cost in state.costs.items():
+        of_kind, moments = slope * r / rows, cost.moments
+        at_first += moments.weight * math.exp(cost.log_seconds)
+        measured += moments.weight * (moments.seconds + of_kind * (cost.context - moments.context))
+    return slope * at_first / measured if measured > 0 else 0.0
+
+
+def _per_row(moments: Moments, rows: int) -> Moments:
+    """Of the seconds by the number of rows."""
+    return moments._replace(
+        seconds=moments.seconds / rows,
+        products=moments.products / rows,
+        seconds_squares=moments.seconds_squares / rows**2,
+    )
 
 
 def known_lengths(state: AdaptiveState, rows: int) -> list[int]:

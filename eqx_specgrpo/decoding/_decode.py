@@ -245,7 +245,7 @@ def decode(
             needed = bucket = bucket_for(int(of_shard.sum(1).max()), smallest_bucket)
             half, first = shrink_below(rows, smallest_bucket), 0
             if admission.size == 0 and 0 < active.sum() < len(row_ids):
-                first = length.choose(length_state, min(half, bucket)).length if half else first
+                first = length.choose(length_state, min(half, bucket), longest).length if half else first
                 bucket = programs.shrunk_to(state, store, rows, bucket, half, keeper.room.whole, first)
             shrinks = admission.size == 0 and bucket < rows
             if len(segments) > 0 and (admits or shrinks or not active.any()):
@@ -285,7 +285,7 @@ def decode(
                 programs.shrunk(state, store, first)
                 active, emitted = active[kept], int(output.lengths[row_ids].sum())
                 longest = int(output.lengths[row_ids].max())
-            plan = length.choose(length_state, rows)
+            plan = length.choose(length_state, rows, longest)
             if not 0 <= plan.length <= draft.max_length:
                 raise ValueError(
                     f"{type(length).__name__} planned to draft {plan.length} tokens, but this draft drafts at most "

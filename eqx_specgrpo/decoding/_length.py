@@ -64,6 +64,7 @@ class SegmentObservation(eqx.Module):
     - `accepted`: for each draft position, accepted tokens summed over rows and rounds.
     - `active_rounds`: rounds summed over the rows that were still active in them.
     - `tokens`: tokens emitted, over all rows.
+    - `context`: tokens that the longest row had emitted, on average over the segment.
     """
 
     rows: int
@@ -76,6 +77,7 @@ class SegmentObservation(eqx.Module):
     compile_seconds: float = 0.0
     behind_seconds: float = 0.0
     elapsed: float = 0.0
+    context: float = 0.0
 
 
 class AbstractLengthController(eqx.Module, Generic[State]):
@@ -87,8 +89,9 @@ class AbstractLengthController(eqx.Module, Generic[State]):
         """Returns the state before the first segment. `max_length` is the draft's, and no plan may be longer."""
 
     @abstractmethod
-    def choose(self, state: State, rows: int) -> SegmentPlan:
-        """Chooses the plan for the next segment, with this number of rows."""
+    def choose(self, state: State, rows: int, context: int) -> SegmentPlan:
+        """Chooses the plan for the next segment, with this number of rows, the longest of which has emitted `context`
+        tokens."""
 
     @abstractmethod
     def update(self, state: State, observation: SegmentObservation) -> State:
@@ -111,9 +114,10 @@ class AbstractLengthController(eqx.Module, Generic[State]):
         so far. A length is worth compiling sooner where it will be used for long."""
 
     @abstractmethod
-    def round_seconds(self, state: State, rows: int, length: int) -> float | None:
-        """What a round of so many rows and this draft length takes, as far as the controller knows: from what it has
-        seen of such rounds, or of others like them. `None` if it knows of none."""
+    def round_seconds(self, state: State, rows: int, length: int, context: float) -> float | None:
+        """What a round of so many rows and this draft length takes where the longest row has emitted `context` tokens,
+        as far as the controller knows: from what it has seen of such rounds, or of others like them. `None` if it knows
+        of none."""
 
     @abstractmethod
     def metrics(self, state: State) -> dict[str, float]:
@@ -140,8 +144,8 @@ class FixedLength(AbstractLengthController[int]):
     def init(self, max_length: int) -> int:
         return min(self.length, max_length)
 
-    def choose(self, state: int, rows: int) -> SegmentPlan:
-        del rows
+    def choose(self, state: int, rows: int, context: int) -> SegmentPlan:
+        del rows, context
         return SegmentPlan(state, max_rounds=64)
 
     def update(self, state: int, observation: SegmentObservation) -> int:
@@ -156,8 +160,8 @@ class FixedLength(AbstractLengthController[int]):
         del left
         return state
 
-    def round_seconds(self, state: int, rows: int, length: int) -> float | None:
-        del state, rows, length
+    def round_seconds(self, state: int, rows: int, length: int, context: float) -> float | None:
+        del state, rows, length, context
         return None
 
     def metrics(self, state: int) -> dict[str, float]:

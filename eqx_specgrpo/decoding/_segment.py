@@ -208,6 +208,7 @@ class SegmentQueue:
         self._compilations = compilations
         self._flights: deque[_Flight] = deque()
         self._landed_at = 0.0
+        self._longest = 0  # as the last look found it
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -261,6 +262,7 @@ class SegmentQueue:
         seconds, self._landed_at = now - max(began, self._landed_at), now
         # Whoever decodes together has to choose alike.
         seconds, compiling = self._mesh.agreed(seconds, self._compilations.seconds - compiled)
+        before, self._longest = self._longest, int(report.longest)
         observation = SegmentObservation(
             rows=len(report.active) // self._mesh.data,
             plan=plan,
@@ -272,5 +274,6 @@ class SegmentQueue:
             compile_seconds=compiling,
             behind_seconds=behind,
             elapsed=seconds,
+            context=(before + self._longest) / 2,
         )
         return report, observation

@@ -114,9 +114,9 @@ class SegmentLog:
         """Seconds by which the decodings were shorter than plain ones of the same completions would have been, by the
         run's own costs of rounds; nothing where these are not known, as with a fixed length.
 
-        Both are sums of rounds times what such a round costs, at the pace that the machine had in these segments: so
-        what is common to all rounds, a busy machine or long contexts, is in both. What was waited for compilers is left
-        out.
+        Both are sums of rounds times what such a round costs with such a context, at the pace that the machine had in
+        these segments: so what is common to all rounds, as a busy machine, is in both. What was waited for compilers is
+        left out.
         """
         decoded, self._decoded = self._decoded, []
         timed = [segment for segment in segments if segment.seconds is not None and segment.rounds > 0]
@@ -125,27 +125,27 @@ class SegmentLog:
             rounds, seconds = self._measured.get(kind, (0, 0.0))
             self._measured[kind] = rounds + segment.rounds, seconds + segment.elapsed
         used = {segment.plan.length for segment in segments}
-        if not decoded or any(self._round_seconds(1, length) is None for length in {0} | used):
+        if not decoded or any(self._round_seconds(1, length, 0.0) is None for length in {0} | used):
             return {}
         if not timed or used == {0}:
             return {"draft/seconds_saved": 0.0}
 
-        def known(rows: int, length: int = 0) -> float:
-            seconds = self._round_seconds(rows, length)
+        def known(rows: int, context: float, length: int = 0) -> float:
+            seconds = self._round_seconds(rows, length, context)
             assert seconds is not None
             return seconds
 
         def all_of(some: list[SegmentObservation]) -> float:
-            return sum(segment.rounds * known(segment.rows, segment.plan.length) for segment in some)
+            return sum(s.rounds * known(s.rows, s.context, s.plan.length) for s in some)
 
         pace = sum(segment.elapsed for segment in timed) / all_of(timed)
         plain = sum(plain_seconds(lengths, smallest, known, most) for lengths, smallest, most in decoded)
         return {"draft/seconds_saved": pace * (plain - all_of(segments))}
 
-    def _round_seconds(self, rows: int, length: int) -> float | None:
+    def _round_seconds(self, rows: int, length: int, context: float) -> float | None:
         """What a round takes: by the controller, or on average so far, with the number of rows most alike."""
         if self.length_state is not None:
-            seconds = self._length.round_seconds(self.length_state, rows, length)
+            seconds = self._length.round_seconds(self.length_state, rows, length, context)
             if seconds is not None:
                 return seconds
         like = [kind for kind in self._measured if kind[1] == length]
