@@ -19,6 +19,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from long_runs import same_completions
 from many_sums import write_task
 
 from eqx_specgrpo.config import RunParts, load_config, load_trained_policy, make_draft, make_parts
@@ -119,6 +120,7 @@ def main() -> int:
                 "compiling": compiled.seconds,
                 "behind": compiled.seconds_behind,
                 "tokens": int(rollouts.lengths.sum()),
+                "lengths": rollouts.lengths.tolist(),
                 "longest": int(rollouts.lengths.max()),
                 "acceptance_length": rollouts.statistics.acceptance_length,
                 **segments.metrics(),
@@ -167,7 +169,10 @@ def table(name: str, record: dict[str, Any]) -> str:
                            step["spent"]))  # fmt: skip
     lines.append(_line("sum", *sums[:4], "", sum(s["speculative"]["compiling"] for s in record["steps"]),
                        sum(s["speculative"]["behind"] for s in record["steps"]), *sums[4:]))  # fmt: skip
-    return "\n".join(lines) + "\n"
+    arms = ({"steps": [step[arm] for step in record["steps"]]} for arm in ("plain", "speculative"))
+    plain_rounds, rounds = same_completions(*arms)
+    same = f"Rounds of these completions: {plain_rounds:.1f} s at the plain arm's costs, {rounds:.1f} s speculative"
+    return "\n".join([*lines, "", same]) + "\n"
 
 
 def _line(

@@ -582,6 +582,7 @@ def test_guesses_that_pay_only_with_a_long_context_are_made_there():
         rounds += seen if number >= 4 else 0
     drafted = rounds[:, 1:].sum(1) / rounds.sum(1)
     assert drafted[0] < 0.35 and drafted[2:].min() > 0.85
+    assert (controller.choose(state, 8, 1).length, controller.choose(state, 8, 1000).length) == (0, 1)
 
 
 @pytest.mark.parametrize("slowness", [1.0, 1.7])
