@@ -120,7 +120,7 @@ def test_a_new_length_is_compiled_while_another_one_goes_on():
     compiler, seen, lengths = CompileBehind(), [], iter([0, 0])
 
     class Plans(AdaptiveLength):
-        def choose(self, state, rows):
+        def choose(self, state, rows, context):
             return SegmentPlan(next(lengths, 2), 2)
 
     with quick_compilation():
@@ -155,7 +155,7 @@ def test_nothing_is_compiled_only_to_be_measured_again():
     plain = SegmentPlan(0, 2)
 
     class Looks(AdaptiveLength):
-        def choose(self, state, rows):
+        def choose(self, state, rows, context):
             return SegmentPlan(2, 2, otherwise=SegmentPlan(1, 2, otherwise=plain))
 
     def lengths(compiler, length):

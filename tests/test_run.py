@@ -363,7 +363,7 @@ def test_a_run_whose_length_adapts(tiny_folder, tmp_path, monkeypatch):
     compilers = []
 
     def logged(name, call):
-        return lambda self, state, given: clocks.append((name, state.clock)) or call(self, state, given)
+        return lambda self, state, *given: clocks.append((name, state.clock)) or call(self, state, *given)
 
     def log(length, compiler):
         compilers.append(compiler)

@@ -55,6 +55,10 @@ class AbstractCompiler(ABC):
         """Whether the programs of this name can be run without waiting; `True` where that is not known. Where they are
         not there, a length that is only to be measured again is not."""
 
+    @abstractmethod
+    def forget(self) -> None:
+        """All compiled programs were dropped, as by `jax.clear_caches`."""
+
     @property
     @abstractmethod
     def is_busy(self) -> bool:
@@ -86,6 +90,9 @@ class CompileAtOnce(AbstractCompiler):
     def is_there(self, name):
         del name
         return True
+
+    def forget(self):
+        pass
 
     @property
     def is_busy(self):
@@ -136,6 +143,9 @@ class CompileSparingly(AbstractCompiler):
     def is_there(self, name):
         return name in self._there
 
+    def forget(self):
+        self._there.clear()
+
     @property
     def is_busy(self):
         return False
@@ -178,6 +188,10 @@ class CompileBehind(AbstractCompiler):
     def is_there(self, name):
         del name
         return True
+
+    def forget(self):
+        self._begun = {name: future for name, future in self._begun.items() if not future.done()}
+        self._untold &= self._begun.keys()
 
     @property
     def is_busy(self):

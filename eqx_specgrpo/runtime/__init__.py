@@ -28,4 +28,9 @@ from ._process import (
     keep_freed_memory as keep_freed_memory,
     kept_programs as kept_programs,
 )
+from ._program_memory import (
+    ProgramMemory as ProgramMemory,
+    held_besides_arrays as held_besides_arrays,
+    most_for_programs as most_for_programs,
+)
 from ._version import package_version as package_version, source_commit as source_commit

@@ -54,7 +54,7 @@ from ..records import (
     read_steps,
     step_times,
 )
-from ..runtime import Memory, device_memory, progress_console
+from ..runtime import Memory, ProgramMemory, device_memory, most_for_programs, progress_console
 from ._callbacks import AbstractCallback, RunView, as_callback
 from ._draft_guard import DraftGuard
 from ._draft_lessons import teach_draft
@@ -67,7 +67,7 @@ from ._inputs import check_inputs, run_inputs
 from ._interrupt import StopRequest, stop_requests, stopped_at_once
 from ._lessons import learn_lesson, make_lesson, recall_lesson, updates_per_warm_up_lesson
 from ._loss_state import current_reference, fixed_reference, with_loss_state, with_update
-from ._out_of_memory import out_of_memory_advice
+from ._out_of_memory import bound_programs, out_of_memory_advice
 from ._planner import UpdatePlanner
 from ._policy import whole_model
 from ._prompt_lengths import PromptLengths
@@ -182,6 +182,7 @@ def run(
             adapts = config.draft.enabled and config.draft.adaptive
             segments = SegmentLog(parts.length, CompileSparingly() if adapts else CompileAtOnce())
             lengths = PromptLengths.of_run(folder.completions_path)
+            programs = ProgramMemory(most_for_programs())
             guard = DraftGuard(read_steps(folder.metrics_path) if start > 0 else ())
             with stop_requests(on_stop(progress), processes) as stop:
                 keeper = Keeper(folder, config, saved, progress, console, stop, processes)
@@ -210,6 +211,7 @@ def run(
                             guard,
                         )
                     keeper.after(done + 1, state)
+                    bound_programs(programs, segments.compiler, progress)
                     with keeper.before(done + 1, state):
                         callback.step(_view(parts, state, folder, done + 1), metrics)
             comparison = finish(parts, state, folder, progress, segments)
