@@ -300,13 +300,10 @@ def _log_cost(state: AdaptiveState, rows: int, length: int) -> float:
 
 def _guessed(state: AdaptiveState, rows: int, lengths: Sequence[int]) -> dict[int, float]:
     """The same, from the costs of others. Positions of a pass are compared where there is no context."""
-    without = {
-        kind: _with_context(cost.log_seconds, _context_seconds(state, kind[0]), -cost.context)
-        for kind, cost in state.costs.items()
-    }
-    more = _context_seconds(state, rows)
+    more = {r: _context_seconds(state, r) for r in {rows, *(r for r, _ in state.costs)}}
+    without = {(r, k): _with_context(cost.log_seconds, more[r], -cost.context) for (r, k), cost in state.costs.items()}
     guesses = guessed_log_seconds(without, rows, lengths)
-    return {length: _with_context(guess, more, state.context) for length, guess in guesses.items()}
+    return {length: _with_context(guess, more[rows], state.context) for length, guess in guesses.items()}
 
 
 def _with_context(log_seconds: float, more: float, change: float) -> float:
