@@ -9,13 +9,16 @@ geometrically: right answers take 20 to 900 tokens, 235 on average. `--task reas
 `--learned N` the policy first learns for N steps, with plain decoding, on lists that are shorter (`--learn-sums`).
 
 Each arm is a process of its own. They take turns step by step, first one first and then the other, so that both meet
-the machine in the same states; the one that waits computes nothing. `OUT/runs` has the run folders. What was made to
+the machine in the same states; the one that waits computes nothing. Each begins with an empty cache of compiled
+programs. `OUT/runs` has the run folders. What was made to
 its end is not made again. `long_runs.json` and `long_runs.md` are written after each pair.
 """
 
 import argparse
 import json
 import math
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -142,9 +145,18 @@ class Arm:
         asked = {"flags": flags, "set": list(overrides), "positions": None if positions is None else str(positions)}
         folder.parent.mkdir(parents=True, exist_ok=True)
         self._log = folder.with_suffix(".log").open("w", encoding="utf-8")
+        self._programs = folder.with_suffix(".programs")
+        shutil.rmtree(self._programs, ignore_errors=True)
         command = [sys.executable, str(HERE / "long_runs.py"), "--out", str(folder), "--one-run", json.dumps(asked)]
+        # As under the command line, from a cache of programs that is empty.
+        kept = {"JAX_COMPILATION_CACHE_DIR": str(self._programs), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=os.environ | kept,
         )
 
     def turn(self) -> None:
@@ -162,6 +174,7 @@ class Arm:
         if self._process.wait() != 0:
             raise SystemExit(f"a run has ended with {self._process.returncode}: see {self._log.name}")
         self._log.close()
+        shutil.rmtree(self._programs, ignore_errors=True)
 
 
 def flags_of(arguments: argparse.Namespace, arm: str, model: str, prompts: int, seed: int, folder: Path):

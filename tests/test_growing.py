@@ -208,7 +208,7 @@ def test_on_a_cpu_prompts_have_few_sizes_and_small_caches_one(platform, monkeypa
     rows, most, width = 4, 2000, 192
     sizes = dict(rows=rows, most=most, cache_dtype="float32")
     slots = [rooms_for(target, width=width, **sizes)[0] for width in widths]
-    assert slots == ([32, 64, 128, 128, 512, 512, 2048, 8192] if platform == "cpu" else widths)
+    assert slots == ([32, 64, 128, 128, 1024, 1024, 1024, 8192] if platform == "cpu" else widths)
     config = target.config
     size = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4 * rows * (512 + most)
     monkeypatch.setattr(room_module, "_CHEAP", size)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import operator
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import equinox as eqx
@@ -94,6 +94,8 @@ class AdaptiveState(eqx.Module):
     - `lengths`: those to choose from, ascending; the first is 0.
     - `costs`: of a round, by (rows, length).
     - `slowness`: the logarithm of how much slower the machine is now than it was at first.
+    - `context_seconds`: what each token of context adds to a round, by number of rows, at the pace of the costs. Under
+        0, for each row, where these rows have not been seen.
     - `context`: tokens that the longest row has emitted.
     - `accepted`: by number of rows, how many tokens were accepted at each draft position and how many could have been,
         with old rounds forgotten. Under 0, with any number of rows. What was seen before the last lesson is moved to
@@ -113,6 +115,7 @@ class AdaptiveState(eqx.Module):
     lengths: tuple[int, ...]
     costs: dict[tuple[int, int], RoundCost]
     slowness: float
+    context_seconds: dict[int, float]
     context: float
     accepted: dict[int, Counts]
     since: dict[int, Counts]
@@ -131,6 +134,7 @@ def initial_state(lengths: tuple[int, ...]) -> AdaptiveState:
         lengths=lengths,
         costs={},
         slowness=0.0,
+        context_seconds={0: 0.0},
         context=0.0,
         accepted={0: Counts.none(lengths[-1])},
         since={},
@@ -200,7 +204,8 @@ def _timed(state: AdaptiveState, rows: int, length: int, log_seconds: float) -> 
             moments=old.moments.plus(state.context, math.exp(expected + surprise)),
         )
         slowness += _FOLLOW * surprise
-    return dataclasses.replace(state, costs=state.costs | {(rows, length): cost}, slowness=slowness)
+    costs = state.costs | {(rows, length): cost}
+    return dataclasses.replace(state, costs=costs, slowness=slowness, context_seconds=_context_seconds(costs))
 
 
 def _counts(observation: SegmentObservation, longest: int) -> Counts:
@@ -295,15 +300,16 @@ def _log_cost(state: AdaptiveState, rows: int, length: int) -> float:
     if (rows, length) not in state.costs:
         return _guessed(state, rows, [length])[length]
     cost = state.costs[rows, length]
-    return _with_context(cost.log_seconds, _context_seconds(state, rows), state.context - cost.context)
+    return _with_context(cost.log_seconds, _more(state, rows), state.context - cost.context)
 
 
 def _guessed(state: AdaptiveState, rows: int, lengths: Sequence[int]) -> dict[int, float]:
     """The same, from the costs of others. Positions of a pass are compared where there is no context."""
-    more = {r: _context_seconds(state, r) for r in {rows, *(r for r, _ in state.costs)}}
-    without = {(r, k): _with_context(cost.log_seconds, more[r], -cost.context) for (r, k), cost in state.costs.items()}
+    without = {
+        (r, k): _with_context(cost.log_seconds, _more(state, r), -cost.context) for (r, k), cost in state.costs.items()
+    }
     guesses = guessed_log_seconds(without, rows, lengths)
-    return {length: _with_context(guess, more[rows], state.context) for length, guess in guesses.items()}
+    return {length: _with_context(guess, _more(state, rows), state.context) for length, guess in guesses.items()}
 
 
 def _with_context(log_seconds: float, more: float, change: float) -> float:
@@ -312,22 +318,29 @@ def _with_context(log_seconds: float, more: float, change: float) -> float:
     return math.log(max(seconds + more * change, _LEAST_SHARE * seconds))
 
 
-def _context_seconds(state: AdaptiveState, rows: int) -> float:
-    """What each token of context adds to a round with so many rows, whatever is drafted: all positions of a row read
-    the same keys and values, once. Where these rows have not shown it, in proportion to what others have.
+def _more(state: AdaptiveState, rows: int) -> float:
+    """What each token of context adds to a round with so many rows."""
+    return state.context_seconds.get(rows, rows * state.context_seconds[0])
+
+
+def _context_seconds(costs: Mapping[tuple[int, int], RoundCost]) -> dict[int, float]:
+    """The same by number of rows, whatever is drafted: all positions of a row read the same keys and values, once.
+    Where these rows have not shown it, in proportion to what others have, which is under 0.
 
     Slopes are found in seconds as measured. The costs are at another pace, so that the slope is compared with them.
     """
-    every_row = slope_of(_per_row(cost.moments, r) for (r, _), cost in state.costs.items())
-    slope = slope_of((cost.moments for (r, _), cost in state.costs.items() if r == rows), prior=rows * every_row)
-    if slope == 0.0:
-        return 0.0
-    at_first = measured = 0.0
-    for (r, _), cost in state.costs.items():
-        of_kind, moments = slope * r / rows, cost.moments
-        at_first += moments.weight * math.exp(cost.log_seconds)
-        measured += moments.weight * (moments.seconds + of_kind * (cost.context - moments.context))
-    return slope * at_first / measured if measured > 0 else 0.0
+    every_row = slope_of(_per_row(cost.moments, rows) for (rows, _), cost in costs.items())
+    found = {0: every_row}
+    for rows in {rows for rows, _ in costs}:
+        found[rows] = slope_of((cost.moments for (r, _), cost in costs.items() if r == rows), prior=rows * every_row)
+    at_first = {kind: cost.moments.weight * math.exp(cost.log_seconds) for kind, cost in costs.items()}
+    for rows, slope in found.items():
+        measured = 0.0
+        for (r, _), cost in costs.items():
+            of_kind, moments = slope * r / max(rows, 1), cost.moments
+            measured += moments.weight * (moments.seconds + of_kind * (cost.context - moments.context))
+        found[rows] = slope * sum(at_first.values()) / measured if measured > 0 else 0.0
+    return found
 
 
 def _per_row(moments: Moments, rows: int) -> Moments:

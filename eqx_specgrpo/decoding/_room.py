@@ -68,7 +68,7 @@ def rooms_for(
     """How many slots of a cache padded prompts have, and the rooms of `room_ladder` behind them.
 
     Each is a set of programs. So on a CPU, where slots that are not filled cost nothing but memory, small caches have
-    128, 512, 2,048 and so on slots for prompts, or as many as needed up to 64, and one room.
+    128, 1,024, 8,192 and so on slots for prompts, or as many as needed up to 64, and one room.
 
     **Arguments:**
 
@@ -82,7 +82,7 @@ def rooms_for(
     if width > 64:
         slots = _SLOTS
         while slots < width:
-            slots *= 4
+            slots *= 8
     caches = eqx.filter_eval_shape(target.init_cache, rows, slots + most, cache_dtype)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
     if platform_of(target) == "cpu" and size <= _CHEAP:
