@@ -10,8 +10,8 @@ geometrically: right answers take 20 to 900 tokens, 235 on average. `--task reas
 
 Each arm is a process of its own. They take turns step by step, first one first and then the other, so that both meet
 the machine in the same states; the one that waits computes nothing. Each begins with an empty cache of compiled
-programs. `OUT/runs` has the run folders. What was made to
-its end is not made again. `long_runs.json` and `long_runs.md` are written after each pair.
+programs. `OUT/runs` has the run folders. What was made to its end is not made again. `long_runs.json` and
+`long_runs.md` are written after each pair.
 """
 
 import argparse

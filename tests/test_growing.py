@@ -210,9 +210,9 @@ def test_on_a_cpu_prompts_have_few_sizes_and_small_caches_one(platform, monkeypa
     slots = [rooms_for(target, width=width, **sizes)[0] for width in widths]
     assert slots == ([32, 64, 128, 128, 1024, 1024, 1024, 8192] if platform == "cpu" else widths)
     config = target.config
-    size = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4 * rows * (512 + most)
+    size = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4 * rows * (1024 + most)
     monkeypatch.setattr(room_module, "_CHEAP", size)
-    few, grows = (512, room_ladder(512, most, can_grow=False)), (width, room_ladder(width, most))
+    few, grows = (1024, room_ladder(1024, most, can_grow=False)), (width, room_ladder(width, most))
     assert rooms_for(target, width=width, **sizes) == (few if platform == "cpu" else grows)
     monkeypatch.setattr(room_module, "_CHEAP", size - 1)
     assert rooms_for(target, width=width, **sizes) == grows and len(grows[1]) > 2
