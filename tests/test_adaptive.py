@@ -390,6 +390,13 @@ def test_where_programs_are_missing_only_what_pays_is_compiled():
         assert left > 0 and machine.compiled == {(4, _best(machine, 4)[0])}
 
 
+def _usual(plan):
+    """What is done where nothing is measured again."""
+    while plan.otherwise is not None:
+        plan = plan.otherwise
+    return plan
+
+
 def _sparingly(machine, controller, rows, seconds, state):
     """Decodes for so long, and compiles nothing only to measure it again; the state, and how often that was so."""
     clock, left = state.clock, 0
@@ -411,7 +418,7 @@ def test_a_length_that_was_compiled_and_never_measured_is_tried_where_it_is_not_
     machine.compiled = {(8, 0)}
     state, _ = _sparingly(machine, controller, 8, 60.0, state)
     plan = controller.choose(state, 8, 0)
-    assert (8, 1) in machine.compiled and (plan.otherwise or plan).length == 1
+    assert (8, 1) in machine.compiled and _usual(plan).length == 1
 
 
 def test_plain_decoding_is_measured_again_though_it_has_to_be_compiled():
@@ -425,7 +432,23 @@ def test_plain_decoding_is_measured_again_though_it_has_to_be_compiled():
     assert (8, 0) not in machine.compiled
     state, _ = _sparingly(machine, controller, 8, 60.0, state)
     plan = controller.choose(state, 8, 0)
-    assert (plan.otherwise or plan).length == 0
+    assert _usual(plan).length == 0
+
+
+def test_a_length_whose_program_is_missing_keeps_no_other_from_being_measured():
+    """A run measured plain decoding in 3 of 42 steps: a length that was not compiled was always due first."""
+    machine, controller = Machine(_linear, [0.9, 0.85, 0.8, 0.8], noise=0.05), AdaptiveLength(4)
+    machine.compile_seconds = 4.0
+    _, plans, state = _run(machine, controller, 4, 60.0)
+    best = plans[-1][0].length
+    missing = {(4, k) for k in (1, 2, 3, 4) if k != best}
+    assert best > 0 and missing & state.costs.keys()
+    for compiled, within in (({(4, best), (4, 0)}, 20.0), ({(4, best)}, 90.0)):
+        # In the second case plain decoding has to be compiled, after twenty times as long as that takes.
+        machine.compiled = set(compiled)
+        state, _ = _sparingly(machine, controller, 4, 85.0, state)
+        assert state.clock - state.costs[4, 0].looked_at < within
+        assert not missing & machine.compiled
 
 
 def test_kinds_that_turn_out_to_be_compiled_already_are_tried_sooner():
@@ -582,7 +605,7 @@ def test_guesses_that_pay_only_with_a_long_context_are_made_there():
         rounds += seen if number >= 4 else 0
     drafted = rounds[:, 1:].sum(1) / rounds.sum(1)
     assert drafted[0] < 0.35 and drafted[2:].min() > 0.85
-    assert (controller.choose(state, 8, 1).length, controller.choose(state, 8, 1000).length) == (0, 1)
+    assert [_usual(controller.choose(state, 8, context)).length for context in (1, 1000)] == [0, 1]
 
 
 @pytest.mark.parametrize("slowness", [1.0, 1.7])

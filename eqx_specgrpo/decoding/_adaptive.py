@@ -115,14 +115,15 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
         untried = self._worth_trying(state, rows, known, best)
         if untried is not None:
             return _plan(state, rows, untried, _PROBE_SECONDS)
-        again = self._worth_a_look(state, rows, known, best)
-        if again is not None:
-            look = _plan(state, rows, again, _PROBE_SECONDS)
-            age = state.clock - state.costs[rows, again].looked_at
-            if again == 0 and age > _PLAIN_AFTER * (state.compile_seconds or COMPILE_GUESS):
-                return look
-            return dataclasses.replace(look, otherwise=usual)
-        return usual
+        looks = self._worth_a_look(state, rows, known, best)
+        overdue = _PLAIN_AFTER * (state.compile_seconds or COMPILE_GUESS)
+        if 0 in looks and state.clock - state.costs[rows, 0].looked_at > overdue:
+            return _plan(state, rows, 0, _PROBE_SECONDS)
+        # Of these, the first whose program is there: one that is not must not keep the others from being looked at.
+        plan = usual
+        for length in reversed(looks):
+            plan = dataclasses.replace(_plan(state, rows, length, _PROBE_SECONDS), otherwise=plan)
+        return plan
 
     def _worth_trying(self, state: AdaptiveState, rows: int, known: list[int], best: int) -> int | None:
         """A length that was never run, if the time it would have saved by now exceeds that of its compilation.
@@ -150,8 +151,9 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
                 return length
         return None
 
-    def _worth_a_look(self, state: AdaptiveState, rows: int, known: list[int], best: int) -> int | None:
-        """A length that is hardly known, or the one that was not looked at for longest, of those that may be.
+    def _worth_a_look(self, state: AdaptiveState, rows: int, known: list[int], best: int) -> list[int]:
+        """Lengths that are hardly known, and those that were not looked at for long, the longest first, of those that
+        may be.
 
         Each has the same share of the time that may be lost, so that a close rival, where a mistake would stay and a
         look costs next to nothing, is looked at often, and one far behind seldom, but never not at all: what was
@@ -159,16 +161,14 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
         """
         others = [k for k in known if k != best]
         hardly = [k for k in others if state.costs[rows, k].looks < ENOUGH_LOOKS]
-        if hardly:
-            return hardly[0]
         shares = max(1, len(state.lengths) - 1)
         if others and best == 0 and rows > 1:
             # Any look makes rows uneven, so the length that comes closest stands for all.
             others, shares = [max(others, key=lambda k: _speed(state, rows, k))], 1
         may_be_lost = self.exploration * state.clock / shares
         ages = {k: state.clock - state.costs[rows, k].looked_at for k in others if state.lost[k] < may_be_lost}
-        due = [k for k in ages if ages[k] > _AGAIN_AFTER]
-        return max(due, key=lambda k: ages[k]) if due else None
+        due = [k for k in ages if ages[k] > _AGAIN_AFTER and k not in hardly]
+        return [*hardly, *sorted(due, key=lambda k: -ages[k])]
 
     def update(self, state: AdaptiveState, observation: SegmentObservation) -> AdaptiveState:
         rows, length, seconds = observation.rows, observation.plan.length, observation.seconds
