@@ -44,6 +44,7 @@ from eqx_specgrpo.train import AbstractCallback, RunView, run
 HERE = Path(__file__).parent
 ARMS = ("plain", "speculative")
 GO, DONE = "go", "done"
+OF_SIZE = "spec/seconds_rows_"  # seconds of rounds by the size of the batch, in a step's record
 POSITIONS = (0, 64, 128, 256, 512)  # where the bins of acceptance by position in the trace begin
 
 
@@ -265,17 +266,23 @@ def account(folder: Path) -> dict[str, Any]:
 
 
 def seconds_of_rounds(step: Mapping[str, Any], rows: int) -> float:
-    return step.get(f"spec/seconds_rows_{rows}", 0.0)
+    return step.get(f"{OF_SIZE}{rows}", 0.0)
+
+
+def smallest_batch(arm: Mapping[str, Any]) -> int:
+    """That an arm has had. Rows that are fewer are decoded in it as well."""
+    return min(int(name.removeprefix(OF_SIZE)) for step in arm["steps"] for name in step if name.startswith(OF_SIZE))
 
 
 def plain_rounds(arm: Mapping[str, Any]) -> Callable[[int, float], float]:
     """What a round of plain decoding takes in this arm, by rows and context: a constant and a slope for each size of
     the batch, by least squares over its steps. How many rounds of which size a step had follows from its lengths."""
+    smallest = smallest_batch(arm)
 
     def rounds_with(lengths: Sequence[int], size: int) -> tuple[float, float]:
         array = np.asarray(lengths)
-        rounds = plain_seconds(array, 1, lambda rows, _: float(rows == size))
-        return rounds, plain_seconds(array, 1, lambda rows, context: context * (rows == size))
+        rounds = plain_seconds(array, smallest, lambda rows, _: float(rows == size))
+        return rounds, plain_seconds(array, smallest, lambda rows, context: context * (rows == size))
 
     fits = {}
     for size in (2**power for power in range(10)):
@@ -295,9 +302,9 @@ def plain_rounds(arm: Mapping[str, Any]) -> Callable[[int, float], float]:
 def same_completions(plain: Mapping[str, Any], speculative: Mapping[str, Any]) -> tuple[float, float]:
     """Seconds of rounds for the completions of the speculative arm: plain ones at the plain arm's costs, and its own,
     compiling left out. The arms learn from other samples and become other policies: this compares nothing else."""
-    cost, steps = plain_rounds(plain), speculative["steps"]
+    cost, steps, smallest = plain_rounds(plain), speculative["steps"], smallest_batch(plain)
     own = sum(seconds_of_rounds(step, 2**power) for step in steps for power in range(10))
-    return sum(plain_seconds(np.asarray(step["lengths"]), 1, cost) for step in steps), own
+    return sum(plain_seconds(np.asarray(step["lengths"]), smallest, cost) for step in steps), own
 
 
 def tokens(arm: Mapping[str, Any], prompts: int) -> float:
@@ -342,8 +349,8 @@ def rows_table(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
             sizes: dict[int, float] = {}
             for step in found["steps"]:
                 for name, value in step.items():
-                    if name.startswith("spec/seconds_rows_"):
-                        size = int(name.removeprefix("spec/seconds_rows_"))
+                    if name.startswith(OF_SIZE):
+                        size = int(name.removeprefix(OF_SIZE))
                         sizes[size] = sizes.get(size, 0.0) + value
             text = ", ".join(f"{size}: {seconds:.0f}" for size, seconds in sorted(sizes.items(), reverse=True))
             lines.append(f"| {one['learned']} steps | {one['prompts']} x 8, seed {one['seed']} | {arm} | {text} |")

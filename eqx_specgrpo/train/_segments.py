@@ -9,6 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from ..decoding import AbstractCompiler, AbstractLengthController, CompileAtOnce, SegmentObservation, plain_seconds
 
+# Of plain rounds in a step, from which on these say more of what plain rounds cost than all others do.
+_FEW_SECONDS = 0.2
+
 
 class SegmentLog:
     """Collects the segments of a step, and keeps the state of the length controller for the next step.
@@ -115,8 +118,9 @@ class SegmentLog:
         run's own costs of rounds; nothing where these are not known, as with a fixed length.
 
         Both are sums of rounds times what such a round costs with such a context, at the pace that the machine had in
-        these segments: so what is common to all rounds, as a busy machine, is in both. What was waited for compilers is
-        left out.
+        these segments: so what is common to all rounds, as a busy machine, is in both. Longer prompts add the more to a
+        round the more it drafts, so plain rounds have the pace of those among these segments, as far as there are any.
+        What was waited for compilers is left out.
         """
         decoded, self._decoded = self._decoded, []
         timed = [segment for segment in segments if segment.seconds is not None and segment.rounds > 0]
@@ -136,11 +140,16 @@ class SegmentLog:
             return seconds
 
         def all_of(some: list[SegmentObservation]) -> float:
-            return sum(s.rounds * known(s.rows, s.context, s.plan.length) for s in some)
+            return sum((s.rounds * known(s.rows, s.context, s.plan.length) for s in some), 0.0)
 
-        pace = sum(segment.elapsed for segment in timed) / all_of(timed)
+        def pace_of(some: list[SegmentObservation], prior: float, weight: float) -> float:
+            elapsed = sum(segment.elapsed for segment in some)
+            return (elapsed + weight * prior) / (all_of(some) + weight)
+
+        pace = pace_of(timed, prior=1.0, weight=0.0)
+        plain_pace = pace_of([s for s in timed if s.plan.length == 0], prior=pace, weight=_FEW_SECONDS)
         plain = sum(plain_seconds(lengths, smallest, known, most) for lengths, smallest, most in decoded)
-        return {"draft/seconds_saved": pace * (plain - all_of(segments))}
+        return {"draft/seconds_saved": plain_pace * plain - pace * all_of(segments)}
 
     def _round_seconds(self, rows: int, length: int, context: float) -> float | None:
         """What a round takes: by the controller, or on average so far, with the number of rows most alike."""
