@@ -624,20 +624,33 @@ def test_what_a_context_adds_is_known_at_any_pace(slowness):
     assert added == pytest.approx(slowness * 4 * 800 * 1.06e-5, rel=0.2)
 
 
-def test_a_slope_is_that_of_least_squares_with_a_constant_for_each_kind():
+def test_a_slope_is_that_of_least_squares_with_a_constant_for_each_kind_and_decoding():
+    """The second decoding has longer contexts on a slower machine."""
     rng, kinds, rows = np.random.default_rng(2), [], []
     for kind in range(3):
         moments = Moments()
-        for context in rng.uniform(0, 1000, 40):
-            seconds = 0.05 * (kind + 1) + 2e-5 * context + 1e-3 * rng.standard_normal()
-            moments = moments.plus(context, seconds)
-            rows.append((kind, context, seconds, np.exp(-(39 - len(rows) % 40) / 300)))
+        for number, context in enumerate(np.concatenate([rng.uniform(0, 200, 20), rng.uniform(400, 1000, 20)])):
+            decoding = number // 20
+            seconds = 0.05 * (kind + 1) + 0.04 * decoding + 2e-5 * context + 1e-3 * rng.standard_normal()
+            moments = moments.plus(context, seconds, decoding)
+            rows.append((2 * kind + decoding, context, seconds, np.exp(-(39 - number) / 300)))
         kinds.append(moments)
-    kind, context, seconds, weight = map(np.array, zip(*rows, strict=True))
-    columns = np.stack([kind == 0, kind == 1, kind == 2, context], 1) * np.sqrt(weight)[:, None]
-    expected = np.linalg.lstsq(columns, seconds * np.sqrt(weight), rcond=None)[0][3]
-    assert slope_of(kinds) == pytest.approx(expected, rel=2e-3)
-    assert slope_of(kinds, prior=expected) == pytest.approx(expected, rel=1e-6)
+    group, context, seconds, weight = map(np.array, zip(*rows, strict=True))
+    columns = np.stack([*(group == one for one in range(6)), context], 1) * np.sqrt(weight)[:, None]
+    expected = np.linalg.lstsq(columns, seconds * np.sqrt(weight), rcond=None)[0][6]
+    assert slope_of(kinds) == pytest.approx(expected, rel=1e-2)
+    assert expected == pytest.approx(2e-5, rel=0.1)
+
+
+def test_a_slow_machine_is_no_long_context():
+    """Short contexts were decoded on a fast machine, long ones on a slow one."""
+    controller, rng = AdaptiveLength(1), np.random.default_rng(4)
+    state = controller.init(1)
+    for _ in range(6):
+        _, state = _decode_alike(_with_contexts, controller, state, rng, 8, 120, 0.8, noise=0.01)
+    _, state = _decode_alike(lambda *kind: 1.5 * _with_contexts(*kind), controller, state, rng, 8, 900, 0.8, noise=0.01)
+    added = controller.round_seconds(state, 8, 0, 850.0) - controller.round_seconds(state, 8, 0, 50.0)
+    assert added == pytest.approx(1.5 * 8 * 800 * 1.06e-5, rel=0.2)
 
 
 def test_noise_is_no_slope():
@@ -652,7 +665,9 @@ def test_noise_is_no_slope():
     assert np.mean(np.array(found) == 0.0) > 0.75 and np.mean(found) < 0.4 * 1.8e-5
     assert slope_of([]) == slope_of([Moments().plus(3.0, 0.1)]) == slope_of([Moments()]) == 0.0
     two = Moments().plus(1.0, 0.1).plus(2.0, 0.3)
-    assert slope_of([two]) == 0.0 and slope_of([two], prior=0.5) == 0.5
+    assert (
+        slope_of([two]) == slope_of([two.plus(5.0, 0.9, 1)]) == 0.0
+    )  # of these two decodings one slope, without error
     falls = Moments()
     for context in range(20):
         falls = falls.plus(float(context), 1.0 - 0.01 * context)

@@ -80,26 +80,6 @@ def test_it_counts_what_contexts_take_in_plain_rounds_too():
     assert said == pytest.approx(plain - 400 * (cost(8, 2) + more * 500), rel=0.05)
 
 
-def test_plain_rounds_of_the_step_say_what_plain_rounds_cost_there():
-    """Long prompts make a round with two guesses a half longer, and a plain round by a sixth."""
-    log = learned()
-    log.decoded(np.array([501] * 8), 1, None)
-    log.see(*(segment(8, 2, 40, 1.5) for _ in range(5)), segment(8, 0, 20, 7 / 6))
-    plain, own = 7 / 6 * 500 * cost(8, 0), 200 * 1.5 * cost(8, 2) + 20 * 7 / 6 * cost(8, 0)
-    assert log.metrics()["draft/seconds_saved"] == pytest.approx(plain - own, abs=0.06 * plain)
-
-
-def test_a_size_of_the_batch_that_is_slow_is_no_slow_machine():
-    """Four rows take twice as long as when their costs were measured, in the second half of the decoding."""
-    log = learned()
-    log.decoded(np.array([501] * 4 + [1001] * 4), 1, None)
-    four = [one for _ in range(10) for one in (segment(4, 2, 19, 2.0), segment(4, 0, 2, 2.0))]
-    log.see(*(segment(8, 2, 20) for _ in range(10)), *four)
-    plain = 500 * cost(8, 0) + 2 * 500 * cost(4, 0)
-    own = 200 * cost(8, 2) + 2 * (190 * cost(4, 2) + 20 * cost(4, 0))
-    assert log.metrics()["draft/seconds_saved"] == pytest.approx(plain - own, rel=0.1)
-
-
 @pytest.mark.parametrize("pace", [0.5, 2.0])
 def test_a_few_guesses_among_plain_rounds_save_little(pace):
     """On a machine that is half or twice as fast as when its costs were measured no more seems to be saved, or lost."""

@@ -94,10 +94,10 @@ class AdaptiveState(eqx.Module):
     - `lengths`: those to choose from, ascending; the first is 0.
     - `costs`: of a round, by (rows, length).
     - `slowness`: the logarithm of how much slower the machine is now than it was at first.
-    - `context_seconds`: what each token of context adds to a round, by number of rows, at the pace of the costs. Under
-        0, for each row, where these rows have not been seen. It follows from `costs`, and is kept because each guess
-        asks for it: a choice among 18 kinds takes the host 0.5 ms in place of 1.5.
+    - `context_seconds`: what each token of a row's context adds to a round, at the pace of the costs. It follows from
+        `costs`, and is kept because each guess asks for it.
     - `context`: tokens that the longest row has emitted.
+    - `decoding`: which one this is, counted by contexts that become shorter.
     - `accepted`: by number of rows, how many tokens were accepted at each draft position and how many could have been,
         with old rounds forgotten. Under 0, with any number of rows. What was seen before the last lesson is moved to
         the `expected` acceptance.
@@ -116,8 +116,9 @@ class AdaptiveState(eqx.Module):
     lengths: tuple[int, ...]
     costs: dict[tuple[int, int], RoundCost]
     slowness: float
-    context_seconds: dict[int, float]
+    context_seconds: float
     context: float
+    decoding: int
     accepted: dict[int, Counts]
     since: dict[int, Counts]
     expected: tuple[float, ...] | None
@@ -135,8 +136,9 @@ def initial_state(lengths: tuple[int, ...]) -> AdaptiveState:
         lengths=lengths,
         costs={},
         slowness=0.0,
-        context_seconds={0: 0.0},
+        context_seconds=0.0,
         context=0.0,
+        decoding=0,
         accepted={0: Counts.none(lengths[-1])},
         since={},
         expected=None,
@@ -160,6 +162,7 @@ def with_observation(state: AdaptiveState, observation: SegmentObservation) -> A
     state = dataclasses.replace(
         state,
         context=observation.context,
+        decoding=state.decoding + (1 if observation.context < state.context else 0),
         accepted=accepted,
         since=since,
         spent={rows: 0.0} | state.spent,
@@ -185,7 +188,7 @@ def _timed(state: AdaptiveState, rows: int, length: int, log_seconds: float) -> 
     if old is None or old.looks < ENOUGH_LOOKS:
         looks = (*(() if old is None else old.first_looks), log_seconds - slowness)
         contexts = (*(() if old is None else old.first_contexts), state.context)
-        moments = (Moments() if old is None else old.moments).plus(state.context, math.exp(log_seconds))
+        moments = (Moments() if old is None else old.moments).plus(state.context, math.exp(log_seconds), state.decoding)
         cost = RoundCost(
             statistics.median(looks), statistics.median(contexts), len(looks), state.clock, looks, contexts, moments
         )
@@ -202,7 +205,7 @@ def _timed(state: AdaptiveState, rows: int, length: int, log_seconds: float) -> 
             context=context,
             looks=old.looks + 1,
             looked_at=state.clock,
-            moments=old.moments.plus(state.context, math.exp(expected + surprise)),
+            moments=old.moments.plus(state.context, math.exp(expected + surprise), state.decoding),
         )
         slowness += _FOLLOW * surprise
     costs = state.costs | {(rows, length): cost}
@@ -321,36 +324,21 @@ def _with_context(log_seconds: float, more: float, change: float) -> float:
 
 def _more(state: AdaptiveState, rows: int) -> float:
     """What each token of context adds to a round with so many rows."""
-    return state.context_seconds.get(rows, rows * state.context_seconds[0])
+    return rows * state.context_seconds
 
 
-def _context_seconds(costs: Mapping[tuple[int, int], RoundCost]) -> dict[int, float]:
-    """The same by number of rows, whatever is drafted: all positions of a row read the same keys and values, once.
-    Where these rows have not shown it, in proportion to what others have, which is under 0.
+def _context_seconds(costs: Mapping[tuple[int, int], RoundCost]) -> float:
+    """The same of each row, whatever is drafted: all positions of a row read the same keys and values, once.
 
-    Slopes are found in seconds as measured. The costs are at another pace, so that the slope is compared with them.
+    It is found in seconds as measured. The costs are at another pace, so that it is compared with them.
     """
-    every_row = slope_of(_per_row(cost.moments, rows) for (rows, _), cost in costs.items())
-    found = {0: every_row}
-    for rows in {rows for rows, _ in costs}:
-        found[rows] = slope_of((cost.moments for (r, _), cost in costs.items() if r == rows), prior=rows * every_row)
-    at_first = {kind: cost.moments.weight * math.exp(cost.log_seconds) for kind, cost in costs.items()}
-    for rows, slope in found.items():
-        measured = 0.0
-        for (r, _), cost in costs.items():
-            of_kind, moments = slope * r / max(rows, 1), cost.moments
-            measured += moments.weight * (moments.seconds + of_kind * (cost.context - moments.context))
-        found[rows] = slope * sum(at_first.values()) / measured if measured > 0 else 0.0
-    return found
-
-
-def _per_row(moments: Moments, rows: int) -> Moments:
-    """Of the seconds by the number of rows."""
-    return moments._replace(
-        seconds=moments.seconds / rows,
-        products=moments.products / rows,
-        seconds_squares=moments.seconds_squares / rows**2,
-    )
+    slope = slope_of(cost.moments.by_rows(rows) for (rows, _), cost in costs.items())
+    at_first, measured = 0.0, 0.0
+    for (rows, _), cost in costs.items():
+        moments = cost.moments
+        at_first += moments.weight * math.exp(cost.log_seconds)
+        measured += moments.weight * (moments.seconds + slope * rows * (cost.context - moments.context))
+    return slope * at_first / measured if measured > 0 else 0.0
 
 
 def known_lengths(state: AdaptiveState, rows: int) -> list[int]:

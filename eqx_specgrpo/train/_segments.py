@@ -9,9 +9,6 @@ from jaxtyping import Array, Float, Int
 
 from ..decoding import AbstractCompiler, AbstractLengthController, CompileAtOnce, SegmentObservation, plain_seconds
 
-# Of some rounds of a step, from which on they say more of their pace than the step's other rounds do.
-_FEW_SECONDS = 0.2
-
 
 class SegmentLog:
     """Collects the segments of a step, and keeps the state of the length controller for the next step.
@@ -118,10 +115,8 @@ class SegmentLog:
         run's own costs of rounds; nothing where these are not known, as with a fixed length.
 
         Both are sums of rounds times what such a round costs with such a context, at the pace that the machine had in
-        these segments: so what is common to all rounds, as a busy machine, is in both. Each size of the batch has a
-        pace of its own, so that one whose rounds were not known well says nothing of another. Longer prompts add the
-        more to a round the more it drafts, so plain rounds have the pace of those among these segments, as far as there
-        are any. What was waited for compilers is left out.
+        these segments: so what is common to all rounds, as a busy machine, is in both. What was waited for compilers is
+        left out.
         """
         decoded, self._decoded = self._decoded, []
         timed = [segment for segment in segments if segment.seconds is not None and segment.rounds > 0]
@@ -141,24 +136,11 @@ class SegmentLog:
             return seconds
 
         def all_of(some: list[SegmentObservation]) -> float:
-            return sum((s.rounds * known(s.rows, s.context, s.plan.length) for s in some), 0.0)
+            return sum(s.rounds * known(s.rows, s.context, s.plan.length) for s in some)
 
-        def pace_of(some: list[SegmentObservation], prior: float) -> float:
-            elapsed = sum(segment.elapsed for segment in some)
-            return (elapsed + _FEW_SECONDS * prior) / (all_of(some) + _FEW_SECONDS)
-
-        of_all = sum(segment.elapsed for segment in timed) / all_of(timed)
-        own, of_plain = {}, {}
-        for rows in {segment.rows for segment in segments}:
-            these = [segment for segment in timed if segment.rows == rows]
-            own[rows] = pace_of(these, prior=of_all)
-            of_plain[rows] = pace_of([segment for segment in these if segment.plan.length == 0], prior=own[rows])
-
-        def plain_round(rows: int, context: float) -> float:
-            return of_plain.get(rows, of_all) * known(rows, context)
-
-        plain = sum(plain_seconds(lengths, smallest, plain_round, most) for lengths, smallest, most in decoded)
-        return {"draft/seconds_saved": plain - sum(own[segment.rows] * all_of([segment]) for segment in segments)}
+        pace = sum(segment.elapsed for segment in timed) / all_of(timed)
+        plain = sum(plain_seconds(lengths, smallest, known, most) for lengths, smallest, most in decoded)
+        return {"draft/seconds_saved": pace * (plain - all_of(segments))}
 
     def _round_seconds(self, rows: int, length: int, context: float) -> float | None:
         """What a round takes: by the controller, or on average so far, with the number of rows most alike."""
