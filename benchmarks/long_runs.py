@@ -265,13 +265,14 @@ def account(folder: Path) -> dict[str, Any]:
     return {"seconds": seconds, "compiling": compiling, "steps": lines}
 
 
-def seconds_of_rounds(step: Mapping[str, Any], rows: int) -> float:
-    return step.get(f"{OF_SIZE}{rows}", 0.0)
+def seconds_by_size(step: Mapping[str, Any]) -> dict[int, float]:
+    """Seconds of a step's rounds, by the size of the batch."""
+    return {int(name.removeprefix(OF_SIZE)): value for name, value in step.items() if name.startswith(OF_SIZE)}
 
 
 def smallest_batch(arm: Mapping[str, Any]) -> int:
     """That an arm has had. Rows that are fewer are decoded in it as well."""
-    return min(int(name.removeprefix(OF_SIZE)) for step in arm["steps"] for name in step if name.startswith(OF_SIZE))
+    return min((size for step in arm["steps"] for size in seconds_by_size(step)), default=1)
 
 
 def plain_rounds(arm: Mapping[str, Any]) -> Callable[[int, float], float]:
@@ -286,7 +287,7 @@ def plain_rounds(arm: Mapping[str, Any]) -> Callable[[int, float], float]:
 
     fits = {}
     for size in (2**power for power in range(10)):
-        seen = [(*rounds_with(step["lengths"], size), seconds_of_rounds(step, size)) for step in arm["steps"]]
+        seen = [(*rounds_with(step["lengths"], size), seconds_by_size(step).get(size, 0.0)) for step in arm["steps"]]
         rounds = np.array([one for one in seen if one[0] > 0 and one[2] > 0]).reshape(-1, 3)
         if len(rounds) > 0:
             weights = 1 / np.sqrt(rounds[:, :1])
@@ -303,7 +304,7 @@ def same_completions(plain: Mapping[str, Any], speculative: Mapping[str, Any]) -
     """Seconds of rounds for the completions of the speculative arm: plain ones at the plain arm's costs, and its own,
     compiling left out. The arms learn from other samples and become other policies: this compares nothing else."""
     cost, steps, smallest = plain_rounds(plain), speculative["steps"], smallest_batch(plain)
-    own = sum(seconds_of_rounds(step, 2**power) for step in steps for power in range(10))
+    own = sum(sum(seconds_by_size(step).values()) for step in steps)
     return sum(plain_seconds(np.asarray(step["lengths"]), smallest, cost) for step in steps), own
 
 
@@ -348,10 +349,8 @@ def rows_table(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
         for arm, found in one["arms"].items():
             sizes: dict[int, float] = {}
             for step in found["steps"]:
-                for name, value in step.items():
-                    if name.startswith(OF_SIZE):
-                        size = int(name.removeprefix(OF_SIZE))
-                        sizes[size] = sizes.get(size, 0.0) + value
+                for size, seconds in seconds_by_size(step).items():
+                    sizes[size] = sizes.get(size, 0.0) + seconds
             text = ", ".join(f"{size}: {seconds:.0f}" for size, seconds in sorted(sizes.items(), reverse=True))
             lines.append(f"| {one['learned']} steps | {one['prompts']} x 8, seed {one['seed']} | {arm} | {text} |")
     return lines

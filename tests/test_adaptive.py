@@ -665,9 +665,8 @@ def test_noise_is_no_slope():
     assert np.mean(np.array(found) == 0.0) > 0.75 and np.mean(found) < 0.4 * 1.8e-5
     assert slope_of([]) == slope_of([Moments().plus(3.0, 0.1)]) == slope_of([Moments()]) == 0.0
     two = Moments().plus(1.0, 0.1).plus(2.0, 0.3)
-    assert (
-        slope_of([two]) == slope_of([two.plus(5.0, 0.9, 1)]) == 0.0
-    )  # of these two decodings one slope, without error
+    # Two segments have no error to compare a slope with, and one that is alone in its decoding says nothing.
+    assert slope_of([two]) == slope_of([two.plus(5.0, 0.9, 1)]) == 0.0
     falls = Moments()
     for context in range(20):
         falls = falls.plus(float(context), 1.0 - 0.01 * context)

@@ -66,7 +66,7 @@ class AdaptiveLength(AbstractLengthController[AdaptiveState]):
 
     **Contexts.** A round becomes longer by the same time for each token of context, whatever is drafted: all positions
     of a row read the same keys and values. So guesses that do not pay at the beginning of a completion may pay later.
-    The time a token is found by regression over the segments seen.
+    The time a token is found by regression over the segments of each decoding.
 
     **Drift.** Rounds of all lengths become slower when the machine is busy. This common factor is tracked separately,
     so that two lengths measured at different times remain comparable.

@@ -97,7 +97,8 @@ class AdaptiveState(eqx.Module):
     - `context_seconds`: what each token of a row's context adds to a round, at the pace of the costs. It follows from
         `costs`, and is kept because each guess asks for it.
     - `context`: tokens that the longest row has emitted.
-    - `decoding`: which one this is, counted by contexts that become shorter.
+    - `decoding`: which one this is, counted by contexts that become shorter. (After one of a few tokens the next may
+        count as the same.)
     - `accepted`: by number of rows, how many tokens were accepted at each draft position and how many could have been,
         with old rounds forgotten. Under 0, with any number of rows. What was seen before the last lesson is moved to
         the `expected` acceptance.

@@ -69,7 +69,7 @@ class Moments(NamedTuple):
         )
 
     def by_rows(self, rows: int) -> "Moments":
-        """With the tokens of so many rows as contexts, of which the means are left as they are."""
+        """Sums as if the contexts of so many rows were counted together. The means stay those of one row."""
         return self._replace(context_squares=rows**2 * self.context_squares, products=rows * self.products)
 
 
